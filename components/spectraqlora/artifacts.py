@@ -1,0 +1,234 @@
+"""The contracts between steps: every artifact is a folder with a manifest, read through one typed class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectraqlora.errors import InputError
+
+SCHEMA_VERSION = 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of one file, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files, in hex."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+class _Manifest(BaseModel):
+    """A JSON document with a schema version, stored under a fixed name in the artifact's folder."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def filename(cls) -> str:
+        return "manifest.json"
+
+    def write(self, folder: str | Path) -> None:
+        write_text(Path(folder) / self.filename(), self.model_dump_json(indent=1))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        path = Path(folder) / cls.filename()
+        kind = cls.__name__
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(kind, path, "a readable JSON document; it is missing or cut short") from None
+        if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(kind, path, f"schema version {SCHEMA_VERSION}")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(map(str, fault["loc"]))
+            raise InputError(f"{kind} {key}", fault["input"], fault["msg"]) from None
+
+
+class LinearModule(BaseModel):
+    """One weight matrix of the decoder blocks as the loaded model names it."""
+
+    model_config = ConfigDict(extra="forbid")
+    module: str
+    type: str
+    layer: int
+    out_features: int
+    in_features: int
+    four_bit: bool
+
+
+class QuantizedModel(_Manifest):
+    """The 4-bit model: folder `model/` as transformers saves it, tokenizer included."""
+
+    source: str
+    revision: str
+    source_path: str
+    base_digest: str
+    compute_dtype: str
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    parameters: int
+    four_bit_parameters: int
+    unquantized: list[str]
+    modules: list[LinearModule]
+
+
+class PreparedData(_Manifest):
+    """Tokenized rows: `train/` and `eval/` Arrow folders with input_ids and labels."""
+
+    source: str
+    digest: str
+    layout: str
+    train_rows: int
+    eval_rows: int
+    train_tokens: int
+    dropped_empty: int
+    dropped_long: int
+    examples: list[str]
+    answers: list[dict[str, str]] = Field(description="eval rows with short answers: prompt, answer")
+
+
+class ModuleRank(BaseModel):
+    """What one module gets: no adapter at rank 0; the same group shares one adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+    module: str
+    type: str
+    layer: int
+    tier: str
+    rank: int = Field(ge=0)
+    alpha: float = Field(ge=0)
+    lr_scale: float = Field(1.0, gt=0)
+    group: int | None = None
+
+
+class RankMap(_Manifest):
+    """Rank, alpha and learning-rate scale of every module, and what made them."""
+
+    method: str
+    round: int
+    base_digest: str
+    settings: dict[str, Any]
+    modules: list[ModuleRank]
+    changes: list[str] = Field(default_factory=list, description="what re-evaluation moved, in words")
+
+    @classmethod
+    def filename(cls) -> str:
+        return "rank_map.json"
+
+    def active(self) -> list[ModuleRank]:
+        return [m for m in self.modules if m.rank > 0]
+
+    def check_base(self, base_digest: str) -> None:
+        if self.base_digest != base_digest:
+            raise InputError("rank map base_digest", self.base_digest[:12],
+                             f"{base_digest[:12]}, the base model of this run; it was made from another one")
+
+
+class Similarity(_Manifest):
+    """SGM's gradient cosines between modules of equal type and shape, and the groups found."""
+
+    modules: list[str]
+    cosines: list[list[float | None]]
+    groups: list[list[str]]
+
+    @classmethod
+    def filename(cls) -> str:
+        return "similarity.json"
+
+
+class TrainingLog(_Manifest):
+    """What training did: curves, cost and the count of trained parameters."""
+
+    method: str
+    round: int
+    trainable_parameters: int
+    train_seconds: float
+    train_tokens: int
+    train_tokens_per_second: float
+    peak_memory_bytes: int
+    best_eval_loss: float
+    loss_curve: list[tuple[int, float]]
+    eval_curve: list[tuple[int, float]]
+
+    @classmethod
+    def filename(cls) -> str:
+        return "training.json"
+
+
+class RoundResult(BaseModel):
+    """One round of a branch."""
+
+    model_config = ConfigDict(extra="forbid")
+    round: int
+    eval_loss: float
+    changes: list[str]
+    trained: bool
+    training: TrainingLog
+    rank_map: RankMap
+    update_spectrum: dict[str, dict[str, float]]
+
+
+class Evaluation(_Manifest):
+    """A branch's result on the eval rows, with everything the report shows of it."""
+
+    method: str
+    base_digest: str
+    data_digest: str
+    base_eval_loss: float
+    base_perplexity: float
+    base_accuracy: float | None
+    eval_loss: float
+    eval_loss_stderr: float
+    perplexity: float
+    accuracy: float | None
+    eval_rows: int
+    trainable_parameters: int
+    train_seconds: float
+    train_tokens_per_second: float
+    peak_memory_bytes: int
+    rounds: list[RoundResult]
+    snr_after: dict[str, float | None]
+    similarity: Similarity | None = None
+
+    @classmethod
+    def filename(cls) -> str:
+        return "evaluation.json"
+
+
+class MergedModel(_Manifest):
+    """The exported winner: `merged/` and `adapter/` beside this manifest."""
+
+    method: str
+    base_digest: str
+    merged_into: str
+    adapter_eval_loss: float
+    eval_loss_quantized: float
+    eval_loss_original: float
+    verified_eval_loss: float

@@ -1,0 +1,11 @@
+"""The one error a user is expected to read."""
+
+
+class InputError(Exception):
+    """Bad input. The message is one line: the field, the value and what was expected."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        shown = str(value)
+        if len(shown) > 200:
+            shown = shown[:197] + "..."
+        super().__init__(f"{field}: {shown!r}: expected {expected}".replace("\n", " "))

@@ -1,0 +1,1 @@
+"""The quantize-load step."""

@@ -1,0 +1,1 @@
+"""The re-evaluate step."""

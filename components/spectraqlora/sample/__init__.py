@@ -1,0 +1,1 @@
+"""The offline sample: a small pretrained Llama and a task it does not know yet."""

@@ -1,0 +1,200 @@
+"""Every setting, once: type, range, default and explanation.
+
+The command line, the config file, the pipeline's parameters and the README's reference come from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from spectraqlora.errors import InputError
+
+METHODS = ("qlora", "hybrid", "alors", "sgm", "random")
+Method = Literal["qlora", "hybrid", "alors", "sgm", "random"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Section):
+    base_model: str = Field("sample", description="Hub id, folder, or `sample` for the built-in model")
+    revision: str = Field("main", description="Hub revision of the base model")
+    trust_remote_code: bool = Field(False, description="Run code shipped with the model; off unless you trust it")
+    compute_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Compute type; auto is bfloat16 on GPUs that have it, float16 on others, float32 on CPUs"
+    )
+
+
+class DataSettings(_Section):
+    source: str = Field("sample", description="Hub id, .jsonl, .json, .csv, .parquet, folder, or `sample`")
+    split: str = Field("train", description="Split to read from a hub data set")
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the rows held out for evaluation")
+    max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
+    max_eval_rows: int = Field(200, ge=1, description="Hold out at most this many rows")
+    max_length: int = Field(512, ge=8, description="Longest row in tokens; longer rows are dropped and counted")
+    pack: bool = Field(False, description="Pack plain-text rows into full sequences instead of padding")
+    prompt_template: str = Field(
+        "Question: {prompt}\nAnswer: ", description="Wraps a prompt where the tokenizer has no chat template"
+    )
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_prompt(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("a text that contains {prompt}")
+        return value
+
+
+class SnrSettings(_Section):
+    source: Literal["original", "quantized"] = Field(
+        "original", description="Measure the original weights, or the 4-bit weights dequantized"
+    )
+
+
+class SelectSettings(_Section):
+    percent: float = Field(50.0, gt=0, le=100, description="Share of each module type's matrices that gets adapters")
+    signal: Literal["spectrum", "task"] = Field(
+        "spectrum", description="What ranks modules: weight SNR (Spectrum), or task gradient energy per parameter"
+    )
+    calibration_batches: int = Field(4, ge=2, description="Batches for the gradient sketches")
+    sketch_size: int = Field(48, ge=4, description="Side of the two-sided gradient sketch")
+    rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random)")
+    alpha_over_rank: float = Field(2.0, gt=0, description="LoRA alpha divided by rank, the same for every module")
+    rank_high: int = Field(16, ge=1, description="alors: rank of the high tier")
+    rank_low: int = Field(8, ge=1, description="alors: rank of the medium tier")
+    high_percent: float = Field(30.0, ge=0, le=100, description="alors: share of a type in the high tier")
+    medium_percent: float = Field(40.0, ge=0, le=100, description="alors: share of a type in the medium tier")
+    high_lr: float = Field(1.5, gt=0, description="alors: high tier's learning rate relative to the medium tier's")
+    similarity: float = Field(0.5, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
+    gradient_init: bool = Field(True, description="sgm: start A from the group's gradient, else Kaiming")
+
+
+class TrainSettings(_Section):
+    max_steps: int = Field(150, ge=1, description="Optimizer steps per round")
+    batch_size: int = Field(8, ge=1, description="Rows per forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step")
+    learning_rate: float = Field(2e-3, gt=0, description="Base learning rate")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps spent warming up")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        "cosine", description="Learning-rate schedule after warm-up"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input")
+    evaluations: int = Field(5, ge=1, description="Evaluations during training; the best adapter is kept")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Recompute activations to save memory; auto is on for CUDA devices only"
+    )
+
+
+class EvaluateSettings(_Section):
+    batch_size: int = Field(16, ge=1, description="Rows per evaluation pass")
+    accuracy_rows: int = Field(64, ge=0, description="Rows scored by generation; 0 turns accuracy off")
+    max_new_tokens: int = Field(24, ge=1, description="Longest generated answer; longer references are not scored")
+    energy: float = Field(0.95, gt=0, le=1, description="Share of an update's energy that its rank must hold")
+
+
+class TrackingSettings(_Section):
+    uri: str = Field("", description="MLflow tracking URI; empty is SQLite in the work directory")
+    experiment: str = Field("spectraqlora", description="MLflow experiment")
+    registered_model: str = Field("spectraqlora", description="Name in the MLflow model registry")
+
+    @field_validator("registered_model", "experiment")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or any(c in value for c in "/:.%\"'"):
+            raise ValueError("a name without / : . % or quotes")
+        return value
+
+
+class Settings(_Section):
+    """All settings of a run; each section is one parameter of the pipeline."""
+
+    methods: tuple[Method, ...] = Field(("qlora", "hybrid", "alors", "sgm"), description="Branches to run")
+    rounds: int = Field(1, ge=1, le=8, description="Rounds of train and re-evaluate")
+    seed: int = Field(42, ge=0, description="Seed of everything random")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    snr: SnrSettings = SnrSettings()
+    select: SelectSettings = SelectSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("at least one method, each named once")
+        return value
+
+
+def parse(values: dict[str, Any]) -> Settings:
+    """Validate a nested mapping; the first fault becomes one `InputError` naming key, value, expectation."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = ", ".join(name for name, _, _ in reference())
+            raise InputError(key, fault["input"], f"a known setting, one of: {known}") from None
+        message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise InputError(key, fault["input"], message) from None
+
+
+def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `section.key=value` assignments (YAML values) to a nested mapping; returns a new mapping."""
+    import yaml
+
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    for assignment in assignments:
+        key, separator, raw = assignment.partition("=")
+        if not separator or not key:
+            raise InputError("--set", assignment, "section.key=value, for example train.max_steps=50")
+        node = result
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError("--set", assignment, "a key whose parent is a section")
+        try:
+            node[leaf] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise InputError(key, raw, "a YAML value") from None
+        # YAML 1.1 reads 1e-3 as text; numbers written that way are meant as numbers.
+        if isinstance(node[leaf], str):
+            try:
+                node[leaf] = float(node[leaf])
+            except ValueError:
+                pass
+    return result
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Every setting as (key, default, description), in order of declaration."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in Settings.model_fields.items():
+        default = field.get_default()
+        if isinstance(default, _Section):
+            for key, inner in type(default).model_fields.items():
+                rows.append((f"{name}.{key}", json.dumps(inner.get_default()), inner.description or ""))
+        else:
+            shown = ",".join(default) if isinstance(default, tuple) else json.dumps(default)
+            rows.append((name, shown, field.description or ""))
+    return rows
+
+
+def digest(settings: Settings) -> str:
+    """SHA-256 over the canonical JSON of the settings."""
+    return hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

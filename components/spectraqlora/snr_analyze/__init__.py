@@ -1,0 +1,1 @@
+"""The snr-analyze step."""
