@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spectraqlora.errors import InputError
 
 SCHEMA_VERSION = 1
+GRADIENT_INIT = "a_init.safetensors"
+"""Beside an sgm rank map: the first A (rank x in) of every group, keyed by its index."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -147,8 +149,11 @@ class RankMap(_Manifest):
 
     def check_base(self, base_digest: str) -> None:
         if self.base_digest != base_digest:
-            raise InputError("rank map base_digest", self.base_digest[:12],
-                             f"{base_digest[:12]}, the base model of this run; it was made from another one")
+            raise InputError(
+                "rank map base_digest",
+                self.base_digest[:12],
+                f"{base_digest[:12]}, the base model of this run; it was made from another one",
+            )
 
 
 class Similarity(_Manifest):

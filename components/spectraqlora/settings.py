@@ -5,6 +5,7 @@ The command line, the config file, the pipeline's parameters and the README's re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any, Literal
@@ -24,9 +25,12 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     base_model: str = Field("sample", description="Hub id, folder, or `sample` for the built-in model")
     revision: str = Field("main", description="Hub revision of the base model")
-    trust_remote_code: bool = Field(False, description="Run code shipped with the model; off unless you trust it")
+    trust_remote_code: bool = Field(
+        False, description="Run code shipped with the model; off unless you trust it"
+    )
     compute_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="Compute type; auto is bfloat16 on GPUs that have it, float16 on others, float32 on CPUs"
+        "auto",
+        description="Compute type; auto is bfloat16 on GPUs that have it, float16 on others, float32 on CPUs",
     )
 
 
@@ -36,7 +40,9 @@ class DataSettings(_Section):
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the rows held out for evaluation")
     max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
     max_eval_rows: int = Field(200, ge=1, description="Hold out at most this many rows")
-    max_length: int = Field(512, ge=8, description="Longest row in tokens; longer rows are dropped and counted")
+    max_length: int = Field(
+        512, ge=8, description="Longest row in tokens; longer rows are dropped and counted"
+    )
     pack: bool = Field(False, description="Pack plain-text rows into full sequences instead of padding")
     prompt_template: str = Field(
         "Question: {prompt}\nAnswer: ", description="Wraps a prompt where the tokenizer has no chat template"
@@ -57,19 +63,26 @@ class SnrSettings(_Section):
 
 
 class SelectSettings(_Section):
-    percent: float = Field(50.0, gt=0, le=100, description="Share of each module type's matrices that gets adapters")
+    percent: float = Field(
+        50.0, gt=0, le=100, description="Share of each module type's matrices that gets adapters"
+    )
     signal: Literal["spectrum", "task"] = Field(
-        "spectrum", description="What ranks modules: weight SNR (Spectrum), or task gradient energy per parameter"
+        "spectrum",
+        description="What ranks modules: weight SNR (Spectrum), or task gradient energy per parameter",
     )
     calibration_batches: int = Field(4, ge=2, description="Batches for the gradient sketches")
     sketch_size: int = Field(48, ge=4, description="Side of the two-sided gradient sketch")
     rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random)")
-    alpha_over_rank: float = Field(2.0, gt=0, description="LoRA alpha divided by rank, the same for every module")
+    alpha_over_rank: float = Field(
+        2.0, gt=0, description="LoRA alpha divided by rank, the same for every module"
+    )
     rank_high: int = Field(16, ge=1, description="alors: rank of the high tier")
     rank_low: int = Field(8, ge=1, description="alors: rank of the medium tier")
     high_percent: float = Field(30.0, ge=0, le=100, description="alors: share of a type in the high tier")
     medium_percent: float = Field(40.0, ge=0, le=100, description="alors: share of a type in the medium tier")
-    high_lr: float = Field(1.5, gt=0, description="alors: high tier's learning rate relative to the medium tier's")
+    high_lr: float = Field(
+        1.5, gt=0, description="alors: high tier's learning rate relative to the medium tier's"
+    )
     similarity: float = Field(0.5, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
     gradient_init: bool = Field(True, description="sgm: start A from the group's gradient, else Kaiming")
 
@@ -95,7 +108,9 @@ class TrainSettings(_Section):
 class EvaluateSettings(_Section):
     batch_size: int = Field(16, ge=1, description="Rows per evaluation pass")
     accuracy_rows: int = Field(64, ge=0, description="Rows scored by generation; 0 turns accuracy off")
-    max_new_tokens: int = Field(24, ge=1, description="Longest generated answer; longer references are not scored")
+    max_new_tokens: int = Field(
+        24, ge=1, description="Longest generated answer; longer references are not scored"
+    )
     energy: float = Field(0.95, gt=0, le=1, description="Share of an update's energy that its rank must hold")
 
 
@@ -174,10 +189,8 @@ def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, 
             raise InputError(key, raw, "a YAML value") from None
         # YAML 1.1 reads 1e-3 as text; numbers written that way are meant as numbers.
         if isinstance(node[leaf], str):
-            try:
+            with contextlib.suppress(ValueError):
                 node[leaf] = float(node[leaf])
-            except ValueError:
-                pass
     return result
 
 

@@ -1,0 +1,27 @@
+"""The KFP component of merge-export."""
+
+from kfp import dsl
+
+from spectraqlora.step_images import image
+
+
+@dsl.component(base_image=image("merge-export"), install_kfp_package=False)
+def merge_export(
+    settings: dict,
+    quantized: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    winner: dsl.Input[dsl.Model],
+    exported: dsl.Output[dsl.Model],
+):
+    """Merge into dequantized and original weights, export the better one, verify the export.
+
+    Args:
+        settings: the `evaluate` section.
+        quantized: 4-bit model artifact.
+        data: prepared data, for the eval rows.
+        winner: the winner's adapter and evaluation.
+        exported: `merged/` and `adapter/`.
+    """
+    from spectraqlora.step import run_merge_export
+
+    run_merge_export(settings, quantized, data, winner, exported)

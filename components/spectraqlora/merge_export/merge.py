@@ -1,0 +1,118 @@
+"""Merge the winner's adapter, measure where it merges best, export and verify."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel, write_text
+from spectraqlora.models import device, load_quantized, load_tokenizer, resolve_base
+from spectraqlora.rows import load_rows
+from spectraqlora.scoring import score
+from spectraqlora.settings import EvaluateSettings
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+
+
+def _original(manifest: QuantizedModel, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_base(manifest.source_path, manifest.revision)
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, device_map={"": device()}
+    )
+
+
+def merge_export(
+    quantized: Path,
+    data: Path,
+    adapter: Path,
+    evaluation: Evaluation,
+    settings: EvaluateSettings,
+    output: Path,
+) -> MergedModel:
+    """Write `merged/`, `adapter/` and the manifest; the better of both merges is exported.
+
+    The adapter was trained against the dequantized 4-bit weights; the original weights are the better
+    base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
+    and scored as proof.
+    """
+    from transformers import AutoModelForCausalLM
+
+    held_out = load_rows(data, "eval")
+    model, manifest = load_quantized(quantized)
+    pad = model.config.pad_token_id or 0
+    print("merging into the dequantized 4-bit weights", flush=True)
+    dequantized = _merged(model.dequantize(), adapter)
+    quantized_loss = score(dequantized, held_out, settings.batch_size, pad).loss
+    print("merging into the original weights", flush=True)
+    dtype = getattr(torch, manifest.compute_dtype)
+    original = _merged(_original(manifest, dtype), adapter)
+    original_loss = score(original, held_out, settings.batch_size, pad).loss
+    into, best = ("original", original) if original_loss <= quantized_loss else ("quantized", dequantized)
+    del original, dequantized, model
+    if hasattr(best.config, "quantization_config"):
+        del best.config.quantization_config
+    best.save_pretrained(output / "merged", safe_serialization=True)
+    load_tokenizer(quantized / "model").save_pretrained(output / "merged")
+    del best
+
+    shutil.copytree(
+        adapter, output / "adapter", dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.json")
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        output / "merged", dtype=dtype, use_safetensors=True, device_map={"": device()}
+    )
+    verified = score(reloaded, held_out, settings.batch_size, pad).loss
+    expected = min(original_loss, quantized_loss)
+    if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
+        raise RuntimeError(
+            f"the exported model scores {verified:.4f} where {expected:.4f} was measured before"
+        )
+    result = MergedModel(
+        method=evaluation.method,
+        base_digest=manifest.base_digest,
+        merged_into=into,
+        adapter_eval_loss=evaluation.eval_loss,
+        eval_loss_quantized=quantized_loss,
+        eval_loss_original=original_loss,
+        verified_eval_loss=verified,
+    )
+    result.write(output)
+    card = model_card(result, evaluation, manifest)
+    write_text(output / "merged" / "README.md", card)
+    write_text(output / "adapter" / "README.md", card)
+    return result
+
+
+def model_card(result: MergedModel, evaluation: Evaluation, manifest: QuantizedModel) -> str:
+    """The card beside the exported model and adapter, with both merges' numbers."""
+    accuracy = "not scored" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
+    base_accuracy = "not scored" if evaluation.base_accuracy is None else f"{evaluation.base_accuracy:.1%}"
+    source = Path(manifest.source).name if Path(manifest.source).is_absolute() else manifest.source
+    return f"""---
+library_name: transformers
+tags: [qlora, spectrum, spectraqlora]
+---
+# {source}, fine-tuned with {result.method}
+
+Trained by SpectraQLoRA: a 4-bit NF4 frozen base with LoRA adapters ({result.method}), merged into the
+{result.merged_into} weights. Loads with transformers alone; the adapter loads with peft alone.
+
+| on {evaluation.eval_rows} held-out rows | base (4-bit) | adapter on 4-bit | merged, dequantized | merged, original |
+| --- | --- | --- | --- | --- |
+| eval loss (nats per token) | {evaluation.base_eval_loss:.4f} | {evaluation.eval_loss:.4f} | \
+{result.eval_loss_quantized:.4f} | {result.eval_loss_original:.4f} |
+| exact-match accuracy | {base_accuracy} | {accuracy} | | |
+
+- Exported: merged into the {result.merged_into} weights, verified eval loss {result.verified_eval_loss:.4f}.
+- Trainable parameters: {evaluation.trainable_parameters:,}.
+- Base digest: {manifest.base_digest}. Data digest: {evaluation.data_digest}.
+"""

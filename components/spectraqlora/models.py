@@ -1,0 +1,162 @@
+"""Loading base models, 4-bit models and their linear modules; the choice of device and compute type."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectraqlora.artifacts import LinearModule, QuantizedModel
+from spectraqlora.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype(choice: str) -> torch.dtype:
+    """The compute type of a setting; `auto` follows the hardware.
+
+    On CPUs without bfloat16 instructions a QLoRA step is about 20 times slower in bfloat16 than in
+    float32, and no CPU gains enough from it to be worth the lost digits: `auto` takes float32 there.
+    """
+    import torch
+
+    if choice != "auto":
+        dtype = getattr(torch, choice)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def peak_memory_bytes() -> int:
+    """Peak GPU memory allocated where there is a GPU, else this process's peak resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def module_identity(name: str) -> tuple[int, str] | None:
+    """(layer index, module type) of a dotted module path; None outside numbered layers."""
+    match = _LAYER.search(name)
+    return (int(match.group(1)), name[match.end() :]) if match else None
+
+
+def resolve_base(source: str, revision: str) -> Path:
+    """Local folder of a base model: the folder itself, or the hub's snapshot (safetensors only)."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError("model.base_model", source, f"a folder or a reachable hub model ({first})") from None
+
+
+def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
+    """Every linear layer inside numbered blocks, by its own name and its unpacked shape."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found = []
+    for name, module in model.named_modules():
+        identity = module_identity(name)
+        if identity is None:
+            continue
+        four_bit = isinstance(module, bnb.nn.Linear4bit)
+        if isinstance(module, torch.nn.Linear):
+            out_features, in_features = int(module.out_features), int(module.in_features)
+        elif isinstance(module, Conv1D):
+            in_features, out_features = (int(side) for side in module.weight.shape)
+        else:
+            continue
+        found.append(
+            LinearModule(
+                module=name,
+                type=identity[1],
+                layer=identity[0],
+                out_features=out_features,
+                in_features=in_features,
+                four_bit=four_bit,
+            )
+        )
+    return found
+
+
+def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
+    """Linear modules of a model from its config alone: no weights are read (meta device)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError("model.base_model", folder, f"a causal language model ({first})") from None
+    modules = linear_modules(model)
+    if not modules:
+        raise InputError(
+            "model.base_model", folder, "linear layers inside numbered decoder blocks; found none"
+        )
+    return modules
+
+
+def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
+    """The 4-bit model on the best device, evaluation mode, with its manifest."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    manifest = QuantizedModel.read(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        Path(folder) / "model",
+        dtype=getattr(torch, manifest.compute_dtype),
+        device_map={"": device()},
+    )
+    model.eval()
+    return model, manifest
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer beside a model; padding falls back to the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def dequantized_weight(module: torch.nn.Module) -> torch.Tensor:
+    """Weight of a linear layer as float32 (out x in), dequantized where it is packed."""
+    import bitsandbytes as bnb
+
+    weight: Any = module.weight
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.detach().float()

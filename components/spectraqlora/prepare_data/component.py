@@ -1,0 +1,29 @@
+"""The KFP component of prepare-data."""
+
+from kfp import dsl
+
+from spectraqlora.step_images import image
+
+
+@dsl.component(base_image=image("light"), install_kfp_package=False)
+def prepare_data(
+    source: str,
+    content: str,
+    settings: dict,
+    seed: int,
+    tokenizer: dsl.Input[dsl.Model],
+    data: dsl.Output[dsl.Dataset],
+):
+    """Load, recognise, tokenize and split a data set.
+
+    Args:
+        source: hub id, file or folder.
+        content: digest of a local source, so that changed files are not taken from the cache.
+        settings: the `data` section.
+        seed: of the split.
+        tokenizer: 4-bit model artifact, for its tokenizer.
+        data: tokenized train and eval splits.
+    """
+    from spectraqlora.step import run_prepare_data
+
+    run_prepare_data(source, settings, seed, tokenizer, data)

@@ -1,0 +1,75 @@
+"""4-bit NF4 with double quantization (QLoRA, arXiv 2305.14314) through bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spectraqlora.artifacts import QuantizedModel, folder_digest
+from spectraqlora.checkpoint import check_model_folder
+from spectraqlora.models import compute_dtype, device, linear_modules, load_tokenizer, resolve_base
+from spectraqlora.settings import ModelSettings
+
+LOW_SHARE = 0.8
+
+
+def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
+    """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
+
+    Raises:
+        InputError: the model folder is unreadable, holds pickles only, or needs remote code.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    source = resolve_base(settings.base_model, settings.revision)
+    check_model_folder(source, settings.trust_remote_code)
+    dtype = compute_dtype(settings.compute_dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        device_map={"": device()},
+        use_safetensors=True,
+        trust_remote_code=settings.trust_remote_code,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    modules = linear_modules(model)
+    model.save_pretrained(output / "model", safe_serialization=True)
+    load_tokenizer(source).save_pretrained(output / "model")
+
+    four_bit = sum(
+        m.out_features * m.in_features for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)
+    )
+    packed = sum(p.numel() for p in model.parameters() if isinstance(p, bnb.nn.Params4bit))
+    total = sum(p.numel() for p in model.parameters()) - packed + four_bit
+    manifest = QuantizedModel(
+        source=settings.base_model,
+        revision=settings.revision,
+        source_path=str(source.resolve()),
+        base_digest=folder_digest(source),
+        compute_dtype=str(dtype).removeprefix("torch."),
+        parameters=total,
+        four_bit_parameters=four_bit,
+        unquantized=[n for n, p in model.named_parameters() if not isinstance(p, bnb.nn.Params4bit)],
+        modules=modules,
+    )
+    manifest.write(output)
+    share = four_bit / total
+    print(json.dumps({"parameters": total, "four_bit_share": round(share, 4), "compute_dtype": str(dtype)}))
+    if share < LOW_SHARE:
+        linear = sum(m.out_features * m.in_features for m in modules)
+        print(
+            f"WARNING: only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
+            f"{four_bit / max(linear, 1):.0%} of the decoder's linear weights are, the rest is embeddings, "
+            "norms or layers that bitsandbytes does not know"
+        )
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return manifest

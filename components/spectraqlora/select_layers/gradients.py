@@ -1,0 +1,108 @@
+"""Gradients of the loss with respect to full weights, kept only as random sketches.
+
+For a linear layer y = x Wᵀ the gradient is G = δᵀx summed over tokens. Per batch and module we keep
+Y = Gᵀ P (in x k) with P (out x k) Gaussian of variance 1/k, the same for equal shapes; the two-sided
+sketch is Qᵀ Y (k x k). Gaussian projections keep inner products in expectation (Johnson-Lindenstrauss),
+so cosines between sketches estimate cosines between gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spectraqlora.artifacts import LinearModule
+
+
+@dataclass
+class GradientSketch:
+    """Of one module: the mean gradient's range sketch, its two-sided sketch and the batches' spread."""
+
+    range_sketch: torch.Tensor
+    """Mean of Y over batches (in_features x k)."""
+    sketch: torch.Tensor
+    """Two-sided sketch of the mean gradient (k x k)."""
+    gradient_snr: float
+    """Squared norm of the mean gradient over the variance of the batches' gradients."""
+
+    def energy(self, rank: int) -> float:
+        """Sum of the `rank` largest squared singular values: what a rank-r update can follow."""
+        values = torch.linalg.svdvals(self.sketch)
+        return float((values[:rank] ** 2).sum())
+
+
+def _projection(features: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
+    if size >= features:
+        return torch.eye(features, device=device)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + features)
+    return (torch.randn(features, size, generator=generator) / size**0.5).to(device)
+
+
+def sketch_gradients(
+    model: Any, modules: list[LinearModule], batches: Iterable[dict[str, torch.Tensor]], size: int, seed: int
+) -> dict[str, GradientSketch]:
+    """One backward pass per batch serves all modules; the model's weights are not touched.
+
+    Args:
+        model: causal language model, frozen; it may be 4-bit.
+        modules: the modules to measure.
+        batches: model inputs with labels.
+        size: side k of the sketch; sides shorter than k are kept whole.
+        seed: of the projections.
+    """
+    device = next(model.parameters()).device
+    named = dict(model.named_modules())
+    current: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def watch(info: LinearModule) -> None:
+        left = _projection(info.out_features, size, 2 * seed, device)
+
+        def forward(_: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            inputs = args[0].detach().reshape(-1, info.in_features).float()
+
+            def backward(gradient: torch.Tensor) -> None:
+                part = inputs.T @ (gradient.reshape(-1, info.out_features).float() @ left)
+                current[info.module] = current[info.module] + part if info.module in current else part
+
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        handles.append(named[info.module].register_forward_hook(forward))
+
+    for info in modules:
+        watch(info)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    handles.append(
+        model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    )
+    total: dict[str, torch.Tensor] = {}
+    squares: dict[str, float] = {}
+    count = 0
+    try:
+        for batch in batches:
+            current.clear()
+            model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+            count += 1
+            for name, value in current.items():
+                total[name] = total[name] + value if name in total else value.clone()
+                squares[name] = squares.get(name, 0.0) + float((value**2).sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise ValueError("no calibration batches")
+    found = {}
+    for info in modules:
+        if info.module not in total:
+            continue
+        mean = total[info.module] / count
+        right = _projection(info.in_features, size, 2 * seed + 1, device)
+        norm = float((mean**2).sum())
+        variance = max(squares[info.module] / count - norm, 1e-30)
+        found[info.module] = GradientSketch(mean.cpu(), (right.T @ mean).cpu(), norm / variance)
+    return found

@@ -1,0 +1,1 @@
+"""Signal-to-noise ratio of weight matrices, as Spectrum defines it."""

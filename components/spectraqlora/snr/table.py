@@ -1,0 +1,70 @@
+"""The SNR table as an artifact: Parquet, Spectrum's JSON and a heat map; and selection from it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from spectraqlora.artifacts import write_text
+from spectraqlora.errors import InputError
+from spectraqlora.snr.spectrum_format import spectrum_json
+
+FILENAME = "snr.parquet"
+COLUMNS = (
+    ["module", "layer", "type", "rows", "cols", "s1", "threshold", "signal", "noise", "snr", "calibrated", "above", "percentile", "source"]
+)
+
+
+def write_table(table: pd.DataFrame, folder: Path) -> None:
+    """Write `snr.parquet`, `spectrum.json` and `heatmap.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (FILENAME + ".partial")
+    table.to_parquet(partial)
+    partial.replace(folder / FILENAME)
+    write_text(folder / "spectrum.json", spectrum_json(table))
+    _heatmap(table, folder / "heatmap.png")
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """Read `snr.parquet`; refuses a missing, broken or foreign table."""
+    path = folder / FILENAME
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError):
+        raise InputError("SNR table", path, "a readable Parquet file") from None
+    missing = [c for c in COLUMNS if c not in table.columns]
+    if missing:
+        raise InputError("SNR table", path, f"columns {', '.join(missing)}")
+    return table
+
+
+def top_modules(table: pd.DataFrame, percent: float) -> set[str]:
+    """Per type the best floor(count * percent / 100) by raw snr; NaN never; ties at infinity by calibrated."""
+    chosen: set[str] = set()
+    for _, group in table.groupby("type"):
+        count = math.floor(len(group) * percent / 100)
+        ordered = group.dropna(subset=["snr"]).sort_values(
+            ["snr", "calibrated"], ascending=False, kind="stable"
+        )
+        chosen.update(ordered["module"].head(count))
+    return chosen
+
+
+def _heatmap(table: pd.DataFrame, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    grid = table.pivot_table(index="type", columns="layer", values="snr", aggfunc="mean", dropna=False)
+    finite = grid.where(grid.map(lambda v: math.isfinite(v) and v > 0))
+    figure = Figure(figsize=(max(6, 0.4 * grid.shape[1] + 3), 0.4 * len(grid) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shown = axes.imshow(finite, aspect="auto", cmap="viridis", norm=LogNorm())
+    axes.set_yticks(range(len(grid)), grid.index)
+    axes.set_xlabel("layer")
+    axes.set_title("Signal-to-noise ratio per weight matrix")
+    figure.colorbar(shown, label="SNR (log scale)")
+    figure.savefig(path, dpi=120)

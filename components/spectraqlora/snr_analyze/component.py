@@ -1,0 +1,19 @@
+"""The KFP component of snr-analyze."""
+
+from kfp import dsl
+
+from spectraqlora.step_images import image
+
+
+@dsl.component(base_image=image("snr-analyze"), install_kfp_package=False)
+def snr_analyze(settings: dict, quantized: dsl.Input[dsl.Model], table: dsl.Output[dsl.Dataset]):
+    """Signal-to-noise ratio of every weight matrix.
+
+    Args:
+        settings: the `snr` section.
+        quantized: 4-bit model artifact; it also names the original checkpoint.
+        table: SNR table as Parquet, Spectrum JSON and heat map.
+    """
+    from spectraqlora.step import run_snr_analyze
+
+    run_snr_analyze(settings, quantized, table)

@@ -1,0 +1,276 @@
+"""What each component's thin body calls: KFP artifacts in, one typed function, KFP artifacts out.
+
+An `InputError` ends a step with its one line and exit code 2; every other error keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from spectraqlora import __version__
+from spectraqlora.artifacts import (
+    Evaluation,
+    MergedModel,
+    RankMap,
+    TrainingLog,
+    folder_digest,
+    write_text,
+)
+from spectraqlora.errors import InputError
+from spectraqlora.settings import (
+    DataSettings,
+    EvaluateSettings,
+    ModelSettings,
+    SelectSettings,
+    SnrSettings,
+    TrackingSettings,
+    TrainSettings,
+)
+
+P = ParamSpec("P")
+ERROR_PREFIX = "error: "
+
+
+def _step(function: Callable[P, None]) -> Callable[P, None]:
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except InputError as error:
+            print(f"{ERROR_PREFIX}{error}", flush=True)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno != 28:
+                raise
+            print(f"{ERROR_PREFIX}{InputError('disk', error.filename or 'output', 'free space; it is full')}")
+            sys.exit(2)
+
+    return guarded
+
+
+def _folder(artifact: Any) -> Path:
+    """The artifact's folder, made empty: a retry never sees what a failed attempt left behind."""
+    folder = Path(artifact.path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+@_step
+def run_prepare_data(source: str, settings: dict[str, Any], seed: int, tokenizer: Any, data: Any) -> None:
+    from spectraqlora.prepare_data.prepare import prepare
+
+    section = DataSettings(**{**settings, "source": source})
+    result = prepare(section, str(Path(tokenizer.path) / "model"), seed, _folder(data))
+    data.metadata.update(digest=result.digest, train_rows=result.train_rows, eval_rows=result.eval_rows)
+
+
+@_step
+def run_quantize_load(base_model: str, settings: dict[str, Any], quantized: Any) -> None:
+    from spectraqlora.quantize_load.quantize import quantize
+
+    result = quantize(ModelSettings(**{**settings, "base_model": base_model}), _folder(quantized))
+    quantized.metadata.update(
+        digest=result.base_digest, four_bit_share=result.four_bit_parameters / result.parameters
+    )
+
+
+@_step
+def run_snr_analyze(settings: dict[str, Any], quantized: Any, table: Any) -> None:
+    from spectraqlora.snr_analyze.analyze import analyze
+
+    analyze(SnrSettings(**settings), Path(quantized.path), _folder(table))
+
+
+@_step
+def run_select_layers(
+    method: str, settings: dict[str, Any], seed: int, quantized: Any, data: Any, table: Any, ranks: Any
+) -> None:
+    from spectraqlora.select_layers.select import select
+
+    section = SelectSettings(**settings)
+    result = select(
+        method, Path(quantized.path), Path(data.path), Path(table.path), section, seed, _folder(ranks)
+    )
+    ranks.metadata.update(method=method, active=len(result.active()))
+
+
+@_step
+def run_train(
+    run_key: str,
+    rounds: int,
+    settings: dict[str, Any],
+    evaluate: dict[str, Any],
+    tracking: dict[str, Any],
+    seed: int,
+    quantized: Any,
+    data: Any,
+    ranks: Any,
+    adapter: Any,
+    previous: Any,
+) -> None:
+    from spectraqlora.tracking import Tracker
+    from spectraqlora.train.training import train
+
+    tracker = Tracker(TrackingSettings(**tracking), run_key)
+    method = RankMap.read(ranks.path).method
+    branch = tracker.branch_run(method)
+    tracker.log_params(branch, {"method": method, "seed": seed, "train": settings, "evaluate": evaluate})
+    log: TrainingLog = train(
+        Path(quantized.path),
+        Path(data.path),
+        Path(ranks.path),
+        TrainSettings(**settings),
+        EvaluateSettings(**evaluate),
+        seed,
+        rounds,
+        _folder(adapter),
+        Path(previous.path) if previous is not None else None,
+    )
+    offset = (log.round - 1) * TrainSettings(**settings).max_steps
+    tracker.log_curve(branch, "train_loss", [(step + offset, loss) for step, loss in log.loss_curve])
+    tracker.log_curve(branch, "eval_loss_curve", [(step + offset, loss) for step, loss in log.eval_curve])
+    tracker.log_file(branch, Path(ranks.path) / RankMap.filename(), f"round-{log.round}")
+
+
+@_step
+def run_re_evaluate(
+    run_key: str,
+    sections: tuple[dict[str, Any], ...],
+    seed: int,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Any, Any, Any],
+) -> None:
+    from spectraqlora.re_evaluate.evaluate import re_evaluate
+    from spectraqlora.tracking import Tracker
+
+    settings, select, snr, tracking = sections
+    quantized, data, ranks, adapter, previous = inputs
+    evaluation, next_ranks, next_adapter = outputs
+    folders = [_folder(artifact) for artifact in outputs]
+    result = re_evaluate(
+        Path(quantized.path),
+        Path(data.path),
+        Path(ranks.path),
+        Path(adapter.path),
+        EvaluateSettings(**settings),
+        SelectSettings(**select),
+        SnrSettings(**snr),
+        seed,
+        *folders,
+        previous=Path(previous.path) if previous is not None else None,
+    )
+    metrics = headline(result)
+    for name, value in metrics.items():
+        evaluation.log_metric(name, value)
+    tracker = Tracker(TrackingSettings(**tracking), run_key)
+    branch = tracker.branch_run(result.method)
+    tracker.log_params(branch, {"select": select, "snr": snr})
+    tracker.log_metrics(branch, metrics)
+    tracker.set_tags(branch, {"base_digest": result.base_digest, "data_digest": result.data_digest})
+    for path in sorted(folders[0].iterdir()):
+        tracker.log_file(branch, path, "evaluation")
+    tracker.finish(branch)
+
+
+def headline(result: Evaluation) -> dict[str, float]:
+    """The numbers of an evaluation that a table of runs shows."""
+    values = {
+        "eval_loss": result.eval_loss,
+        "base_eval_loss": result.base_eval_loss,
+        "perplexity": result.perplexity,
+        "accuracy": result.accuracy,
+        "base_accuracy": result.base_accuracy,
+        "trainable_parameters": float(result.trainable_parameters),
+        "train_seconds": result.train_seconds,
+        "train_tokens_per_second": result.train_tokens_per_second,
+        "peak_memory_bytes": float(result.peak_memory_bytes),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@_step
+def run_compare(
+    run_key: str,
+    tracking: dict[str, Any],
+    table: Any,
+    evaluations: list[Any],
+    adapters: list[Any],
+    leaderboard: Any,
+    winner: Any,
+) -> None:
+    from spectraqlora.compare.leaderboard import rank
+    from spectraqlora.compare.leaderboard import winner as choose
+    from spectraqlora.tracking import Tracker
+
+    found = {
+        (e := Evaluation.read(evaluation.path)).method: (e, adapter)
+        for evaluation, adapter in zip(evaluations, adapters, strict=True)
+        if evaluation is not None
+    }
+    ordered = rank([evaluation for evaluation, _ in found.values()])
+    best = choose(ordered)
+    board, chosen = _folder(leaderboard), _folder(winner)
+    write_text(
+        board / "leaderboard.json",
+        json.dumps({"winner": best, "order": [e.method for e in ordered]}, indent=1),
+    )
+    for entry in ordered:
+        leaderboard.log_metric(f"{entry.method}_eval_loss", entry.eval_loss)
+        entry.write(board / entry.method)
+    shutil.copytree(found[best][1].path, chosen / "adapter")
+    found[best][0].write(chosen)
+    winner.metadata["method"] = best
+    tracker = Tracker(TrackingSettings(**tracking), run_key)
+    run = tracker.pipeline_run()
+    tracker.log_metrics(run, {f"{e.method}_eval_loss": e.eval_loss for e in ordered})
+    tracker.set_tags(run, {"winner": best, "version": __version__})
+    tracker.log_file(run, board / "leaderboard.json")
+    for name in ("snr.parquet", "heatmap.png"):
+        tracker.log_file(run, Path(table.path) / name, "snr")
+
+
+@_step
+def run_merge_export(settings: dict[str, Any], quantized: Any, data: Any, winner: Any, exported: Any) -> None:
+    from spectraqlora.merge_export.merge import merge_export
+
+    chosen = Path(winner.path)
+    result = merge_export(
+        Path(quantized.path),
+        Path(data.path),
+        chosen / "adapter",
+        Evaluation.read(chosen),
+        EvaluateSettings(**settings),
+        _folder(exported),
+    )
+    exported.metadata.update(method=result.method, merged_into=result.merged_into)
+
+
+@_step
+def run_register(run_key: str, tracking: dict[str, Any], winner: Any, exported: Any, registered: Any) -> None:
+    from spectraqlora.register.registry import register
+    from spectraqlora.tracking import Tracker
+
+    section = TrackingSettings(**tracking)
+    tracker = Tracker(section, run_key)
+    run = tracker.pipeline_run()
+    evaluation, merged = Evaluation.read(winner.path), MergedModel.read(exported.path)
+    tags = {
+        "method": evaluation.method,
+        "base_digest": evaluation.base_digest,
+        "data_digest": evaluation.data_digest,
+        "merged_digest": folder_digest(Path(exported.path) / "merged"),
+        "merged_into": merged.merged_into,
+        "spectraqlora_version": __version__,
+    }
+    metrics = {**headline(evaluation), "merged_eval_loss": merged.verified_eval_loss}
+    name, version = register(section, run, Path(exported.path), tags, metrics)
+    write_text(_folder(registered) / "registered.json", json.dumps({"name": name, "version": version}))
+    registered.metadata.update(name=name, version=version)
+    tracker.finish(run)

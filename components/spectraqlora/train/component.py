@@ -1,0 +1,43 @@
+"""The KFP component of train."""
+
+from typing import Optional
+
+from kfp import dsl
+
+from spectraqlora.step_images import image
+
+
+@dsl.component(base_image=image("train"), install_kfp_package=False)
+def train(
+    run_key: str,
+    round: int,
+    rounds: int,
+    settings: dict,
+    evaluate: dict,
+    tracking: dict,
+    seed: int,
+    quantized: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    ranks: dsl.Input[dsl.Artifact],
+    adapter: dsl.Output[dsl.Model],
+    previous: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 - the KFP compiler reads this form
+):
+    """Train the rank map's adapters on the frozen 4-bit model.
+
+    Args:
+        run_key: identifies the pipeline run in MLflow.
+        round: this round, from 1.
+        rounds: all rounds of the branch.
+        settings: the `train` section.
+        evaluate: the `evaluate` section.
+        tracking: the `tracking` section.
+        seed: of data order and fresh adapters.
+        quantized: 4-bit model artifact.
+        data: prepared data.
+        ranks: rank map.
+        adapter: PEFT adapter with training log.
+        previous: adapter carried over from the round before.
+    """
+    from spectraqlora.step import run_train
+
+    run_train(run_key, rounds, settings, evaluate, tracking, seed, quantized, data, ranks, adapter, previous)

@@ -1,0 +1,157 @@
+"""The ablation DAG: one branch per method, rounds unrolled, then compare, merge-export and register."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kfp import compiler, dsl
+from spectraqlora.compare.component import compare
+from spectraqlora.merge_export.component import merge_export
+from spectraqlora.prepare_data.component import prepare_data
+from spectraqlora.quantize_load.component import quantize_load
+from spectraqlora.re_evaluate.component import re_evaluate
+from spectraqlora.register.component import register
+from spectraqlora.select_layers.component import select_layers
+from spectraqlora.settings import Settings
+from spectraqlora.snr_analyze.component import snr_analyze
+from spectraqlora.train.component import train
+
+RETRIES = 2
+DEFAULTS = Settings().model_dump(mode="json")
+class Branch(NamedTuple):
+    evaluation: dsl.Metrics
+    adapter: dsl.Model
+
+
+def _retried(task: Any, name: str) -> Any:
+    return task.set_display_name(name).set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0)
+
+
+def _branch(name: str, rounds: int) -> Any:
+    @dsl.pipeline(name=f"branch-{name}", description=f"select-layers, train and re-evaluate for {name}")
+    def branch(
+        method: str,
+        run_key: str,
+        seed: int,
+        snr: dict,
+        select: dict,
+        train_settings: dict,
+        evaluate: dict,
+        tracking: dict,
+        quantized: dsl.Input[dsl.Model],
+        data: dsl.Input[dsl.Dataset],
+        table: dsl.Input[dsl.Dataset],
+    ) -> Branch:
+        chosen = select_layers(
+            method=method, settings=select, seed=seed, quantized=quantized, data=data, table=table
+        )
+        _retried(chosen, f"select-layers ({name})")
+        ranks, carried = chosen.outputs["ranks"], {}
+        judged: Any = None
+        for number in range(1, rounds + 1):
+            trained = train(
+                run_key=run_key,
+                round=number,
+                rounds=rounds,
+                settings=train_settings,
+                evaluate=evaluate,
+                tracking=tracking,
+                seed=seed,
+                quantized=quantized,
+                data=data,
+                ranks=ranks,
+                **carried,
+            )
+            _retried(trained, f"train ({name}, round {number})")
+            before = {"previous": judged.outputs["evaluation"]} if judged else {}
+            judged = re_evaluate(
+                run_key=run_key,
+                settings=evaluate,
+                select=select,
+                snr=snr,
+                tracking=tracking,
+                seed=seed,
+                quantized=quantized,
+                data=data,
+                ranks=ranks,
+                adapter=trained.outputs["adapter"],
+                **before,
+            )
+            _retried(judged, f"re-evaluate ({name}, round {number})")
+            ranks, carried = judged.outputs["next_ranks"], {"previous": judged.outputs["next_adapter"]}
+        return Branch(evaluation=judged.outputs["evaluation"], adapter=trained.outputs["adapter"])
+
+    return branch
+
+
+def ablation_pipeline(methods: tuple[str, ...], rounds: int) -> Any:
+    """The pipeline with a static branch for each method and its rounds unrolled."""
+    branches = {method: _branch(method, rounds) for method in methods}
+
+    @dsl.pipeline(
+        name="spectraqlora-ablation", description="QLoRA and Spectrum ablations, from base to registry"
+    )
+    def ablation(
+        base_model: str = DEFAULTS["model"]["base_model"],
+        base_content: str = "",
+        source: str = DEFAULTS["data"]["source"],
+        source_content: str = "",
+        run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        seed: int = DEFAULTS["seed"],
+        model: dict = DEFAULTS["model"],
+        data: dict = DEFAULTS["data"],
+        snr: dict = DEFAULTS["snr"],
+        select: dict = DEFAULTS["select"],
+        train: dict = DEFAULTS["train"],
+        evaluate: dict = DEFAULTS["evaluate"],
+        tracking: dict = DEFAULTS["tracking"],
+    ):
+        quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
+        _retried(quantized, "quantize-load")
+        four_bit = quantized.outputs["quantized"]
+        prepared = prepare_data(
+            source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
+        )
+        _retried(prepared, "prepare-data")
+        measured = snr_analyze(settings=snr, quantized=four_bit)
+        _retried(measured, "snr-analyze")
+        results: dict[str, Any] = {}
+        for method, branch in branches.items():
+            outcome = branch(
+                method=method,
+                run_key=run_key,
+                seed=seed,
+                snr=snr,
+                select=select,
+                train_settings=train,
+                evaluate=evaluate,
+                tracking=tracking,
+                quantized=four_bit,
+                data=prepared.outputs["data"],
+                table=measured.outputs["table"],
+            )
+            outcome.set_display_name(f"branch: {method}")
+            results[method] = outcome.outputs["evaluation"]
+            results[f"{method}_adapter"] = outcome.outputs["adapter"]
+        compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
+        _retried(compared, "compare")
+        exported = merge_export(
+            settings=evaluate,
+            quantized=four_bit,
+            data=prepared.outputs["data"],
+            winner=compared.outputs["winner"],
+        )
+        _retried(exported, "merge-export")
+        registered = register(
+            run_key=run_key,
+            tracking=tracking,
+            winner=compared.outputs["winner"],
+            exported=exported.outputs["exported"],
+        )
+        _retried(registered, "register").set_caching_options(False)
+
+    return ablation
+
+
+def compile_pipeline(path: Path, methods: tuple[str, ...], rounds: int) -> None:
+    """Write the pipeline YAML."""
+    compiler.Compiler().compile(ablation_pipeline(methods, rounds), str(path))

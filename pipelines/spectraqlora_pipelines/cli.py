@@ -1,0 +1,391 @@
+"""The command line: run, compile, snr, sample, report, settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from spectraqlora import __version__
+from spectraqlora.errors import InputError
+from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
+
+COMPILED = Path(__file__).resolve().parents[1] / "ablation.yaml"
+BAD_INPUT = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune with QLoRA where Spectrum finds signal: one DAG, one branch per method, one winner.",
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+_SETTINGS_HELP = "\n\n".join(
+    ["[bold]Settings for --set and --config[/bold]"]
+    + [
+        f"[cyan]{key}[/cyan] = {default.replace('[', chr(92) + '[')}  {text}"
+        for key, default, text in reference()
+    ]
+)
+
+
+def _load(config: Path | None, overrides: dict[str, Any], assignments: list[str]) -> Settings:
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError("--config", config, "a readable YAML file") from None
+        except yaml.YAMLError as error:
+            raise InputError(
+                "--config", config, f"valid YAML ({str(error).splitlines()[-1].strip()})"
+            ) from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise InputError("--config", config, "a YAML mapping of settings")
+        values = loaded or {}
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        section, _, leaf = key.rpartition(".")
+        node = values.setdefault(section, {}) if section else values
+        if not isinstance(node, dict):
+            raise InputError(section, node, "a mapping of settings")
+        node[leaf] = value
+    return parse(with_overrides(values, assignments))
+
+
+@app.command(epilog=_SETTINGS_HELP)
+def run(
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of safetensors. Default: the offline sample.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Hub id, .jsonl, .json, .csv, .parquet or folder. Default: the offline sample."),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Branches: qlora, hybrid, alors, sgm, random.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of train and re-evaluate.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps per round.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
+    ] = None,
+    workdir: Annotated[Path, typer.Option(help="Where everything of this run is kept.")] = Path(
+        "runs/sample"
+    ),
+    runner: Annotated[str, typer.Option(help="subprocess, or docker with the step images.")] = "subprocess",
+) -> None:
+    """Run the whole DAG on this machine and show which method won.
+
+    Without arguments it runs the offline sample. The same command again reuses every finished step.
+
+    Example: spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/mine
+    """
+    settings = _load(
+        config,
+        {
+            "model.base_model": base_model,
+            "data.source": data,
+            "methods": methods,
+            "rounds": rounds,
+            "train.max_steps": max_steps,
+            "seed": seed,
+        },
+        set_ or [],
+    )
+    if runner not in ("subprocess", "docker"):
+        raise InputError("--runner", runner, "subprocess or docker")
+    from spectraqlora_pipelines import preflight
+    from spectraqlora_pipelines.local_run import collect, run_locally
+
+    base, source = _resolve_sample(settings)
+    base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))
+    with console.status("checking model, data and settings"):
+        preflight.check(settings, base, source)
+        contents = {"base_model": preflight.content_digest(base), "data": preflight.content_digest(source)}
+    workdir = workdir.absolute()
+    preflight.claim_workdir(workdir, settings, contents)
+    sections = settings.model_dump(mode="json")
+    if not settings.tracking.uri:
+        sections["tracking"]["uri"] = f"sqlite:///{workdir}/mlflow.db"
+    arguments = {
+        "base_model": base,
+        "base_content": contents["base_model"],
+        "source": source,
+        "source_content": contents["data"],
+        "run_key": f"{workdir.name}-{digest(settings)[:12]}",
+        "seed": settings.seed,
+        **{
+            name: sections[name]
+            for name in ("model", "data", "snr", "select", "train", "evaluate", "tracking")
+        },
+    }
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    steps = 6 + len(settings.methods) * (1 + 2 * settings.rounds)
+    with _bars() as bars:
+        whole = bars.add_task("starting", total=steps)
+        inner: Any = None
+        done = -1
+
+        def on_task(name: str) -> None:
+            nonlocal done, inner
+            done += 1
+            if inner is not None:
+                bars.remove_task(inner)
+                inner = None
+            bars.update(whole, completed=done, description=name)
+            if not console.is_terminal:
+                console.print(f"[{done + 1}/{steps}] {name}", highlight=False, markup=False)
+
+        def on_progress(now: int, total: int, label: str) -> None:
+            nonlocal inner
+            if inner is None:
+                inner = bars.add_task(label, total=total)
+            bars.update(inner, completed=now, total=total, description=label)
+
+        run_locally(settings, arguments, workdir, runner, on_task, on_progress)
+        bars.update(whole, completed=steps, description="done")
+    summary = collect(settings, workdir)
+    _show(summary)
+    console.print(f"Report: {workdir / 'report.html'}", soft_wrap=True)
+    console.print(f"Merged model: {workdir / 'merged'}   Adapter: {workdir / 'adapter'}", soft_wrap=True)
+    console.print(f"Runs: mlflow ui --backend-store-uri {sections['tracking']['uri']}", soft_wrap=True)
+
+
+@app.command("compile")
+def compile_(
+    output: Annotated[Path, typer.Option(help="Where to write the KFP IR YAML.")] = COMPILED,
+    methods: Annotated[str | None, typer.Option(help="Branches of the DAG.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds, unrolled.")] = None,
+) -> None:
+    """Write the pipeline YAML for Kubeflow Pipelines."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from spectraqlora_pipelines.ablation import compile_pipeline
+
+    settings = _load(None, {"methods": methods, "rounds": rounds}, [])
+    try:
+        compile_pipeline(output, settings.methods, settings.rounds)
+    except ValueError as error:
+        raise InputError("--output", output, str(error).splitlines()[0]) from None
+    console.print(f"Wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def snr(
+    model: Annotated[str, typer.Argument(help="Folder of safetensors, or hub id.")],
+    output: Annotated[Path | None, typer.Option(help="Write the table as Parquet.")] = None,
+    spectrum_json: Annotated[Path | None, typer.Option(help="Write Spectrum's own JSON.")] = None,
+    percent: Annotated[float, typer.Option(help="Share of each module type to select.")] = 50.0,
+    unfrozen_yaml: Annotated[
+        Path | None, typer.Option(help="Write the unfrozen-parameters file that Axolotl and Spectrum read.")
+    ] = None,
+) -> None:
+    """Show the signal-to-noise ratio of every weight matrix of a checkpoint."""
+    if not 0 < percent <= 100:
+        raise InputError("--percent", percent, "a number above 0 and at most 100")
+    from spectraqlora.checkpoint import Checkpoint, check_model_folder
+    from spectraqlora.models import resolve_base
+    from spectraqlora.snr.scan import scan
+    from spectraqlora.snr.spectrum_format import spectrum_json as to_json
+    from spectraqlora.snr.spectrum_format import unfrozen_yaml as to_yaml
+    from spectraqlora.snr.table import top_modules
+
+    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/"))):
+        raise InputError("MODEL", model, "an existing folder or a hub id such as owner/name")
+    folder = resolve_base(model, "main")
+    check_model_folder(folder)
+    with _bars() as bars:
+        bar = bars.add_task("measuring", total=None)
+        table = scan(
+            Checkpoint(folder),
+            None,
+            lambda done, total, name: bars.update(bar, completed=done, total=total, description=name),
+        )
+    chosen = top_modules(table, percent)
+    shown = Table(title=f"SNR of {len(table)} matrices; * is in the top {percent:g} % of its type")
+    for column in ("", "module", "shape", "s1", "threshold", "snr", "calibrated", "percentile"):
+        shown.add_column(
+            column, justify="left" if column in ("", "module") else "right", no_wrap=column == "module"
+        )
+    for row in table.itertuples():
+        shown.add_row(
+            "*" if row.module in chosen else "",
+            row.module,
+            f"{row.rows}x{row.cols}",
+            f"{row.s1:.3f}",
+            f"{row.threshold:.3f}",
+            f"{row.snr:.4f}",
+            f"{row.calibrated:.3f}",
+            f"{row.percentile:.0f}",
+        )
+    console.print(shown)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(output)
+    from spectraqlora.artifacts import write_text
+
+    if spectrum_json:
+        write_text(spectrum_json, to_json(table))
+    if unfrozen_yaml:
+        write_text(unfrozen_yaml, to_yaml(table, percent))
+
+
+@app.command()
+def sample(folder: Annotated[Path, typer.Argument(help="Where to write model/ and data.jsonl.")]) -> None:
+    """Write the offline sample: a small pretrained Llama and a task it does not know yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("DIR", folder, "a new or empty folder")
+    import shutil
+
+    from spectraqlora.sample.make import ensure_sample
+
+    with console.status("pretraining the sample model, one to two minutes the first time"):
+        cached = ensure_sample()
+    shutil.copytree(cached, folder, dirs_exist_ok=True)
+    console.print(f"Wrote {folder / 'model'} and {folder / 'data.jsonl'}", soft_wrap=True)
+
+
+@app.command()
+def report(workdir: Annotated[Path, typer.Argument(help="The workdir of a finished run.")]) -> None:
+    """Write a finished run's report.html again."""
+    from spectraqlora_pipelines.local_run import report as write
+
+    try:
+        stored = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError("WORKDIR", workdir, "the workdir of a finished run") from None
+    console.print(f"Report: {write(parse(stored['settings']), workdir.absolute())}", soft_wrap=True)
+
+
+@app.command("settings")
+def settings_() -> None:
+    """List every setting with its default."""
+    shown = Table("setting", "default", "meaning")
+    for row in reference():
+        shown.add_row(*(part.replace("[", "\\[") for part in row))
+    console.print(shown)
+
+
+def _resolve_sample(settings: Settings) -> tuple[str, str]:
+    base, source = settings.model.base_model, settings.data.source
+    if "sample" not in (base, source):
+        return base, source
+    from spectraqlora.sample.make import ensure_sample
+
+    with console.status("preparing the offline sample (pretrained once, one to two minutes)"):
+        folder = ensure_sample()
+    return (
+        str(folder / "model") if base == "sample" else base,
+        str(folder / "data.jsonl") if source == "sample" else source,
+    )
+
+
+def _bars() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _show(summary: dict[str, Any]) -> None:
+    base = summary["base"]
+    table = Table(title="Leaderboard")
+    for column in (
+        "method",
+        "eval loss",
+        "perplexity",
+        "accuracy",
+        "parameters",
+        "seconds",
+        "tokens/s",
+        "peak MiB",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    table.add_row(
+        "base (4-bit)",
+        f"{base['eval_loss']:.4f}",
+        f"{base['perplexity']:.3f}",
+        percent(base["accuracy"]),
+        *[""] * 4,
+    )
+    for name, entry in summary["methods"].items():
+        table.add_row(
+            f"[bold green]{name} (winner)[/]" if name == summary["winner"] else name,
+            f"{entry['eval_loss']:.4f}",
+            f"{entry['perplexity']:.3f}",
+            percent(entry["accuracy"]),
+            f"{entry['trainable_parameters']:,}",
+            f"{entry['train_seconds']:.1f}",
+            f"{entry['train_tokens_per_second']:.0f}",
+            f"{entry['peak_memory_bytes'] / 2**20:.0f}",
+        )
+    console.print(table)
+    registered = summary["registered"]
+    console.print(
+        f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "
+        f"Registered as {registered['name']} version {registered['version']} (challenger).",
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Entry point: exit code 0 when all went well, 2 for bad input, 1 for a failed step, 130 for Ctrl-C."""
+    from spectraqlora_pipelines.local_run import StepFailed
+
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(BAD_INPUT)
+    except StepFailed as error:
+        errors.print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        errors.print(f"error: disk: {error.filename!r}: expected free space; it is full", markup=False)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on where this one stopped")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

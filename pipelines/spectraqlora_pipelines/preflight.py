@@ -1,0 +1,95 @@
+"""What can be refused is refused here, in seconds, before any step starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from spectraqlora import __version__
+from spectraqlora.artifacts import file_digest, folder_digest, write_text
+from spectraqlora.errors import InputError
+from spectraqlora.settings import Settings
+
+MINIMUM_FREE_BYTES = 512 * 2**20
+
+
+def check(settings: Settings, base_model: str, source: str) -> None:
+    """Refuse bad data, bad model folders and ranks that do not fit."""
+    from spectraqlora.prepare_data.prepare import check_source
+
+    check_source(settings.data.model_copy(update={"source": source}))
+    folder = Path(base_model)
+    if not folder.is_dir():
+        looks_like_hub = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
+        if not looks_like_hub:
+            raise InputError(
+                "model.base_model", base_model, "an existing folder or a hub id such as owner/name"
+            )
+        return
+    from spectraqlora.checkpoint import check_model_folder
+
+    check_model_folder(folder, settings.model.trust_remote_code)
+    from spectraqlora.models import model_outline
+    from spectraqlora.selection import check_rank
+
+    check_rank(model_outline(folder, settings.model.trust_remote_code), settings.select, settings.methods)
+
+
+def content_digest(path: str) -> str:
+    """Digest of a local file or folder; empty for hub ids, whose revision says what they are."""
+    local = Path(path)
+    if local.is_file():
+        return file_digest(local)
+    return folder_digest(local) if local.is_dir() else ""
+
+
+def claim_workdir(workdir: Path, settings: Settings, contents: dict[str, str]) -> None:
+    """Make the workdir this run's own, or find that it already is.
+
+    Raises:
+        InputError: it holds a run of other settings or inputs, is a file, or its disk is full.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError("--workdir", workdir, "a folder")
+    identity = {"version": __version__, "settings": settings.model_dump(mode="json"), "contents": contents}
+    stored = workdir / "run.json"
+    if stored.exists():
+        try:
+            before = json.loads(stored.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError("--workdir", workdir, "a readable run.json") from None
+        if before != identity:
+            raise InputError(
+                "--workdir", workdir, f"a new folder; this one holds a run of {_difference(before, identity)}"
+            )
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise InputError("--workdir", workdir, "an empty or new folder, or one that holds a run")
+    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < MINIMUM_FREE_BYTES:
+        raise InputError("--workdir", workdir, f"at least 512 MiB of free disk; {free // 2**20} MiB are left")
+    if not stored.exists():
+        try:
+            write_text(stored, json.dumps(identity, indent=1))
+        except OSError as error:
+            raise InputError(
+                "--workdir", workdir, f"a folder that can be written ({error.strerror})"
+            ) from None
+
+
+def _difference(before: dict[str, object], now: dict[str, object]) -> str:
+    def flat(value: object, prefix: str = "") -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        found: dict[str, object] = {}
+        for key, inner in value.items():
+            found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return found
+
+    old, new = flat(before), flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            name = key.removeprefix("settings.")
+            return f"other settings: {name} was {old.get(key)!r} and is now {new.get(key)!r}"
+    return "other settings"
