@@ -16,7 +16,7 @@ MINIMUM_FREE_BYTES = 512 * 2**20
 
 def check(settings: Settings, base_model: str, source: str) -> None:
     """Refuse bad data, bad model folders and ranks that do not fit."""
-    from spectraqlora.prepare_data.prepare import check_source
+    from spectraqlora.prepare_data.source import check_source
 
     check_source(settings.data.model_copy(update={"source": source}))
     folder = Path(base_model)
