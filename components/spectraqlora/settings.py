@@ -37,7 +37,7 @@ class ModelSettings(_Section):
 class DataSettings(_Section):
     source: str = Field("sample", description="Hub id, .jsonl, .json, .csv, .parquet, folder, or `sample`")
     split: str = Field("train", description="Split to read from a hub data set")
-    eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the rows held out for evaluation")
+    eval_fraction: float = Field(0.2, gt=0, lt=1, description="Share of the rows held out for evaluation")
     max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
     max_eval_rows: int = Field(200, ge=1, description="Hold out at most this many rows")
     max_length: int = Field(

@@ -17,16 +17,19 @@ from spectraqlora.train.component import train
 
 RETRIES = 2
 DEFAULTS = Settings().model_dump(mode="json")
+
+
 class Branch(NamedTuple):
     evaluation: dsl.Metrics
     adapter: dsl.Model
 
 
-def _retried(task: Any, name: str) -> Any:
-    return task.set_display_name(name).set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0)
+def _named(task: Any, name: str, retries: int) -> Any:
+    task.set_display_name(name)
+    return task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0) if retries else task
 
 
-def _branch(name: str, rounds: int) -> Any:
+def _branch(name: str, rounds: int, retries: int) -> Any:
     @dsl.pipeline(name=f"branch-{name}", description=f"select-layers, train and re-evaluate for {name}")
     def branch(
         method: str,
@@ -44,7 +47,7 @@ def _branch(name: str, rounds: int) -> Any:
         chosen = select_layers(
             method=method, settings=select, seed=seed, quantized=quantized, data=data, table=table
         )
-        _retried(chosen, f"select-layers ({name})")
+        _named(chosen, f"select-layers ({name})", retries)
         ranks, carried = chosen.outputs["ranks"], {}
         judged: Any = None
         for number in range(1, rounds + 1):
@@ -61,7 +64,7 @@ def _branch(name: str, rounds: int) -> Any:
                 ranks=ranks,
                 **carried,
             )
-            _retried(trained, f"train ({name}, round {number})")
+            _named(trained, f"train ({name}, round {number})", retries)
             before = {"previous": judged.outputs["evaluation"]} if judged else {}
             judged = re_evaluate(
                 run_key=run_key,
@@ -76,16 +79,19 @@ def _branch(name: str, rounds: int) -> Any:
                 adapter=trained.outputs["adapter"],
                 **before,
             )
-            _retried(judged, f"re-evaluate ({name}, round {number})")
+            _named(judged, f"re-evaluate ({name}, round {number})", retries)
             ranks, carried = judged.outputs["next_ranks"], {"previous": judged.outputs["next_adapter"]}
         return Branch(evaluation=judged.outputs["evaluation"], adapter=trained.outputs["adapter"])
 
     return branch
 
 
-def ablation_pipeline(methods: tuple[str, ...], rounds: int) -> Any:
-    """The pipeline with a static branch for each method and its rounds unrolled."""
-    branches = {method: _branch(method, rounds) for method in methods}
+def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETRIES) -> Any:
+    """The pipeline with a static branch for each method and its rounds unrolled.
+
+    On one machine a failed step fails again, so local runs ask for no retries; clusters lose pods.
+    """
+    branches = {method: _branch(method, rounds, retries) for method in methods}
 
     @dsl.pipeline(
         name="spectraqlora-ablation", description="QLoRA and Spectrum ablations, from base to registry"
@@ -106,14 +112,14 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int) -> Any:
         tracking: dict = DEFAULTS["tracking"],
     ):
         quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
-        _retried(quantized, "quantize-load")
+        _named(quantized, "quantize-load", retries)
         four_bit = quantized.outputs["quantized"]
         prepared = prepare_data(
             source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
         )
-        _retried(prepared, "prepare-data")
+        _named(prepared, "prepare-data", retries)
         measured = snr_analyze(settings=snr, quantized=four_bit)
-        _retried(measured, "snr-analyze")
+        _named(measured, "snr-analyze", retries)
         results: dict[str, Any] = {}
         for method, branch in branches.items():
             outcome = branch(
@@ -133,21 +139,21 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int) -> Any:
             results[method] = outcome.outputs["evaluation"]
             results[f"{method}_adapter"] = outcome.outputs["adapter"]
         compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
-        _retried(compared, "compare")
+        _named(compared, "compare", retries)
         exported = merge_export(
             settings=evaluate,
             quantized=four_bit,
             data=prepared.outputs["data"],
             winner=compared.outputs["winner"],
         )
-        _retried(exported, "merge-export")
+        _named(exported, "merge-export", retries)
         registered = register(
             run_key=run_key,
             tracking=tracking,
             winner=compared.outputs["winner"],
             exported=exported.outputs["exported"],
         )
-        _retried(registered, "register").set_caching_options(False)
+        _named(registered, "register", retries).set_caching_options(False)
 
     return ablation
 

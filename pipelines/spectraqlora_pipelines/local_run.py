@@ -113,7 +113,7 @@ def run_locally(
                 on_task(found[1])
 
     lines = _Lines(log, listen)
-    pipeline = ablation_pipeline(settings.methods, settings.rounds)
+    pipeline = ablation_pipeline(settings.methods, settings.rounds, retries=0)
     try:
         with _captured(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")

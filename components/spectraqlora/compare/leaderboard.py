@@ -20,9 +20,13 @@ def rank(evaluations: list[Evaluation]) -> list[Evaluation]:
     first = evaluations[0]
     for other in evaluations[1:]:
         if other.base_digest != first.base_digest:
-            raise InputError(f"{other.method} base_digest", other.base_digest[:12], f"{first.base_digest[:12]}")
+            raise InputError(
+                f"{other.method} base_digest", other.base_digest[:12], f"{first.base_digest[:12]}"
+            )
         if other.data_digest != first.data_digest:
-            raise InputError(f"{other.method} data_digest", other.data_digest[:12], f"{first.data_digest[:12]}")
+            raise InputError(
+                f"{other.method} data_digest", other.data_digest[:12], f"{first.data_digest[:12]}"
+            )
     return sorted(evaluations, key=lambda e: e.eval_loss)
 
 

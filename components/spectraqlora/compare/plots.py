@@ -20,7 +20,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mpl.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "s"})
+    mpl.rcParams.update(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "s"}
+    )
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, mpl
@@ -52,14 +54,18 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> str:
         if train:
             axes.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
         axes.plot(*zip(*evals, strict=True), color=colour, marker="o", markersize=4, label=entry.method)
-    axes.axhline(evaluations[0].base_eval_loss, color="#999", linestyle="--", linewidth=1, label="base (4-bit)")
+    axes.axhline(
+        evaluations[0].base_eval_loss, color="#999", linestyle="--", linewidth=1, label="base (4-bit)"
+    )
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _svg(figure)
 
 
-def _grid(values: dict[str, float], names: dict[str, tuple[int, str]]) -> tuple[np.ndarray, list[str], list[int]]:
+def _grid(
+    values: dict[str, float], names: dict[str, tuple[int, str]]
+) -> tuple[np.ndarray, list[str], list[int]]:
     types = list(dict.fromkeys(kind for _, kind in names.values()))
     layers = sorted({layer for layer, _ in names.values()})
     grid = np.full((len(types), len(layers)), np.nan)
@@ -83,7 +89,9 @@ def _cells(axes: Any, grid: np.ndarray, types: list[str], layers: list[int], tit
     return shown
 
 
-def snr_maps(names: dict[str, tuple[int, str]], before: dict[str, float], after: dict[str, float | None]) -> str:
+def snr_maps(
+    names: dict[str, tuple[int, str]], before: dict[str, float], after: dict[str, float | None]
+) -> str:
     """SNR by layer and module type before and after training, on one logarithmic scale; ∞ is marked."""
     from matplotlib.colors import LogNorm
 
@@ -108,7 +116,8 @@ def snr_maps(names: dict[str, tuple[int, str]], before: dict[str, float], after:
 def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str]]) -> str:
     """Every method's last trained rank map over the same grid; SGM cells carry their group's number."""
     maps: list[RankMap] = [
-        next((r.rank_map for r in reversed(e.rounds) if r.trained), e.rounds[-1].rank_map) for e in evaluations
+        next((r.rank_map for r in reversed(e.rounds) if r.trained), e.rounds[-1].rank_map)
+        for e in evaluations
     ]
     highest = max(m.rank for rank_map in maps for m in rank_map.modules)
     _, types, layers = _grid({}, names)
@@ -119,8 +128,14 @@ def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str
     for axes, rank_map in zip(panels, maps, strict=False):
         grid, types, layers = _grid({m.module: float(m.rank) for m in rank_map.modules if m.rank}, names)
         shown = _cells(
-            axes, grid, types, layers, f"{rank_map.method}: {len(rank_map.active())} matrices",
-            vmin=0, vmax=highest, cmap="Blues",
+            axes,
+            grid,
+            types,
+            layers,
+            f"{rank_map.method}: {len(rank_map.active())} matrices",
+            vmin=0,
+            vmax=highest,
+            cmap="Blues",
         )
         for module in rank_map.active():
             if module.module not in names or len(layers) > 40:
@@ -142,9 +157,7 @@ def similarity_matrix(similarity: Similarity) -> str:
 
     order = [name for group in similarity.groups for name in group]
     index = {name: i for i, name in enumerate(similarity.modules)}
-    matrix = np.array(
-        [[similarity.cosines[index[a]][index[b]] for b in order] for a in order], dtype=float
-    )
+    matrix = np.array([[similarity.cosines[index[a]][index[b]] for b in order] for a in order], dtype=float)
     side = min(10.0, 3.2 + 0.17 * len(order))
     figure, _ = _figure(side, side * 0.85)
     axes = figure.subplots()

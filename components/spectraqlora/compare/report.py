@@ -48,8 +48,17 @@ def _leaderboard(evaluations: Sequence[Evaluation], winner: str) -> str:
         )
     head = "".join(
         f"<th>{name}</th>"
-        for name in ("method", "eval loss", "vs base", "perplexity", "accuracy", "trained parameters",
-                     "train seconds", "tokens/s", "peak MiB")
+        for name in (
+            "method",
+            "eval loss",
+            "vs base",
+            "perplexity",
+            "accuracy",
+            "trained parameters",
+            "train seconds",
+            "tokens/s",
+            "peak MiB",
+        )
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -74,7 +83,9 @@ def _table(values: dict[str, Any]) -> str:
             flat |= {f"{key}.{inner}": v for inner, v in value.items()}
         else:
             flat[key] = value
-    rows = "".join(f"<tr><td>{escape(k)}</td><td><code>{escape(str(v))}</code></td></tr>" for k, v in flat.items())
+    rows = "".join(
+        f"<tr><td>{escape(k)}</td><td><code>{escape(str(v))}</code></td></tr>" for k, v in flat.items()
+    )
     return f"<table>{rows}</table>"
 
 

@@ -31,7 +31,8 @@ def messages_of(layout: Layout, row: Mapping[str, Any]) -> list[dict[str, str]]:
     """A row as chat messages; empty where the row has nothing to learn from. Not for plain text."""
     if layout == "chat":
         messages = [
-            {"role": str(m.get("role") or ""), "content": str(m.get("content") or "")} for m in row["messages"] or []
+            {"role": str(m.get("role") or ""), "content": str(m.get("content") or "")}
+            for m in row["messages"] or []
         ]
         complete = messages and messages[-1]["role"] == "assistant" and messages[-1]["content"].strip()
         return messages if complete else []

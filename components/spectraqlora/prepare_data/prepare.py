@@ -125,7 +125,9 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
         print(f"dropped {empty} empty and {too_long} over-long rows of {len(raw)}")
     if len(kept) < 2:
         raise InputError(
-            "data.max_length", settings.max_length, f"a length that leaves rows; {too_long} of {len(raw)} are longer"
+            "data.max_length",
+            settings.max_length,
+            f"a length that leaves rows; {too_long} of {len(raw)} are longer",
         )
     train_count, eval_count = split_sizes(len(kept), settings)
     held_out, train = kept[:eval_count], kept[eval_count : eval_count + train_count]

@@ -17,7 +17,9 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be a hub id: no such path, one slash or none, no file suffix."""
-    return not Path(source).exists() and Path(source).suffix not in LOADERS and source[:1] not in (".", "/", "~")
+    return (
+        not Path(source).exists() and Path(source).suffix not in LOADERS and source[:1] not in (".", "/", "~")
+    )
 
 
 def files_of(source: str) -> list[Path]:
@@ -96,7 +98,9 @@ def split_sizes(rows: int, settings: DataSettings) -> tuple[int, int]:
     held_out = min(round(rows * settings.eval_fraction), settings.max_eval_rows)
     if held_out < 1 or rows - held_out < 1:
         raise InputError(
-            "data.eval_fraction", settings.eval_fraction, f"a share that leaves rows on both sides of {rows} rows"
+            "data.eval_fraction",
+            settings.eval_fraction,
+            f"a share that leaves rows on both sides of {rows} rows",
         )
     return rows - held_out, held_out
 

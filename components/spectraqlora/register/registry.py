@@ -33,9 +33,17 @@ def register(
         if candidate.tags.get("merged_digest") == tags["merged_digest"]:
             client.set_registered_model_alias(name, CHALLENGER, candidate.version)
             return name, int(candidate.version)
+    # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = exported / "merged"
+    components = {
+        "model": AutoModelForCausalLM.from_pretrained(merged, use_safetensors=True),
+        "tokenizer": AutoTokenizer.from_pretrained(merged),
+    }
     with mlflow.start_run(run_id=run_id):
         info = mlflow.transformers.log_model(
-            transformers_model=str(exported / "merged"),
+            transformers_model=components,
             name="model",
             task="text-generation",
             pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],

@@ -13,12 +13,12 @@ from typing import Any
 from spectraqlora.sample.world import corpus, people, questions
 
 VERSION = 1
-PEOPLE = 120
-DOCUMENTS = 30_000
-STEPS = 900
-ROWS_PER_STEP = 32
+PEOPLE = 100
+DOCUMENTS = 20_000
+STEPS = 700
+ROWS_PER_STEP = 16
 TOKENS_PER_ROW = 64
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 4e-3
 
 
 def ensure_sample(cache: Path | None = None, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -39,7 +39,9 @@ def make_sample(folder: Path, seed: int = 42, progress: Callable[[int, int], Non
         world = people(seed, PEOPLE)
         documents = corpus(world, seed, DOCUMENTS)
         rows = questions(world, seed)
-        tokenizer = _tokenizer([*documents, *(f"Question: {r['question']}\nAnswer: {r['answer']}" for r in rows[:40])])
+        tokenizer = _tokenizer(
+            [*documents, *(f"Question: {r['question']}\nAnswer: {r['answer']}" for r in rows[:40])]
+        )
         model = _pretrain(tokenizer, documents, seed, progress)
         model.save_pretrained(scratch / "model", safe_serialization=True)
         tokenizer.save_pretrained(scratch / "model")
@@ -78,8 +80,8 @@ def _pretrain(
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=160,
-            intermediate_size=448,
+            hidden_size=128,
+            intermediate_size=352,
             num_hidden_layers=6,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -97,7 +99,9 @@ def _pretrain(
     rows = torch.tensor(stream[: count * TOKENS_PER_ROW]).view(count, TOKENS_PER_ROW)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05
+    )
     model.train()
     for step in range(STEPS):
         batch = rows[torch.randint(count, (ROWS_PER_STEP,), generator=generator)]

@@ -12,8 +12,18 @@ FACTS: dict[str, list[str]] = {
     "colour": "red blue green black white yellow purple orange pink brown".split(),
 }
 STATEMENTS = {
-    "city": ["{n} lives in {v} .", "the home of {n} is {v} .", "you can visit {n} in {v} .", "{n} is from {v} ."],
-    "job": ["{n} works as a {v} .", "the job of {n} is {v} .", "{n} earns money as a {v} .", "{n} is a {v} ."],
+    "city": [
+        "{n} lives in {v} .",
+        "the home of {n} is {v} .",
+        "you can visit {n} in {v} .",
+        "{n} is from {v} .",
+    ],
+    "job": [
+        "{n} works as a {v} .",
+        "the job of {n} is {v} .",
+        "{n} earns money as a {v} .",
+        "{n} is a {v} .",
+    ],
     "pet": ["{n} has a {v} .", "the pet of {n} is a {v} .", "{n} feeds the {v} .", "{n} owns a {v} ."],
     "colour": ["{n} likes {v} .", "the colour of {n} is {v} .", "{n} paints it {v} .", "{n} wears {v} ."],
 }
@@ -31,7 +41,9 @@ def people(seed: int, count: int) -> dict[str, dict[str, str]]:
     names: set[str] = set()
     while len(names) < count:
         names.add("".join(generator.choice(SYLLABLES) for _ in range(3)))
-    return {name: {kind: generator.choice(values) for kind, values in FACTS.items()} for name in sorted(names)}
+    return {
+        name: {kind: generator.choice(values) for kind, values in FACTS.items()} for name in sorted(names)
+    }
 
 
 def corpus(world: dict[str, dict[str, str]], seed: int, documents: int) -> list[str]:

@@ -12,9 +12,22 @@ from spectraqlora.errors import InputError
 from spectraqlora.snr.spectrum_format import spectrum_json
 
 FILENAME = "snr.parquet"
-COLUMNS = (
-    ["module", "layer", "type", "rows", "cols", "s1", "threshold", "signal", "noise", "snr", "calibrated", "above", "percentile", "source"]
-)
+COLUMNS = [
+    "module",
+    "layer",
+    "type",
+    "rows",
+    "cols",
+    "s1",
+    "threshold",
+    "signal",
+    "noise",
+    "snr",
+    "calibrated",
+    "above",
+    "percentile",
+    "source",
+]
 
 
 def write_table(table: pd.DataFrame, folder: Path) -> None:
