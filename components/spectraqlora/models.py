@@ -129,6 +129,7 @@ def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
 
 def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
     """The 4-bit model on the best device, evaluation mode, with its manifest."""
+    import bitsandbytes as bnb
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -138,6 +139,11 @@ def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
         dtype=getattr(torch, manifest.compute_dtype),
         device_map={"": device()},
     )
+    for module in model.modules():
+        # In evaluation mode bitsandbytes repacks weights for its bfloat16 CPU kernel: it fails unless the
+        # input width is a multiple of 64, and the numbers would depend on the machine.
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     model.eval()
     return model, manifest
 

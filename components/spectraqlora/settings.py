@@ -71,7 +71,7 @@ class SelectSettings(_Section):
         description="What ranks modules: weight SNR (Spectrum), or task gradient energy per parameter",
     )
     calibration_batches: int = Field(4, ge=2, description="Batches for the gradient sketches")
-    sketch_size: int = Field(48, ge=4, description="Side of the two-sided gradient sketch")
+    sketch_size: int = Field(128, ge=4, description="Side of the two-sided gradient sketch")
     rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random)")
     alpha_over_rank: float = Field(
         2.0, gt=0, description="LoRA alpha divided by rank, the same for every module"

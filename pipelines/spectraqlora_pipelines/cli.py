@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
+from spectraqlora.quiet import hush
 from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
 
 COMPILED = Path(__file__).resolve().parents[1] / "ablation.yaml"
@@ -138,7 +138,6 @@ def run(
             for name in ("model", "data", "snr", "select", "train", "evaluate", "tracking")
         },
     }
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     steps = 6 + len(settings.methods) * (1 + 2 * settings.rounds)
     with _bars() as bars:
         whole = bars.add_task("starting", total=steps)
@@ -362,6 +361,7 @@ def main() -> None:
     """Entry point: exit code 0 when all went well, 2 for bad input, 1 for a failed step, 130 for Ctrl-C."""
     from spectraqlora_pipelines.local_run import StepFailed
 
+    hush()
     try:
         app()
     except InputError as error:

@@ -1,9 +1,9 @@
 """Gradients of the loss with respect to full weights, kept only as random sketches.
 
 For a linear layer y = x Wᵀ the gradient is G = δᵀx summed over tokens. Per batch and module we keep
-Y = Gᵀ P (in x k) with P (out x k) Gaussian of variance 1/k, the same for equal shapes; the two-sided
-sketch is Qᵀ Y (k x k). Gaussian projections keep inner products in expectation (Johnson-Lindenstrauss),
-so cosines between sketches estimate cosines between gradients.
+Y = Gᵀ P (in x k) with P (out x k) a scaled random orthonormal basis, the same for equal shapes; the two-sided
+sketch is Qᵀ Y (k x k). Such projections keep inner products in expectation (Johnson-Lindenstrauss), with
+less variance than Gaussian ones, so cosines between sketches estimate cosines between gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _projection(features: int, size: int, seed: int, device: torch.device) -> to
     if size >= features:
         return torch.eye(features, device=device)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + features)
-    return (torch.randn(features, size, generator=generator) / size**0.5).to(device)
+    basis = torch.linalg.qr(torch.randn(features, size, generator=generator))[0]
+    return (basis * (features / size) ** 0.5).to(device)
 
 
 def sketch_gradients(

@@ -15,6 +15,7 @@ import torch
 
 IQR_OF_NORMAL = 1.349
 """Interquartile range of a normal distribution in standard deviations, rounded as Spectrum rounds it."""
+EXACT_BELOW = 1e-6
 _REFERENCE_SIDE = 512
 
 
@@ -33,15 +34,14 @@ class SnrStatistics:
 def singular_values(weight: torch.Tensor) -> torch.Tensor:
     """Singular values of an (n, m) matrix, descending, float64, from the smaller Gram matrix.
 
-    Squaring loses the values below about 1e-8 of the largest; where the smallest are that small, and
-    could therefore matter to the quartiles, the exact routine is used instead.
+    Squaring leaves a value of relative size v an error of about 1e-16 / v^2; where the smallest is below
+    `EXACT_BELOW` of the largest, the exact routine is used instead.
     """
     matrix = weight.double()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     values = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp_min(0).sqrt()
-    quarter = values[int(0.75 * (len(values) - 1)) :][0] if len(values) else values
-    if len(values) and float(quarter) < 1e-5 * float(values[0]):
+    if float(values[-1]) < EXACT_BELOW * float(values[0]):
         return torch.linalg.svdvals(matrix)
     return values
 
@@ -66,6 +66,8 @@ def from_singular_values(values: torch.Tensor, shape: tuple[int, int]) -> SnrSta
     """SNR statistics of descending singular values of a matrix of `shape`."""
     s = values.double()
     s1 = float(s[0])
+    # Below the rounding of float64 a singular value says nothing: it counts as zero, as in a rank.
+    s = torch.where(s > s1 * torch.finfo(torch.float64).eps * max(shape), s, 0.0)
     if s1 == 0:
         return _DEGENERATE
     quartiles = torch.quantile(s, torch.tensor([0.25, 0.75], dtype=torch.float64))

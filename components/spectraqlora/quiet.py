@@ -1,0 +1,14 @@
+"""Notes of libraries about optional extras do not belong on a user's screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def hush() -> None:
+    """Show only errors of the libraries whose notes drown the steps' own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "transformers", "alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,137 @@
+"""Adapters are exactly what the rank map says, and stay it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from spectraqlora import adapters
+from spectraqlora.artifacts import ModuleRank, QuantizedModel, RankMap
+from spectraqlora.errors import InputError
+from spectraqlora.models import load_quantized
+from spectraqlora.re_evaluate.next_round import carry_over
+
+
+def rank_map(quantized: Path, ranks: dict[str, int], groups: dict[str, int] | None = None) -> RankMap:
+    manifest = QuantizedModel.read(quantized)
+    return RankMap(
+        method="alors",
+        round=1,
+        base_digest=manifest.base_digest,
+        settings={},
+        modules=[
+            ModuleRank(
+                module=m.module,
+                type=m.type,
+                layer=m.layer,
+                tier="high" if ranks.get(m.module) else "frozen-base",
+                rank=ranks.get(m.module, 0),
+                alpha=2.0 * ranks.get(m.module, 0),
+                group=(groups or {}).get(m.module),
+            )
+            for m in manifest.modules
+        ],
+    )
+
+
+Q0, Q1, DOWN = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.2.mlp.down_proj",
+)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    torch.manual_seed(3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.05)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 23)[None]).logits
+
+
+def test_mixed_ranks_reload_with_peft_alone_and_identical_logits(quantized: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    wrapped = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 2, Q1: 8, DOWN: 4}))
+    randomize(wrapped)
+    wrapped.eval()
+    before = logits(wrapped)
+    adapters.save(wrapped, tmp_path, "base")
+    again = PeftModel.from_pretrained(load_quantized(quantized)[0], tmp_path).eval()
+    assert torch.equal(logits(again), before)
+    assert set(adapters.lora_layers(wrapped)) == {Q0, Q1, DOWN}
+
+
+def test_shared_pairs_count_once_stay_shared_and_export_as_copies(quantized: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    alone = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 4, Q1: 4}))
+    shared_map = rank_map(quantized, {Q0: 4, Q1: 4}, {Q0: 0, Q1: 0})
+    shared = adapters.attach(load_quantized(quantized)[0], shared_map)
+    assert adapters.trainable_parameters(alone) == 2 * adapters.trainable_parameters(shared)
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(shared, shared_map, 0.01))
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 2
+    ids = torch.arange(3, 23)[None]
+    for _ in range(3):
+        shared(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs = adapters.pairs(shared)
+    assert torch.equal(pairs[f"{Q0}.lora_B"], pairs[f"{Q1}.lora_B"])
+    assert pairs[f"{Q0}.lora_B"].abs().sum() > 0
+    shared.eval()
+    adapters.save(shared, tmp_path, "base")
+    again = PeftModel.from_pretrained(load_quantized(quantized)[0], tmp_path).eval()
+    assert torch.equal(logits(again), logits(shared))
+
+
+def test_growing_keeps_the_function_and_shrinking_stays_within_its_reported_error(quantized: Path) -> None:
+    old = rank_map(quantized, {Q0: 4, DOWN: 4})
+    wrapped = adapters.attach(load_quantized(quantized)[0], old)
+    randomize(wrapped)
+    weights = adapters.pairs(wrapped)
+    new = rank_map(quantized, {Q0: 8, DOWN: 2}).model_copy(update={"round": 2})
+    carried, errors = carry_over(weights, old, new, seed=1)
+
+    def product(pairs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        return pairs[f"{name}.lora_B"] @ pairs[f"{name}.lora_A"]
+
+    assert carried[f"{Q0}.lora_A"].shape[0] == 8
+    torch.testing.assert_close(product(carried, Q0), product(weights, Q0), rtol=0, atol=0)
+    assert carried[f"{Q0}.lora_A"][4:].abs().min() > 0
+    drift = (product(carried, DOWN) - product(weights, DOWN)).norm() / product(weights, DOWN).norm()
+    assert float(drift) == pytest.approx(errors[DOWN], rel=1e-3)
+    assert 0 < errors[DOWN] < 1
+
+
+def test_learning_rates_follow_the_map(quantized: Path) -> None:
+    ranks = rank_map(quantized, {Q0: 4, DOWN: 4})
+    ranks.modules = [m.model_copy(update={"lr_scale": 3.0}) if m.module == Q0 else m for m in ranks.modules]
+    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    groups = adapters.parameter_groups(wrapped, ranks, 1e-3)
+    assert [g["lr"] for g in groups] == pytest.approx([1e-3, 3e-3])
+
+
+def test_frozen_tiers_do_not_train(quantized: Path) -> None:
+    ranks = rank_map(quantized, {Q0: 4, DOWN: 4})
+    ranks.modules = [m.model_copy(update={"tier": "frozen"}) if m.module == Q0 else m for m in ranks.modules]
+    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert trained and all(DOWN in name for name in trained)
+
+
+def test_a_rank_map_of_another_base_is_refused(quantized: Path) -> None:
+    with pytest.raises(InputError, match="another one"):
+        rank_map(quantized, {Q0: 4}).check_base("0" * 64)
+
+
+def test_a_merged_adapter_gives_the_adapters_logits(quantized: Path) -> None:
+    base = load_quantized(quantized)[0].dequantize()
+    wrapped = adapters.attach(base, rank_map(quantized, {Q0: 4, DOWN: 8}))
+    randomize(wrapped)
+    wrapped.eval()
+    before = logits(wrapped)
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), before, rtol=1e-4, atol=1e-4)

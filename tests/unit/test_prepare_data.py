@@ -1,0 +1,88 @@
+"""Layouts, splits, masks, dropping and bad sources."""
+
+import json
+from pathlib import Path
+
+import pytest
+from spectraqlora.artifacts import PreparedData
+from spectraqlora.errors import InputError
+from spectraqlora.prepare_data.layouts import messages_of, recognise
+from spectraqlora.prepare_data.prepare import prepare
+from spectraqlora.prepare_data.source import check_source
+from spectraqlora.rows import load_rows
+from spectraqlora.settings import DataSettings
+
+
+def _jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "chat"),
+        ({"prompt": "q", "completion": "a"}, "prompt-completion"),
+        ({"question": "q", "answer": "a", "id": 1}, "question-answer"),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca"),
+    ],
+)
+def test_layouts_become_the_same_messages(row: dict, layout: str) -> None:
+    assert recognise(row) == layout
+    assert [m["content"] for m in messages_of(layout, row)] == ["q", "a"]
+
+
+def test_unknown_columns_list_what_was_found_and_what_is_known() -> None:
+    with pytest.raises(InputError, match=r"foo.*question-answer"):
+        recognise(["foo", "bar"])
+
+
+def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"who is {i}?", "answer": "red"} for i in range(18)]
+    rows += [{"question": "x", "answer": ""}, {"question": "y " * 300, "answer": "blue"}]
+    source = _jsonl(tmp_path / "d.jsonl", rows)
+    out = tmp_path / "out"
+    found = prepare(DataSettings(source=source, max_length=64), str(quantized / "model"), 1, out)
+    assert (found.dropped_empty, found.dropped_long) == (1, 1)
+    assert found.train_rows + found.eval_rows == 18
+    from spectraqlora.models import load_tokenizer
+
+    tokenizer = load_tokenizer(quantized / "model")
+    row = load_rows(out, "train")[0]
+    counted = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(counted) == "red</s>"
+    assert tokenizer.decode(row["input_ids"]).startswith("<s>Question: who is")
+    assert PreparedData.read(out).answers[0]["answer"] == "red"
+
+
+def test_plain_text_counts_every_token_and_packs_to_full_sequences(quantized: Path, tmp_path: Path) -> None:
+    source = _jsonl(tmp_path / "t.jsonl", [{"text": "mara likes red . " * 5} for _ in range(30)])
+    prepare(DataSettings(source=source, max_length=32, pack=True), str(quantized / "model"), 1, tmp_path / "o")
+    rows = load_rows(tmp_path / "o", "train")
+    assert all(len(r["input_ids"]) == 32 and r["labels"] == r["input_ids"] for r in rows)
+
+
+def test_the_split_is_the_seeds(quantized: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    digests = [
+        prepare(DataSettings(source=str(tiny_rows)), str(quantized / "model"), seed, tmp_path / str(i)).digest
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_bad_sources_are_refused_with_one_line(tmp_path: Path) -> None:
+    good = [{"text": "a"}] * 3
+    cases = {
+        "missing": (str(tmp_path / "none.jsonl"), {}, "existing file"),
+        "empty": (_jsonl(tmp_path / "e.jsonl", []), {}, "empty"),
+        "columns": (_jsonl(tmp_path / "c.jsonl", [{"a": 1}]), {}, "known layout"),
+        "kind": (_jsonl(tmp_path / "x.txt", good), {}, "one of .jsonl"),
+        "fraction": (_jsonl(tmp_path / "f.jsonl", good), {"eval_fraction": 0.01}, "eval_fraction"),
+    }
+    for name, (source, extra, words) in cases.items():
+        with pytest.raises(InputError, match=words) as caught:
+            check_source(DataSettings(source=source, **extra))
+        assert "\n" not in str(caught.value), name
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\nnot json\n')
+    with pytest.raises(InputError, match="line 2"):
+        check_source(DataSettings(source=str(tmp_path / "b.jsonl")))
