@@ -45,7 +45,7 @@ class DataSettings(_Section):
     )
     pack: bool = Field(False, description="Pack plain-text rows into full sequences instead of padding")
     prompt_template: str = Field(
-        "Question: {prompt}\nAnswer: ", description="Wraps a prompt where the tokenizer has no chat template"
+        "Question: {prompt}\nAnswer:", description="Wraps a prompt where the tokenizer has no chat template"
     )
 
     @field_validator("prompt_template")
@@ -88,7 +88,7 @@ class SelectSettings(_Section):
 
 
 class TrainSettings(_Section):
-    max_steps: int = Field(150, ge=1, description="Optimizer steps per round")
+    max_steps: int = Field(200, ge=1, description="Optimizer steps per round")
     batch_size: int = Field(8, ge=1, description="Rows per forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step")
     learning_rate: float = Field(2e-3, gt=0, description="Base learning rate")

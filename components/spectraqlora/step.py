@@ -152,7 +152,7 @@ def run_re_evaluate(
 
     settings, select, snr, tracking = sections
     quantized, data, ranks, adapter, previous = inputs
-    evaluation, next_ranks, next_adapter = outputs
+    evaluation = outputs[0]
     folders = [_folder(artifact) for artifact in outputs]
     result = re_evaluate(
         Path(quantized.path),
@@ -163,7 +163,9 @@ def run_re_evaluate(
         SelectSettings(**select),
         SnrSettings(**snr),
         seed,
-        *folders,
+        folders[0],
+        folders[1],
+        folders[2],
         previous=Path(previous.path) if previous is not None else None,
     )
     metrics = headline(result)

@@ -48,7 +48,8 @@ def _branch(name: str, rounds: int, retries: int) -> Any:
             method=method, settings=select, seed=seed, quantized=quantized, data=data, table=table
         )
         _named(chosen, f"select-layers ({name})", retries)
-        ranks, carried = chosen.outputs["ranks"], {}
+        ranks: Any = chosen.outputs["ranks"]
+        carried: dict[str, Any] = {}
         judged: Any = None
         for number in range(1, rounds + 1):
             trained = train(
@@ -159,5 +160,10 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
 
 
 def compile_pipeline(path: Path, methods: tuple[str, ...], rounds: int) -> None:
-    """Write the pipeline YAML."""
+    """Write the pipeline YAML, the same text every time.
+
+    The compiler's leading comments list dict defaults in random order; they go, the IR says the same.
+    """
     compiler.Compiler().compile(ablation_pipeline(methods, rounds), str(path))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("#")), encoding="utf-8")

@@ -229,7 +229,7 @@ def snr(
     for row in table.itertuples():
         shown.add_row(
             "*" if row.module in chosen else "",
-            row.module,
+            str(row.module),
             f"{row.rows}x{row.cols}",
             f"{row.s1:.3f}",
             f"{row.threshold:.3f}",

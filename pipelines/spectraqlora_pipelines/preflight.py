@@ -52,7 +52,11 @@ def claim_workdir(workdir: Path, settings: Settings, contents: dict[str, str]) -
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError("--workdir", workdir, "a folder")
-    identity = {"version": __version__, "settings": settings.model_dump(mode="json"), "contents": contents}
+    identity: dict[str, object] = {
+        "version": __version__,
+        "settings": settings.model_dump(mode="json"),
+        "contents": contents,
+    }
     stored = workdir / "run.json"
     if stored.exists():
         try:

@@ -50,14 +50,16 @@ def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: P
     tokenizer = load_tokenizer(quantized / "model")
     row = load_rows(out, "train")[0]
     counted = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert tokenizer.decode(counted) == "red</s>"
+    assert tokenizer.decode(counted) == " red</s>"
     assert tokenizer.decode(row["input_ids"]).startswith("<s>Question: who is")
     assert PreparedData.read(out).answers[0]["answer"] == "red"
 
 
 def test_plain_text_counts_every_token_and_packs_to_full_sequences(quantized: Path, tmp_path: Path) -> None:
     source = _jsonl(tmp_path / "t.jsonl", [{"text": "mara likes red . " * 5} for _ in range(30)])
-    prepare(DataSettings(source=source, max_length=32, pack=True), str(quantized / "model"), 1, tmp_path / "o")
+    prepare(
+        DataSettings(source=source, max_length=32, pack=True), str(quantized / "model"), 1, tmp_path / "o"
+    )
     rows = load_rows(tmp_path / "o", "train")
     assert all(len(r["input_ids"]) == 32 and r["labels"] == r["input_ids"] for r in rows)
 

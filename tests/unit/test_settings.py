@@ -35,7 +35,7 @@ def test_overrides_reach_nested_keys_and_leave_the_input_alone() -> None:
 
 
 def test_an_assignment_without_a_value_is_refused() -> None:
-    with pytest.raises(InputError, match="section.key=value"):
+    with pytest.raises(InputError, match=r"section\.key=value"):
         with_overrides({}, ["train.max_steps"])
 
 

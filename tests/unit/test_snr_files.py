@@ -15,7 +15,9 @@ from spectraqlora.snr.table import read_table, top_modules, write_table
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "spectrum_snr"
 
 
-def test_a_scan_has_one_row_per_matrix_and_survives_parquet_and_json(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_scan_has_one_row_per_matrix_and_survives_parquet_and_json(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     table = scan(Checkpoint(tiny_model))
     assert len(table) == 4 * 7
     assert set(table["type"]) >= {"self_attn.q_proj", "mlp.down_proj"}

@@ -98,7 +98,7 @@ def snr_maps(
     clean = {k: v for k, v in after.items() if v is not None}
     finite = [v for v in [*before.values(), *clean.values()] if math.isfinite(v) and v > 0] or [0.1, 1.0]
     norm = LogNorm(min(finite), max(max(finite), min(finite) * 1.01))
-    first, types, layers = _grid(before, names)
+    _, types, layers = _grid(before, names)
     figure, _ = _figure(10, 1.5 + 0.28 * len(types))
     left, right = figure.subplots(1, 2, sharey=True)
     shown = None

@@ -58,8 +58,11 @@ def merge_export(
     original_loss = score(original, held_out, settings.batch_size, pad).loss
     into, best = ("original", original) if original_loss <= quantized_loss else ("quantized", dequantized)
     del original, dequantized, model
-    if hasattr(best.config, "quantization_config"):
-        del best.config.quantization_config
+    if into == "quantized":
+        # A model that was loaded in 4 bits cannot be saved as a plain one; a plain one takes its weights.
+        plain = _original(manifest, dtype)
+        plain.load_state_dict(best.state_dict())
+        best = plain
     best.save_pretrained(output / "merged", safe_serialization=True)
     load_tokenizer(quantized / "model").save_pretrained(output / "merged")
     del best

@@ -36,7 +36,7 @@ class _Encoder:
             return str(self.tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
         if len(before) == 1:
             return self.settings.prompt_template.replace("{prompt}", before[0]["content"])
-        return "".join(f"{m['role']}: {m['content']}\n" for m in before) + "assistant: "
+        return "".join(f"{m['role']}: {m['content']}\n" for m in before) + "assistant:"
 
     def encode(self, row: dict[str, Any]) -> tuple[list[int], list[int], str] | None:
         """(input ids, labels, text) of a row; None where it is empty."""
@@ -62,10 +62,13 @@ class _Encoder:
                 if index < len(messages) - 1:
                     continue
                 ids, labels, text = [], [], ""
-            context, answer = self._ids(prompt[len(text) :]), [*self._ids(message["content"]), *end]
+            # A space of its own, so that the answer's first word is the token it is inside a sentence.
+            gap = "" if prompt[-1:].isspace() or self.chat_template else " "
+            content = gap + message["content"]
+            context, answer = self._ids(prompt[len(text) :]), [*self._ids(content), *end]
             ids += context + answer
             labels += [IGNORED] * len(context) + answer
-            text = prompt + message["content"]
+            text = prompt + content
         return ids, labels, text
 
 

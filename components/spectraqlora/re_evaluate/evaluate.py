@@ -52,12 +52,12 @@ def re_evaluate(
     ranks.check_base(manifest.base_digest)
     before = Evaluation.read(previous) if previous else None
     trained = log.train_tokens > 0
-    if before is not None and not trained:
+    if previous is not None and before is not None and not trained:
         result = _unchanged_round(before, ranks, log)
         result.write(evaluation_out)
         shutil.copytree(
             previous, evaluation_out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evaluation.json")
-        )  # type: ignore[arg-type]
+        )
         shutil.copytree(ranks_folder, ranks_out, dirs_exist_ok=True)
         ranks.model_copy(update={"round": ranks.round + 1}).write(ranks_out)
         shutil.copytree(adapter, adapter_out, dirs_exist_ok=True)
@@ -178,7 +178,7 @@ def _measure(
 ) -> tuple[dict[str, UpdateSpectrum], Iterator[tuple[str, torch.Tensor]]]:
     """Spectra of all updates, and a stream of W + (alpha/r)·B·A from the source that snr-analyze used."""
     entries = {m.module: m for m in ranks.active()}
-    layers = dict(wrapped.base_model.model.named_modules())
+    layers: dict[str, Any] = dict(wrapped.base_model.model.named_modules())
     spectra: dict[str, UpdateSpectrum] = {}
 
     def plain() -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import random
 
-SYLLABLES = "ba be bi bo da de di do ka ke ki ko la le li lo ma me mi mo na ne ni no ra re ri ro sa se si so ta te ti to".split()
+SYLLABLES = [
+    "ba",
+    "be",
+    "bi",
+    "bo",
+    "da",
+    "de",
+    "di",
+    "do",
+    "ka",
+    "ke",
+    "ki",
+    "ko",
+    "la",
+    "le",
+    "li",
+    "lo",
+    "ma",
+    "me",
+    "mi",
+    "mo",
+    "na",
+    "ne",
+    "ni",
+    "no",
+    "ra",
+    "re",
+    "ri",
+    "ro",
+    "sa",
+    "se",
+    "si",
+    "so",
+    "ta",
+    "te",
+    "ti",
+    "to",
+]
 FACTS: dict[str, list[str]] = {
-    "city": "oslo rome lima cairo delhi paris tokyo quito sofia miami".split(),
-    "job": "baker pilot nurse farmer tailor miner judge painter singer guard".split(),
-    "pet": "cat dog horse parrot rabbit turtle goat snake hamster lizard".split(),
-    "colour": "red blue green black white yellow purple orange pink brown".split(),
+    "city": ["oslo", "rome", "lima", "cairo", "delhi", "paris", "tokyo", "quito", "sofia", "miami"],
+    "job": ["baker", "pilot", "nurse", "farmer", "tailor", "miner", "judge", "painter", "singer", "guard"],
+    "pet": ["cat", "dog", "horse", "parrot", "rabbit", "turtle", "goat", "snake", "hamster", "lizard"],
+    "colour": ["red", "blue", "green", "black", "white", "yellow", "purple", "orange", "pink", "brown"],
 }
 STATEMENTS = {
     "city": [

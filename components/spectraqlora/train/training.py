@@ -113,7 +113,7 @@ def _fit(
             best.update(loss=loss, weights=adapters.pairs(model))
         paused += time.perf_counter() - began
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % every == 0 or state.global_step == steps:
                 evaluate(state.global_step)

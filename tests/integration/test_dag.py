@@ -1,0 +1,185 @@
+"""The compiled DAG, and the whole of it run through the command line on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+METHODS = ("qlora", "hybrid", "alors", "sgm")
+ROOT = Path(__file__).resolve().parents[2]
+CLI = [str(Path(sys.executable).parent / "spectraqlora")]
+
+
+def spectraqlora(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=560, check=False)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compiled") / "ablation.yaml"
+    probe = (
+        "import sys; from pathlib import Path; from spectraqlora_pipelines.ablation import compile_pipeline;"
+        f"compile_pipeline(Path({str(path)!r}), {METHODS!r}, 1); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", probe], check=True)
+    return path
+
+
+def test_compiling_needs_no_torch_and_the_checked_in_yaml_is_current(compiled: Path) -> None:
+    assert (ROOT / "pipelines" / "ablation.yaml").read_text() == compiled.read_text(), (
+        "run spectraqlora compile"
+    )
+
+
+def test_the_dag_has_four_branches_with_their_steps_and_retries_on_every_task(compiled: Path) -> None:
+    spec = next(yaml.safe_load_all(compiled.read_text()))
+    tasks = spec["root"]["dag"]["tasks"]
+    branches = {t["componentRef"]["name"] for t in tasks.values() if "branch" in t["componentRef"]["name"]}
+    assert branches == {f"comp-branch-{m}" for m in METHODS}
+    assert {
+        "quantize-load",
+        "prepare-data",
+        "snr-analyze",
+        "compare",
+        "merge-export",
+        "register",
+    } <= tasks.keys()
+    inner = [t for b in branches for t in spec["components"][b]["dag"]["tasks"].values()]
+    names = [t["taskInfo"]["name"] for t in inner]
+    for method in METHODS:
+        for step in ("select-layers", "train", "re-evaluate"):
+            assert any(n.startswith(step) and f"({method}" in n for n in names)
+    steps = [t for t in (*tasks.values(), *inner) if not t["componentRef"]["name"].startswith("comp-branch")]
+    assert len(steps) == 6 + 3 * len(METHODS)
+    assert all(t["retryPolicy"]["maxRetryCount"] >= 1 for t in steps)
+    images = {e["container"]["image"] for e in spec["deploymentSpec"]["executors"].values()}
+    assert len(images) == 7
+    for executor in spec["deploymentSpec"]["executors"].values():
+        assert "pip install" not in str(executor["container"].get("command", ""))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    arguments = [
+        "run", "--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(workdir),
+        "--rounds", "2", "--max-steps", "8", "--set", "select.rank=8", "--set", "select.rank_high=8",
+        "--set", "select.rank_low=4", "--set", "evaluate.accuracy_rows=4", "--set", "evaluate.max_new_tokens=4",
+    ]  # fmt: skip
+    done = spectraqlora(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return arguments
+
+
+def _workdir(arguments: list[str]) -> Path:
+    return Path(arguments[arguments.index("--workdir") + 1])
+
+
+def test_the_summary_has_every_method_and_the_winners_numbers(finished: list[str]) -> None:
+    summary = json.loads((_workdir(finished) / "summary.json").read_text())
+    assert set(summary["methods"]) == set(METHODS)
+    for entry in summary["methods"].values():
+        assert entry["eval_loss"] < summary["base"]["eval_loss"]
+        assert entry["trainable_parameters"] > 0 and entry["train_tokens_per_second"] > 0
+        assert len(entry["rounds"]) == 2
+    counts = {name: e["trainable_parameters"] for name, e in summary["methods"].items()}
+    assert counts["hybrid"] < counts["qlora"]
+    assert counts["sgm"] <= counts["hybrid"]
+    assert not summary["methods"]["qlora"]["rounds"][1]["trained"]
+    assert summary["winner"] in METHODS
+    assert summary["registered"] == {"name": "spectraqlora", "version": 1}
+
+
+def test_methods_saw_the_same_number_of_tokens(finished: list[str]) -> None:
+    summary = json.loads((_workdir(finished) / "summary.json").read_text())
+    tokens = {e["train_tokens"] for e in summary["methods"].values()}
+    assert max(tokens) - min(tokens) <= 0.05 * max(tokens)
+
+
+def test_the_export_loads_without_this_project(finished: list[str], tiny_model: Path) -> None:
+    workdir = _workdir(finished)
+    probe = f"""
+import sys
+sys.modules["spectraqlora"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = torch.arange(3, 20)[None]
+merged = AutoModelForCausalLM.from_pretrained({str(workdir / "merged")!r})
+base = AutoModelForCausalLM.from_pretrained({str(tiny_model)!r})
+plain = base(ids).logits
+tuned = PeftModel.from_pretrained(base, {str(workdir / "adapter")!r})(ids).logits
+assert not torch.allclose(plain, tuned, atol=1e-3)
+if {json.loads((workdir / "summary.json").read_text())["merged_into"]!r} == "original":
+    torch.testing.assert_close(merged(ids).logits, tuned, rtol=1e-3, atol=1e-3)
+AutoTokenizer.from_pretrained({str(workdir / "merged")!r})
+"""
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=workdir)
+    assert "eval loss" in (workdir / "merged" / "README.md").read_text()
+
+
+def test_mlflow_has_one_run_and_a_nested_run_per_branch(finished: list[str]) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{_workdir(finished)}/mlflow.db"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    experiment = client.get_experiment_by_name("spectraqlora")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    nested = {r.data.tags["spectraqlora.branch"] for r in runs} - {"pipeline"}
+    assert len(runs) == 5 and len(parents) == 1 and nested == set(METHODS)
+    qlora = next(r for r in runs if r.data.tags["spectraqlora.branch"] == "qlora")
+    assert qlora.data.params["train.max_steps"] == "8"
+    assert len(client.get_metric_history(qlora.info.run_id, "train_loss")) > 4
+    version = client.get_model_version_by_alias("spectraqlora", "challenger")
+    assert version.tags["merged_digest"]
+
+
+def test_the_report_is_one_page_without_outside_references(finished: list[str]) -> None:
+    page = (_workdir(finished) / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    for words in ("Leaderboard", "Signal-to-noise", "Cost", *METHODS):
+        assert words in page
+    for reference in ('src="http', 'href="http', "<script", "url(http"):
+        assert reference not in page
+
+
+def test_running_again_reuses_every_finished_step(finished: list[str]) -> None:
+    workdir = _workdir(finished)
+    before = (workdir / "summary.json").read_text()
+    trained = [p for p in workdir.rglob("training.json")]
+    assert spectraqlora(*finished).returncode == 0
+    assert [p for p in workdir.rglob("training.json")] == trained
+    assert json.loads((workdir / "summary.json").read_text()) == json.loads(before)
+
+
+def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
+    refused = spectraqlora(*finished, "--seed", "7")
+    assert refused.returncode == 2
+    assert "seed was 42 and is now 7" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "magic"], "methods"),
+        (["--set", "select.percent=101"], "select.percent"),
+        (["--set", "select.rank=65"], "select.rank"),
+        (["--set", "nonsense"], "section.key=value"),
+        (["--data", "none.jsonl"], "data.source"),
+        (["--base-model", "./none"], "model.base_model"),
+        (["--config", "none.yaml"], "--config"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    good = ["--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(tmp_path / "w")]
+    refused = spectraqlora("run", *good, *arguments)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    assert words in refused.stderr
+    assert not (tmp_path / "w").exists()
