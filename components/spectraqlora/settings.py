@@ -83,7 +83,7 @@ class SelectSettings(_Section):
     high_lr: float = Field(
         1.5, gt=0, description="alors: high tier's learning rate relative to the medium tier's"
     )
-    similarity: float = Field(0.5, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
+    similarity: float = Field(0.05, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
     gradient_init: bool = Field(True, description="sgm: start A from the group's gradient, else Kaiming")
 
 

@@ -23,6 +23,7 @@ from spectraqlora.artifacts import (
     write_text,
 )
 from spectraqlora.errors import InputError
+from spectraqlora.quiet import hush
 from spectraqlora.settings import (
     DataSettings,
     EvaluateSettings,
@@ -40,6 +41,7 @@ ERROR_PREFIX = "error: "
 def _step(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        hush()
         try:
             function(*args, **kwargs)
         except InputError as error:
@@ -121,19 +123,24 @@ def run_train(
     tracker = Tracker(TrackingSettings(**tracking), run_key)
     method = RankMap.read(ranks.path).method
     branch = tracker.branch_run(method)
-    tracker.log_params(branch, {"method": method, "seed": seed, "train": settings, "evaluate": evaluate})
+    # KFP hands every number over as a float; the sections give them their types back.
+    section, scoring = TrainSettings(**settings), EvaluateSettings(**evaluate)
+    tracker.log_params(
+        branch,
+        {"method": method, "seed": seed, "train": section.model_dump(), "evaluate": scoring.model_dump()},
+    )
     log: TrainingLog = train(
         Path(quantized.path),
         Path(data.path),
         Path(ranks.path),
-        TrainSettings(**settings),
-        EvaluateSettings(**evaluate),
+        section,
+        scoring,
         seed,
         rounds,
         _folder(adapter),
         Path(previous.path) if previous is not None else None,
     )
-    offset = (log.round - 1) * TrainSettings(**settings).max_steps
+    offset = (log.round - 1) * section.max_steps
     tracker.log_curve(branch, "train_loss", [(step + offset, loss) for step, loss in log.loss_curve])
     tracker.log_curve(branch, "eval_loss_curve", [(step + offset, loss) for step, loss in log.eval_curve])
     tracker.log_file(branch, Path(ranks.path) / RankMap.filename(), f"round-{log.round}")
@@ -173,7 +180,8 @@ def run_re_evaluate(
         evaluation.log_metric(name, value)
     tracker = Tracker(TrackingSettings(**tracking), run_key)
     branch = tracker.branch_run(result.method)
-    tracker.log_params(branch, {"select": select, "snr": snr})
+    chosen = {"select": SelectSettings(**select).model_dump(), "snr": SnrSettings(**snr).model_dump()}
+    tracker.log_params(branch, chosen)
     tracker.log_metrics(branch, metrics)
     tracker.set_tags(branch, {"base_digest": result.base_digest, "data_digest": result.data_digest})
     for path in sorted(folders[0].iterdir()):

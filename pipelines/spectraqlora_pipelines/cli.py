@@ -314,7 +314,7 @@ def _bars() -> Progress:
 
 def _show(summary: dict[str, Any]) -> None:
     base = summary["base"]
-    table = Table(title="Leaderboard")
+    table = Table(title="Leaderboard: eval loss, perplexity, exact answers, trained parameters, cost")
     for column in (
         "method",
         "eval loss",
@@ -333,15 +333,15 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row(
         "base (4-bit)",
         f"{base['eval_loss']:.4f}",
-        f"{base['perplexity']:.3f}",
+        f"{base['perplexity']:.4g}",
         percent(base["accuracy"]),
         *[""] * 4,
     )
     for name, entry in summary["methods"].items():
         table.add_row(
-            f"[bold green]{name} (winner)[/]" if name == summary["winner"] else name,
+            f"[bold green]{name} *[/]" if name == summary["winner"] else name,
             f"{entry['eval_loss']:.4f}",
-            f"{entry['perplexity']:.3f}",
+            f"{entry['perplexity']:.2f}",
             percent(entry["accuracy"]),
             f"{entry['trainable_parameters']:,}",
             f"{entry['train_seconds']:.1f}",
@@ -349,6 +349,7 @@ def _show(summary: dict[str, Any]) -> None:
             f"{entry['peak_memory_bytes'] / 2**20:.0f}",
         )
     console.print(table)
+    console.print(f"* Winner: {summary['winner']}")
     registered = summary["registered"]
     console.print(
         f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "
