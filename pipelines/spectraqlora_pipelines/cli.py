@@ -114,7 +114,10 @@ def run(
     if runner not in ("subprocess", "docker"):
         raise InputError("--runner", runner, "subprocess or docker")
     from spectraqlora_pipelines import preflight
-    from spectraqlora_pipelines.local_run import collect, run_locally
+    from spectraqlora_pipelines.local_run import check_images, collect, run_locally
+
+    if runner == "docker":
+        check_images()
 
     base, source = _resolve_sample(settings)
     base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))

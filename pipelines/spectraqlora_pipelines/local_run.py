@@ -91,7 +91,6 @@ def run_locally(
 
     log = workdir / "run.log"
     if runner == "docker":
-        _check_images(settings)
         chosen: Any = local.DockerRunner()
     else:
         chosen = local.SubprocessRunner(use_venv=False)
@@ -139,7 +138,8 @@ def _last(tail: list[str]) -> str:
     return repr((telling or tail or [""])[-1])
 
 
-def _check_images(settings: Settings) -> None:
+def check_images() -> None:
+    """Refuse the docker runner where Docker or a step image is missing."""
     if shutil.which("docker") is None:
         raise InputError("--runner", "docker", "a Docker engine; no docker command was found, use subprocess")
     import subprocess
