@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
-from spectraqlora.artifacts import RankMap
+from spectraqlora.artifacts import ModuleRank, RankMap
 
 _ADAPTER = "default"
 
 
-def lora_config(ranks: RankMap, dropout: float = 0.0) -> Any:
+_MATRICES = ("lora_A", "lora_B")
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+def lora_config(ranks: RankMap, dropout: float = 0.0, encoder_decoder: bool = False) -> Any:
     """PEFT config naming every active module with its own rank and alpha."""
     from peft import LoraConfig
 
@@ -26,7 +30,9 @@ def lora_config(ranks: RankMap, dropout: float = 0.0) -> Any:
         alpha_pattern={m.module: m.alpha for m in active if m.alpha != first.alpha},
         lora_dropout=dropout,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        use_rslora=ranks.settings.get("variant") == "rslora",
+        use_dora=ranks.settings.get("variant") == "dora",
     )
 
 
@@ -60,7 +66,8 @@ def attach(
     """
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, lora_config(ranks, dropout), autocast_adapter_dtype=True)
+    config = lora_config(ranks, dropout, model.config.is_encoder_decoder)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     layers = lora_layers(wrapped)
     leader: dict[int, Any] = {}
     with torch.no_grad():
@@ -68,33 +75,51 @@ def attach(
             layer = layers[entry.module]
             if entry.group is not None:
                 if entry.group in leader:
-                    layer.lora_A[_ADAPTER] = leader[entry.group].lora_A[_ADAPTER]
-                    layer.lora_B[_ADAPTER] = leader[entry.group].lora_B[_ADAPTER]
+                    for name in _MATRICES:
+                        getattr(layer, name)[_ADAPTER] = getattr(leader[entry.group], name)[_ADAPTER]
                     continue
                 leader[entry.group] = layer
                 if gradient_init and str(entry.group) in gradient_init:
-                    layer.lora_A[_ADAPTER].weight.copy_(gradient_init[str(entry.group)])
-            if start and f"{entry.module}.lora_A" in start:
-                layer.lora_A[_ADAPTER].weight.copy_(start[f"{entry.module}.lora_A"])
-                layer.lora_B[_ADAPTER].weight.copy_(start[f"{entry.module}.lora_B"])
+                    first = gradient_init[str(entry.group)]
+                    layer.lora_A[_ADAPTER].weight[: len(first)].copy_(first)
+            for name, weight in _weights(layer).items():
+                if start and f"{entry.module}.{name}" in start:
+                    weight.copy_(start[f"{entry.module}.{name}"])
     for entry in ranks.active():
         if entry.tier == "frozen":
-            for matrix in (layers[entry.module].lora_A, layers[entry.module].lora_B):
-                matrix[_ADAPTER].weight.requires_grad_(False)
+            for weight in _weights(layers[entry.module]).values():
+                weight.requires_grad_(False)
     return wrapped
 
 
-def parameter_groups(model: Any, ranks: RankMap, learning_rate: float) -> list[dict[str, Any]]:
-    """Optimizer groups, one per learning rate; a shared pair stands in one group, once."""
+def _weights(layer: Any) -> dict[str, torch.nn.Parameter]:
+    """Adapter parameters of a LoRA layer: A (rank x in), B (out x rank), and DoRA's magnitudes (out)."""
+    found = {name: getattr(layer, name)[_ADAPTER].weight for name in _MATRICES}
+    if _ADAPTER in layer.lora_magnitude_vector:
+        found[_MAGNITUDE] = layer.lora_magnitude_vector[_ADAPTER].weight
+    return found
+
+
+def parameter_groups(
+    model: Any, ranks: RankMap, learning_rate: float, lora_plus_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups, one per learning rate; a shared pair stands in one group, once.
+
+    Args:
+        model: PEFT model.
+        ranks: its rank map, with each module's learning-rate scale.
+        learning_rate: base rate, that of A.
+        lora_plus_ratio: rate of B over that of A.
+    """
     layers = lora_layers(model)
     grouped: dict[float, list[torch.nn.Parameter]] = {}
     seen: set[int] = set()
     for entry in ranks.active():
-        for matrix in (layers[entry.module].lora_A, layers[entry.module].lora_B):
-            weight = matrix[_ADAPTER].weight
+        for name, weight in _weights(layers[entry.module]).items():
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
-                grouped.setdefault(round(learning_rate * entry.lr_scale, 12), []).append(weight)
+                rate = learning_rate * entry.lr_scale * (lora_plus_ratio if name == "lora_B" else 1.0)
+                grouped.setdefault(round(rate, 12), []).append(weight)
     return [{"params": parameters, "lr": rate} for rate, parameters in sorted(grouped.items())]
 
 
@@ -104,20 +129,30 @@ def trainable_parameters(model: Any) -> int:
 
 
 def pairs(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of all adapter weights: `module.lora_A` (rank x in) and `module.lora_B` (out x rank)."""
-    found = {}
-    for name, layer in lora_layers(model).items():
-        found[f"{name}.lora_A"] = layer.lora_A[_ADAPTER].weight.detach().float().cpu().clone()
-        found[f"{name}.lora_B"] = layer.lora_B[_ADAPTER].weight.detach().float().cpu().clone()
-    return found
+    """Copies of all adapter weights: `module.lora_A` (rank x in), `module.lora_B` (out x rank), magnitudes."""
+    return {
+        f"{module}.{name}": weight.detach().float().cpu().clone()
+        for module, layer in lora_layers(model).items()
+        for name, weight in _weights(layer).items()
+    }
 
 
 def restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Put `pairs` back."""
     with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            layer.lora_A[_ADAPTER].weight.copy_(weights[f"{name}.lora_A"])
-            layer.lora_B[_ADAPTER].weight.copy_(weights[f"{name}.lora_B"])
+        for module, layer in lora_layers(model).items():
+            for name, weight in _weights(layer).items():
+                weight.copy_(weights[f"{module}.{name}"])
+
+
+def merged_weight(
+    entry: ModuleRank, ranks: RankMap, weights: dict[str, torch.Tensor], weight: torch.Tensor
+) -> torch.Tensor:
+    """W + scaling·B·A (out x in, float32); under DoRA its rows rescaled to the trained magnitudes."""
+    delta = ranks.scaling(entry) * (weights[f"{entry.module}.lora_B"] @ weights[f"{entry.module}.lora_A"])
+    merged = weight.float() + delta
+    magnitude = weights.get(f"{entry.module}.{_MAGNITUDE}")
+    return merged if magnitude is None else merged * (magnitude / merged.norm(dim=1))[:, None]
 
 
 def save(model: Any, folder: Path, base_model: str) -> None:

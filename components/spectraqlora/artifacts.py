@@ -83,6 +83,7 @@ class LinearModule(BaseModel):
     out_features: int
     in_features: int
     four_bit: bool
+    transposed: bool = Field(False, description="stored as in x out in the original checkpoint (Conv1D)")
 
 
 class QuantizedModel(_Manifest):
@@ -128,6 +129,7 @@ class ModuleRank(BaseModel):
     alpha: float = Field(ge=0)
     lr_scale: float = Field(1.0, gt=0)
     group: int | None = None
+    score: float | None = Field(None, description="what ranked it; none where it has no finite score")
 
 
 class RankMap(_Manifest):
@@ -143,6 +145,11 @@ class RankMap(_Manifest):
     @classmethod
     def filename(cls) -> str:
         return "rank_map.json"
+
+    def scaling(self, entry: ModuleRank) -> float:
+        """Factor before B·A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
+        stabilised = self.settings.get("variant") == "rslora"
+        return entry.alpha / (entry.rank**0.5 if stabilised else entry.rank)
 
     def active(self) -> list[ModuleRank]:
         return [m for m in self.modules if m.rank > 0]
@@ -214,6 +221,8 @@ class Evaluation(_Manifest):
     perplexity: float
     accuracy: float | None
     eval_rows: int
+    row_losses: list[float] = Field(description="summed loss of every eval row, nats")
+    row_tokens: list[int] = Field(description="counted tokens of every eval row")
     trainable_parameters: int
     train_seconds: float
     train_tokens_per_second: float

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import LinearModule, QuantizedModel
 from spectraqlora.errors import InputError
+from spectraqlora.families import auto_class, plain_linears, quantizable_t5
 
 if TYPE_CHECKING:
     import torch
 
 _LAYER = re.compile(r"\.(\d+)\.")
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def device() -> str:
@@ -52,9 +54,16 @@ def peak_memory_bytes() -> int:
 
 
 def module_identity(name: str) -> tuple[int, str] | None:
-    """(layer index, module type) of a dotted module path; None outside numbered layers."""
+    """(layer index, module type) of a dotted module path; None outside numbered layers.
+
+    The type is what follows the first index; that of an encoder beside a decoder begins with `encoder.`,
+    and all experts of a layer are of one type.
+    """
     match = _LAYER.search(name)
-    return (int(match.group(1)), name[match.end() :]) if match else None
+    if match is None:
+        return None
+    stack = "encoder." if name[: match.start()].split(".")[0] == "encoder" else ""
+    return int(match.group(1)), stack + _EXPERT.sub("experts.", name[match.end() :])
 
 
 def resolve_base(source: str, revision: str) -> Path:
@@ -102,6 +111,7 @@ def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
                 out_features=out_features,
                 in_features=in_features,
                 four_bit=four_bit,
+                transposed=Conv1D in (type(module), getattr(module, "source_cls", None)),
             )
         )
     return found
@@ -110,15 +120,17 @@ def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
 def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
     """Linear modules of a model from its config alone: no weights are read (meta device)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise InputError("model.base_model", folder, f"a causal language model ({first})") from None
+        raise InputError(
+            "model.base_model", folder, f"a language model that generates text ({first})"
+        ) from None
     modules = linear_modules(model)
     if not modules:
         raise InputError(
@@ -131,14 +143,14 @@ def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
     """The 4-bit model on the best device, evaluation mode, with its manifest."""
     import bitsandbytes as bnb
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     manifest = QuantizedModel.read(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        Path(folder) / "model",
-        dtype=getattr(torch, manifest.compute_dtype),
-        device_map={"": device()},
-    )
+    path = Path(folder) / "model"
+    with plain_linears(), quantizable_t5():
+        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
+            path, dtype=getattr(torch, manifest.compute_dtype), device_map={"": device()}
+        )
     for module in model.modules():
         # In evaluation mode bitsandbytes repacks weights for its bfloat16 CPU kernel: it fails unless the
         # input width is a multiple of 64, and the numbers would depend on the machine.
@@ -146,6 +158,15 @@ def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
             module.support_avx512bf16_for_cpu = False
     model.eval()
     return model, manifest
+
+
+def load_plain(folder: Path, dtype: torch.dtype) -> Any:
+    """An unquantized model from safetensors on the best device."""
+    from transformers import AutoConfig
+
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, device_map={"": device()}
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -8,16 +8,27 @@ from typing import Any
 
 import torch
 
-from spectraqlora.rows import IGNORED, batches
+from spectraqlora.head_loss import HeadLoss
+from spectraqlora.paired import difference_stderr
+from spectraqlora.rows import Collator
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss per counted token (nats) and its standard error over rows."""
+    """Summed loss (nats) and counted tokens of every row."""
 
-    loss: float
-    stderr: float
-    rows: int
+    losses: list[float]
+    tokens: list[int]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per counted token, nats."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `loss`, that of a ratio of row sums (rows are independent)."""
+        return difference_stderr(self.losses, [0.0] * len(self.losses), self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -25,30 +36,32 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: Any, rows: Any, batch_size: int, pad: int) -> Score:
-    """Token-weighted loss; the standard error is that of a ratio of row sums (rows are independent).
+def score(model: Any, rows: Any, batch_size: int, head: HeadLoss | None = None) -> Score:
+    """Losses of all rows; logits exist only for positions that count, a chunk at a time.
 
-    Only positions that count are turned into logits' log-probabilities, one batch at a time.
+    Args:
+        model: language model.
+        rows: tokenized rows.
+        batch_size: rows per forward pass.
+        head: that of the training under way, where there is one.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+    collate = Collator.of(model.config)
+    head = head or HeadLoss(model, {k: v.to(device) for k, v in collate([rows[0]]).items()})
     sums: list[float] = []
     counts: list[int] = []
-    for batch in batches(rows, batch_size, pad):
-        labels = batch.pop("labels").to(device)[:, 1:]
-        logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
-        keep = labels != IGNORED
-        losses = torch.zeros(labels.shape, dtype=torch.float32, device=device)
-        losses[keep] = torch.nn.functional.cross_entropy(logits[keep].float(), labels[keep], reduction="none")
-        sums += losses.double().sum(1).tolist()
-        counts += keep.sum(1).tolist()
+    with head.hidden_states():
+        for batch in collate.batches(rows, batch_size):
+            labels = batch.pop("labels").to(device)
+            outputs = model(**{k: v.to(device) for k, v in batch.items()})
+            per_row = head.counted(labels).sum(1)
+            losses = head.losses(*head.kept(outputs.logits, labels)).double().cpu()
+            sums += [float(part.sum()) for part in losses.split(per_row.tolist())]
+            counts += per_row.tolist()
     model.train(training)
-    tokens = sum(counts)
-    loss = sum(sums) / tokens
-    residuals = [s - loss * n for s, n in zip(sums, counts, strict=True)]
-    spread = math.sqrt(sum(r * r for r in residuals) * len(sums) / max(len(sums) - 1, 1)) / tokens
-    return Score(loss, spread, len(sums))
+    return Score(sums, counts)
 
 
 def final_answer(text: str) -> str:
@@ -81,7 +94,9 @@ def accuracy(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if not model.config.is_encoder_decoder:
+            output = output[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         right += sum(final_answer(t) == final_answer(a["answer"]) for t, a in zip(texts, part, strict=True))
     tokenizer.padding_side = side
     return right / len(usable)

@@ -64,17 +64,32 @@ class SnrSettings(_Section):
 
 class SelectSettings(_Section):
     percent: float = Field(
-        50.0, gt=0, le=100, description="Share of each module type's matrices that gets adapters"
+        50.0, gt=0, le=100, description="Share of the matrices (scope all: of their adapters' cost) selected"
     )
-    signal: Literal["spectrum", "task"] = Field(
+    signal: Literal["spectrum", "energy", "gradient_snr", "combined"] = Field(
         "spectrum",
-        description="What ranks modules: weight SNR (Spectrum), or task gradient energy per parameter",
+        description="What ranks modules: weight SNR (Spectrum), the task's low-rank gradient energy per "
+        "adapter parameter, the gradient's signal-to-noise ratio over batches, or weight SNR and energy combined",
     )
-    calibration_batches: int = Field(4, ge=2, description="Batches for the gradient sketches")
+    scope: Literal["type", "all"] = Field(
+        "type", description="Rank modules within their module type, as Spectrum does, or across all types"
+    )
+    budget: float = Field(
+        0.0,
+        ge=0,
+        le=4,
+        description="Trainable parameters as a share of plain QLoRA's at the same rank: sets the ranks "
+        "(alors: in proportion to the signal); 0 leaves them as given",
+    )
+    calibration_batches: int = Field(8, ge=2, description="Batches for the gradient sketches")
+    calibration_rows: int = Field(8, ge=1, description="Rows in each of these batches")
     sketch_size: int = Field(128, ge=4, description="Side of the two-sided gradient sketch")
     rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random)")
     alpha_over_rank: float = Field(
         2.0, gt=0, description="LoRA alpha divided by rank, the same for every module"
+    )
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="Plain LoRA, rank-stabilised LoRA (alpha / sqrt(r)), or weight-decomposed LoRA"
     )
     rank_high: int = Field(16, ge=1, description="alors: rank of the high tier")
     rank_low: int = Field(8, ge=1, description="alors: rank of the medium tier")
@@ -86,6 +101,11 @@ class SelectSettings(_Section):
     similarity: float = Field(0.05, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
     gradient_init: bool = Field(True, description="sgm: start A from the group's gradient, else Kaiming")
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the signal is read from the task's gradients."""
+        return self.signal != "spectrum"
+
 
 class TrainSettings(_Section):
     max_steps: int = Field(200, ge=1, description="Optimizer steps per round")
@@ -95,6 +115,12 @@ class TrainSettings(_Section):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps spent warming up")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule after warm-up"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW, or bitsandbytes' 8-bit AdamW, paged or not (CUDA only)"
+    )
+    lora_plus_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354)"
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")

@@ -280,8 +280,15 @@ def report(workdir: Annotated[Path, typer.Argument(help="The workdir of a finish
 
 
 @app.command("settings")
-def settings_() -> None:
+def settings_(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the table in the README.")] = False,
+) -> None:
     """List every setting with its default."""
+    if markdown:
+        print("| setting | default | meaning |\n| --- | --- | --- |")
+        for key, default, meaning in reference():
+            print(f"| `{key}` | `{default}` | {meaning} |")
+        return
     shown = Table("setting", "default", "meaning")
     for row in reference():
         shown.add_row(*(part.replace("[", "\\[") for part in row))

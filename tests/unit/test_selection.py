@@ -7,9 +7,9 @@ import pytest
 import torch
 from spectraqlora.artifacts import LinearModule, QuantizedModel
 from spectraqlora.errors import InputError
+from spectraqlora.gradients import GradientSketch, sketch_gradients
 from spectraqlora.models import dequantized_weight, load_quantized
-from spectraqlora.rows import batches, load_rows
-from spectraqlora.select_layers.gradients import GradientSketch, sketch_gradients
+from spectraqlora.rows import Collator, load_rows
 from spectraqlora.select_layers.grouping import group_by_similarity
 from spectraqlora.selection import check_rank, rank_map
 from spectraqlora.settings import SelectSettings
@@ -60,7 +60,7 @@ def test_a_share_that_selects_nothing_and_ranks_too_large_are_refused() -> None:
 def test_sketched_cosines_agree_with_full_gradients(quantized: Path, prepared: Path) -> None:
     model, _ = load_quantized(quantized)
     modules = QuantizedModel.read(quantized).modules
-    few = list(batches(load_rows(prepared, "train"), 8, 0, limit=3))
+    few = list(Collator(0, None).batches(load_rows(prepared, "train"), 8, limit=3))
     sketches = sketch_gradients(model, modules, few, 96, seed=1)
     assert len(sketches) == len(modules)
 

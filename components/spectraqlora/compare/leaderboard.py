@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from spectraqlora.artifacts import Evaluation
 from spectraqlora.errors import InputError
+from spectraqlora.paired import difference_stderr
 
 CONTROL_ONLY = frozenset({"random"})
 """Controls that are shown but never promoted."""
+TIE_STDERRS = 2.0
 
 
 def rank(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -33,10 +35,15 @@ def rank(evaluations: list[Evaluation]) -> list[Evaluation]:
 def winner(evaluations: list[Evaluation]) -> str:
     """The method with the lowest eval loss; ties within noise go to fewer trainable parameters.
 
-    Two branches are tied where their losses differ by less than the standard error of the best one's.
-    All branches are scored on the same rows, so this is a cautious bound.
+    Two branches are tied where their losses differ by no more than `TIE_STDERRS` standard errors of that
+    difference, taken over the same rows.
     """
     ordered = rank([e for e in evaluations if e.method not in CONTROL_ONLY] or evaluations)
     best = ordered[0]
-    tied = [e for e in ordered if e.eval_loss - best.eval_loss <= best.eval_loss_stderr]
+    tied = [
+        e
+        for e in ordered
+        if e.eval_loss - best.eval_loss
+        <= TIE_STDERRS * difference_stderr(e.row_losses, best.row_losses, best.row_tokens)
+    ]
     return min(tied, key=lambda e: (e.trainable_parameters, e.eval_loss)).method

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel, write_text
-from spectraqlora.models import device, load_quantized, load_tokenizer, resolve_base
+from spectraqlora.models import load_plain, load_quantized, load_tokenizer, resolve_base
 from spectraqlora.rows import load_rows
 from spectraqlora.scoring import score
 from spectraqlora.settings import EvaluateSettings
@@ -22,12 +22,7 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 
 def _original(manifest: QuantizedModel, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    source = resolve_base(manifest.source_path, manifest.revision)
-    return AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, device_map={"": device()}
-    )
+    return load_plain(resolve_base(manifest.source_path, manifest.revision), dtype)
 
 
 def merge_export(
@@ -44,18 +39,15 @@ def merge_export(
     base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
     and scored as proof.
     """
-    from transformers import AutoModelForCausalLM
-
     held_out = load_rows(data, "eval")
     model, manifest = load_quantized(quantized)
-    pad = model.config.pad_token_id or 0
     print("merging into the dequantized 4-bit weights", flush=True)
     dequantized = _merged(model.dequantize(), adapter)
-    quantized_loss = score(dequantized, held_out, settings.batch_size, pad).loss
+    quantized_loss = score(dequantized, held_out, settings.batch_size).loss
     print("merging into the original weights", flush=True)
     dtype = getattr(torch, manifest.compute_dtype)
     original = _merged(_original(manifest, dtype), adapter)
-    original_loss = score(original, held_out, settings.batch_size, pad).loss
+    original_loss = score(original, held_out, settings.batch_size).loss
     into, best = ("original", original) if original_loss <= quantized_loss else ("quantized", dequantized)
     del original, dequantized, model
     if into == "quantized":
@@ -70,10 +62,8 @@ def merge_export(
     shutil.copytree(
         adapter, output / "adapter", dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.json")
     )
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        output / "merged", dtype=dtype, use_safetensors=True, device_map={"": device()}
-    )
-    verified = score(reloaded, held_out, settings.batch_size, pad).loss
+    reloaded = load_plain(output / "merged", dtype)
+    verified = score(reloaded, held_out, settings.batch_size).loss
     expected = min(original_loss, quantized_loss)
     if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
         raise RuntimeError(

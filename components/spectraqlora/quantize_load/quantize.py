@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spectraqlora.artifacts import QuantizedModel, folder_digest
 from spectraqlora.checkpoint import check_model_folder
+from spectraqlora.families import auto_class, plain_linears, quantizable_t5
 from spectraqlora.models import compute_dtype, device, linear_modules, load_tokenizer, resolve_base
 from spectraqlora.settings import ModelSettings
 
@@ -21,24 +22,27 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
     """
     import bitsandbytes as bnb
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
     source = resolve_base(settings.base_model, settings.revision)
     check_model_folder(source, settings.trust_remote_code)
     dtype = compute_dtype(settings.compute_dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        device_map={"": device()},
-        use_safetensors=True,
-        trust_remote_code=settings.trust_remote_code,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    )
+    trust = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    with plain_linears(), quantizable_t5():
+        model = auto_class(config).from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=trust,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+        )
     modules = linear_modules(model)
     model.save_pretrained(output / "model", safe_serialization=True)
     load_tokenizer(source).save_pretrained(output / "model")

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,10 +24,14 @@ from spectraqlora.models import dequantized_weight, load_quantized, load_tokeniz
 from spectraqlora.re_evaluate.next_round import carry_over, next_rank_map
 from spectraqlora.re_evaluate.updates import UpdateSpectrum, update_spectrum
 from spectraqlora.rows import load_rows
-from spectraqlora.scoring import Score, accuracy, score
+from spectraqlora.scoring import accuracy, score
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
+from spectraqlora.signals import Scores, calibration_sketches, module_scores
 from spectraqlora.snr.scan import scan_tensors, tensors_of
 from spectraqlora.snr.table import write_table
+
+if TYPE_CHECKING:
+    from spectraqlora.gradients import GradientSketch
 
 
 def re_evaluate(
@@ -64,7 +68,6 @@ def re_evaluate(
         return result
 
     tokenizer = load_tokenizer(quantized / "model")
-    pad = model.config.pad_token_id or 0
     answers = prepared.answers[: settings.accuracy_rows]
 
     def exact() -> float | None:
@@ -76,26 +79,29 @@ def re_evaluate(
 
     print("scoring the base model", flush=True)
     if before:
-        base = Score(before.base_eval_loss, 0.0, before.eval_rows)
+        base_loss, base_perplexity = before.base_eval_loss, before.base_perplexity
         base_accuracy = before.base_accuracy
     else:
-        base, base_accuracy = score(model, held_out, settings.batch_size, pad), exact()
+        base = score(model, held_out, settings.batch_size)
+        base_loss, base_perplexity, base_accuracy = base.loss, base.perplexity, exact()
     weights = adapters.read_pairs(adapter)
     wrapped = adapters.attach(model, ranks, start=weights)
     wrapped.eval()
     print("scoring the adapter", flush=True)
-    tuned = score(wrapped, held_out, settings.batch_size, pad)
+    tuned = score(wrapped, held_out, settings.batch_size)
     tuned_accuracy = exact()
 
     print("measuring the updated weights", flush=True)
     spectra, updated = _measure(wrapped, manifest, ranks, weights, settings, snr)
     table = scan_tensors(updated)
     write_table(table, evaluation_out)
-    scores = {
-        row.module: (float(row.snr), float(row.calibrated))
-        for row in table.itertuples()
-        if not math.isnan(row.snr)
-    }
+    sketches: dict[str, GradientSketch] = {}
+    if select.needs_gradients and ranks.method in ("hybrid", "alors"):
+        print("measuring the task's gradients again", flush=True)
+        sketches = calibration_sketches(wrapped, manifest.modules, data, select, seed)
+    scores = module_scores(select, manifest.modules, table, sketches)
+    if select.needs_gradients:
+        scores = keep_earned(scores, ranks)
     following = next_rank_map(ranks, manifest.modules, scores, spectra, select)
     carried, errors = carry_over(weights, ranks, following, seed)
     changes = [
@@ -129,14 +135,16 @@ def re_evaluate(
         method=ranks.method,
         base_digest=manifest.base_digest,
         data_digest=prepared.digest,
-        base_eval_loss=base.loss,
-        base_perplexity=base.perplexity,
+        base_eval_loss=base_loss,
+        base_perplexity=base_perplexity,
         base_accuracy=base_accuracy,
         eval_loss=tuned.loss,
         eval_loss_stderr=tuned.stderr,
         perplexity=tuned.perplexity,
         accuracy=tuned_accuracy,
-        eval_rows=tuned.rows,
+        eval_rows=len(tuned.losses),
+        row_losses=tuned.losses,
+        row_tokens=tuned.tokens,
         trainable_parameters=max(r.training.trainable_parameters for r in rounds),
         train_seconds=seconds,
         train_tokens_per_second=sum(r.training.train_tokens for r in rounds) / seconds,
@@ -149,9 +157,18 @@ def re_evaluate(
     )
     result.write(evaluation_out)
     print(
-        f"{ranks.method} round {ranks.round}: eval loss {base.loss:.4f} to {tuned.loss:.4f}; {len(changes)} notes"
+        f"{ranks.method} round {ranks.round}: eval loss {base_loss:.4f} to {tuned.loss:.4f}; {len(changes)} notes"
     )
     return result
+
+
+def keep_earned(scores: Scores, ranks: RankMap) -> Scores:
+    """Task scores in which no module falls below what it was chosen for.
+
+    Training uses a module's gradient up; what is left of it says nothing against the module.
+    """
+    earned = {m.module: m.score for m in ranks.modules if m.score is not None}
+    return {name: (max(score, earned.get(name, score)), second) for name, (score, second) in scores.items()}
 
 
 def _unchanged_round(before: Evaluation, ranks: RankMap, log: TrainingLog) -> Evaluation:
@@ -176,7 +193,7 @@ def _measure(
     settings: EvaluateSettings,
     snr: SnrSettings,
 ) -> tuple[dict[str, UpdateSpectrum], Iterator[tuple[str, torch.Tensor]]]:
-    """Spectra of all updates, and a stream of W + (alpha/r)·B·A from the source that snr-analyze used."""
+    """Spectra of all updates, and a stream of updated weights from the source that snr-analyze used."""
     entries = {m.module: m for m in ranks.active()}
     layers: dict[str, Any] = dict(wrapped.base_model.model.named_modules())
     spectra: dict[str, UpdateSpectrum] = {}
@@ -193,12 +210,7 @@ def _measure(
     def updated() -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in plain():
             if name in entries:
-                entry = entries[name]
-                a, b = weights[f"{name}.lora_A"], weights[f"{name}.lora_B"]
-                delta = (entry.alpha / entry.rank) * (b @ a)
-                if delta.shape != weight.shape:
-                    delta = delta.T
-                weight = weight.float() + delta
+                weight = adapters.merged_weight(entries[name], ranks, weights, weight)
             yield name, weight
 
     for name, entry in entries.items():
@@ -207,7 +219,7 @@ def _measure(
         spectra[name] = update_spectrum(
             weights[f"{name}.lora_A"],
             weights[f"{name}.lora_B"],
-            entry.alpha / entry.rank,
+            ranks.scaling(entry),
             norm,
             settings.energy,
         )

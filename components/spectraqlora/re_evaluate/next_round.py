@@ -6,8 +6,9 @@ import torch
 
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
 from spectraqlora.re_evaluate.updates import UpdateSpectrum, grow, shrink
-from spectraqlora.selection import Scores, alors_tiers, balance_learning_rates, top_percent
+from spectraqlora.selection import allot, alors_tiers, balance_learning_rates, cost, top_percent
 from spectraqlora.settings import SelectSettings
+from spectraqlora.signals import Scores
 
 
 def next_rank_map(
@@ -26,15 +27,16 @@ def next_rank_map(
     moves: list[str] = []
     ranks: list[ModuleRank] = []
     if current.method == "hybrid":
-        top = top_percent(modules, scores, settings.percent)
+        top = top_percent(modules, scores, settings.percent, settings.scope)
+        rank = max(m.rank for m in current.modules)
         for entry in current.modules:
             if entry.module in top and entry.tier != "selected":
                 moves.append(f"{entry.module}: enters the top set by SNR")
                 entry = entry.model_copy(
                     update={
                         "tier": "selected",
-                        "rank": settings.rank,
-                        "alpha": settings.rank * settings.alpha_over_rank,
+                        "rank": rank,
+                        "alpha": rank * settings.alpha_over_rank,
                     }
                 )
             elif entry.module not in top and entry.tier == "selected":
@@ -49,6 +51,7 @@ def next_rank_map(
             if reason:
                 moves.append(f"{entry.module}: {reason}")
             ranks.append(moved)
+        ranks = _within_budget(ranks, modules, settings)
     else:
         ranks = list(current.modules)
     if moves:
@@ -59,6 +62,29 @@ def next_rank_map(
     return current.model_copy(
         update={"round": current.round + 1, "modules": ranks, "changes": moves or ["nothing moved"]}
     )
+
+
+def _within_budget(
+    ranks: list[ModuleRank], modules: list[LinearModule], settings: SelectSettings
+) -> list[ModuleRank]:
+    """Ranks scaled down in proportion where the moves went over `select.budget`."""
+    sides = {m.module: cost(m) for m in modules}
+    budget = settings.budget * settings.rank * sum(sides.values())
+    trained = {r.module: float(r.rank) for r in ranks if r.rank and r.tier != "frozen"}
+    if not settings.budget or sum(rank * sides[name] for name, rank in trained.items()) <= budget:
+        return ranks
+    allotted = allot(trained, modules, budget, max(r.rank for r in ranks))
+    return [
+        r.model_copy(
+            update={
+                "rank": max(allotted[r.module], 1),
+                "alpha": max(allotted[r.module], 1) * settings.alpha_over_rank,
+            }
+        )
+        if r.module in trained
+        else r
+        for r in ranks
+    ]
 
 
 def _alors_move(
@@ -91,20 +117,23 @@ def carry_over(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Adapter weights fitted to the new ranks, and the relative error each shrunk module cost.
 
-    alpha/r is the same for every module, so B·A alone carries the function.
+    Where a module's scaling changes with its rank (rsLoRA), B makes up for it: scaling·B·A stays.
     """
     generator = torch.Generator().manual_seed(seed + new.round)
-    before = {m.module: m.rank for m in old.modules}
+    before = {m.module: m for m in old.modules}
     carried: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     for entry in new.active():
         key_a, key_b = f"{entry.module}.lora_A", f"{entry.module}.lora_B"
         if key_a not in weights:
             continue
-        a, b = weights[key_a], weights[key_b]
-        if entry.rank > before[entry.module]:
+        a, b, was = weights[key_a], weights[key_b], before[entry.module]
+        if entry.rank > was.rank:
             a, b = grow(a, b, entry.rank, generator)
-        elif entry.rank < before[entry.module]:
+        elif entry.rank < was.rank:
             a, b, errors[entry.module] = shrink(a, b, entry.rank)
-        carried[key_a], carried[key_b] = a, b
+        carried[key_a], carried[key_b] = a, b * (old.scaling(was) / new.scaling(entry))
+        magnitude = f"{entry.module}.lora_magnitude_vector"
+        if magnitude in weights:
+            carried[magnitude] = weights[magnitude]
     return carried, errors

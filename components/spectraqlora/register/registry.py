@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version as installed
 from pathlib import Path
 
+from spectraqlora.families import auto_class
 from spectraqlora.settings import TrackingSettings
 
 CHALLENGER = "challenger"
@@ -34,18 +35,19 @@ def register(
             client.set_registered_model_alias(name, CHALLENGER, candidate.version)
             return name, int(candidate.version)
     # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     merged = exported / "merged"
+    config = AutoConfig.from_pretrained(merged)
     components = {
-        "model": AutoModelForCausalLM.from_pretrained(merged, use_safetensors=True),
+        "model": auto_class(config).from_pretrained(merged, use_safetensors=True),
         "tokenizer": AutoTokenizer.from_pretrained(merged),
     }
     with mlflow.start_run(run_id=run_id):
         info = mlflow.transformers.log_model(
             transformers_model=components,
             name="model",
-            task="text-generation",
+            task="text2text-generation" if config.is_encoder_decoder else "text-generation",
             pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
             registered_model_name=name,
         )

@@ -8,7 +8,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from spectraqlora.artifacts import LinearModule, Similarity
-from spectraqlora.select_layers.gradients import GradientSketch
+from spectraqlora.gradients import GradientSketch
 
 
 def group_by_similarity(

@@ -87,8 +87,10 @@ def checkpoint_tensors(
 
 
 def tensors_of(folder: Path, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(module, weight) of a model's linear modules from its original checkpoint."""
-    yield from checkpoint_tensors(Checkpoint(folder), modules)
+    """(module, weight out x in) of a model's linear modules from its original checkpoint."""
+    transposed = {m.module for m in modules if m.transposed}
+    for name, weight in checkpoint_tensors(Checkpoint(folder), modules):
+        yield name, weight.T if name in transposed else weight
 
 
 def scan(

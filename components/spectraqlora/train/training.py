@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 
 from spectraqlora import adapters
 from spectraqlora.artifacts import GRADIENT_INIT, QuantizedModel, RankMap, TrainingLog
+from spectraqlora.errors import InputError
+from spectraqlora.head_loss import HeadLoss
 from spectraqlora.models import device, load_quantized, peak_memory_bytes
 from spectraqlora.progress import Progress
-from spectraqlora.rows import collate, load_rows
+from spectraqlora.rows import Collator, load_rows, order
 from spectraqlora.scoring import score
 from spectraqlora.settings import EvaluateSettings, TrainSettings
 
@@ -66,6 +69,7 @@ def train(
         log.write(output)
         return log
 
+    check_optimizer(settings)
     torch.manual_seed(seed)
     model, _ = load_quantized(quantized)
     init_file = ranks_folder / GRADIENT_INIT
@@ -76,11 +80,63 @@ def train(
         start=adapters.read_pairs(previous) if previous else None,
         gradient_init=load_file(init_file) if init_file.exists() and not previous else None,
     )
-    steps = settings.max_steps * (rounds if ranks.method in FIXED_METHODS else 1)
-    log = _fit(wrapped, ranks, data, settings, evaluation, seed, steps, keep_start=previous is not None)
+    log = _fit(wrapped, ranks, data, settings, evaluation, seed, span(ranks, settings, rounds))
     adapters.save(wrapped, output, manifest.source)
     log.write(output)
     return log
+
+
+@dataclass(frozen=True)
+class Span:
+    """The optimizer steps of one round within its branch's whole budget."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def steps(self) -> int:
+        return self.stop - self.start
+
+
+def span(ranks: RankMap, settings: TrainSettings, rounds: int) -> Span:
+    """A round's steps: all at once where the rank map never moves, else its share of one schedule.
+
+    The learning-rate schedule and the reading order run over the whole branch, so that branches differ in
+    what they train and in nothing else.
+    """
+    total = settings.max_steps * rounds
+    if ranks.method in FIXED_METHODS:
+        return Span(0, total, total)
+    return Span((ranks.round - 1) * settings.max_steps, ranks.round * settings.max_steps, total)
+
+
+def check_optimizer(settings: TrainSettings) -> None:
+    """Refuse optimizers that this machine cannot run."""
+    if settings.optimizer != "adamw" and device() != "cuda":
+        raise InputError("train.optimizer", settings.optimizer, "adamw; 8-bit optimizers need a CUDA device")
+
+
+def _optimizer(model: Any, ranks: RankMap, settings: TrainSettings) -> torch.optim.Optimizer:
+    groups = adapters.parameter_groups(model, ranks, settings.learning_rate, settings.lora_plus_ratio)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.AdamW8bit if settings.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, weight_decay=settings.weight_decay)
+    return optimizer
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, part: Span) -> Any:
+    """The branch's learning-rate schedule, from this round's first step on."""
+    from transformers import get_scheduler
+
+    whole = get_scheduler(settings.schedule, optimizer, int(part.total * settings.warmup_ratio), part.total)
+    at = whole.lr_lambdas[0]
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: at(step + part.start))
 
 
 def _fit(
@@ -90,32 +146,35 @@ def _fit(
     settings: TrainSettings,
     evaluation: EvaluateSettings,
     seed: int,
-    steps: int,
-    keep_start: bool,
+    part: Span,
 ) -> TrainingLog:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     rows, held_out = load_rows(data, "train"), load_rows(data, "eval")
-    pad = model.config.pad_token_id or 0
+    collate = Collator.of(model.config)
+    per_step = settings.batch_size * settings.gradient_accumulation
+    places = order(len(rows), seed, part.start * per_step, part.stop * per_step)
     losses: list[tuple[int, float]] = []
     evals: list[tuple[int, float]] = []
     best: dict[str, Any] = {"loss": float("inf")}
     paused = 0.0
-    every = max(1, steps // settings.evaluations)
-    progress = Progress(f"{ranks.method} round {ranks.round}: training step", steps)
+    every = max(1, part.steps // settings.evaluations)
+    progress = Progress(f"{ranks.method} round {ranks.round}: training step", part.steps)
+    probe = {k: v.to(device()) for k, v in collate([rows[places[0]]]).items()}
+    loss = HeadLoss(model, probe)
 
     def evaluate(step: int) -> None:
         nonlocal paused
         began = time.perf_counter()
-        loss = score(model, held_out, evaluation.batch_size, pad).loss
-        evals.append((step, loss))
-        if loss < best["loss"]:
-            best.update(loss=loss, weights=adapters.pairs(model))
+        found = score(model, held_out, evaluation.batch_size, loss).loss
+        evals.append((step, found))
+        if found < best["loss"]:
+            best.update(loss=found, weights=adapters.pairs(model))
         paused += time.perf_counter() - began
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % every == 0 or state.global_step == steps:
+            if state.global_step % every == 0 or state.global_step == part.steps:
                 evaluate(state.global_step)
             note = f"eval loss {evals[-1][1]:.3f}" if evals else ""
             progress(state.global_step, note)
@@ -127,26 +186,22 @@ def _fit(
     recompute = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto" and device() == "cuda"
     )
-    optimizer = torch.optim.AdamW(
-        adapters.parameter_groups(model, ranks, settings.learning_rate), weight_decay=settings.weight_decay
-    )
+    optimizer = _optimizer(model, ranks, settings)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=scratch,
-                max_steps=steps,
+                max_steps=part.steps,
                 per_device_train_batch_size=settings.batch_size,
                 gradient_accumulation_steps=settings.gradient_accumulation,
-                learning_rate=settings.learning_rate,
-                lr_scheduler_type=settings.schedule,
-                warmup_steps=int(steps * settings.warmup_ratio),
                 max_grad_norm=settings.max_grad_norm,
                 gradient_checkpointing=recompute,
                 gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
                 seed=seed,
                 data_seed=seed,
-                logging_steps=max(1, steps // 100),
+                train_sampling_strategy="sequential",
+                logging_steps=max(1, part.steps // 100),
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -155,21 +210,21 @@ def _fit(
                 use_cpu=device() == "cpu",
                 dataloader_pin_memory=False,
             ),
-            train_dataset=rows,
-            data_collator=lambda part: collate(part, pad),
-            optimizers=(optimizer, None),
+            train_dataset=rows.select(places),
+            data_collator=collate,
+            compute_loss_func=loss,
+            optimizers=(optimizer, _schedule(optimizer, settings, part)),
             callbacks=[Watch()],
         )
-        from transformers import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
-        if keep_start:
+        if part.start > 0:
             evaluate(0)
         if device() == "cuda":
             torch.cuda.reset_peak_memory_stats()
         paused = 0.0
         began = time.perf_counter()
-        trainer.train()
+        with loss.hidden_states():
+            trainer.train()
         seconds = time.perf_counter() - began - paused
     adapters.restore(model, best["weights"])
     tokens = int(trainer.state.num_input_tokens_seen)

@@ -47,15 +47,19 @@ def sketch_gradients(
 ) -> dict[str, GradientSketch]:
     """One backward pass per batch serves all modules; the model's weights are not touched.
 
+    No gradient is asked for below the first of `modules`. Adapters on a module change its gradient only
+    through the loss: what is measured is the gradient with respect to the weight under them.
+
     Args:
-        model: causal language model, frozen; it may be 4-bit.
+        model: language model, frozen; it may be 4-bit and hold adapters.
         modules: the modules to measure.
         batches: model inputs with labels.
         size: side k of the sketch; sides shorter than k are kept whole.
         seed: of the projections.
     """
     device = next(model.parameters()).device
-    named = dict(model.named_modules())
+    named = dict(getattr(getattr(model, "base_model", model), "model", model).named_modules())
+    named |= dict(model.named_modules())
     current: dict[str, torch.Tensor] = {}
     handles = []
 
@@ -69,8 +73,9 @@ def sketch_gradients(
                 part = inputs.T @ (gradient.reshape(-1, info.out_features).float() @ left)
                 current[info.module] = current[info.module] + part if info.module in current else part
 
-            if output.requires_grad:
-                output.register_hook(backward)
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            output.register_hook(backward)
 
         handles.append(named[info.module].register_forward_hook(forward))
 
@@ -78,9 +83,6 @@ def sketch_gradients(
         watch(info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    handles.append(
-        model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-    )
     total: dict[str, torch.Tensor] = {}
     squares: dict[str, float] = {}
     count = 0
@@ -104,6 +106,7 @@ def sketch_gradients(
         mean = total[info.module] / count
         right = _projection(info.in_features, size, 2 * seed + 1, device)
         norm = float((mean**2).sum())
-        variance = max(squares[info.module] / count - norm, 1e-30)
+        # Unbiased variance of the batches' gradients, summed over entries.
+        variance = max((squares[info.module] - count * norm) / max(count - 1, 1), 1e-30)
         found[info.module] = GradientSketch(mean.cpu(), (right.T @ mean).cpu(), norm / variance)
     return found
