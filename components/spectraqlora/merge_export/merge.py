@@ -53,7 +53,10 @@ def merge_export(
     if into == "quantized":
         # A model that was loaded in 4 bits cannot be saved as a plain one; a plain one takes its weights.
         plain = _original(manifest, dtype)
-        plain.load_state_dict(best.state_dict())
+        transposed = {f"{m.module}.weight" for m in manifest.modules if m.transposed}
+        plain.load_state_dict(
+            {name: w.T if name in transposed else w for name, w in best.state_dict().items()}
+        )
         best = plain
     best.save_pretrained(output / "merged", safe_serialization=True)
     load_tokenizer(quantized / "model").save_pretrained(output / "merged")

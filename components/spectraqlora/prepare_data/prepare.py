@@ -22,8 +22,13 @@ SHORT_ANSWER_CHARACTERS = 100
 class _Encoder:
     """Turns rows into token ids and labels; only completions count where there is a prompt."""
 
-    def __init__(self, tokenizer: Any, settings: DataSettings, layout: Layout) -> None:
+    def __init__(self, tokenizer: Any, settings: DataSettings, layout: Layout, encoder_decoder: bool) -> None:
+        if encoder_decoder and layout == "text":
+            raise InputError(
+                "data columns", "text", "prompts and completions; an encoder-decoder model learns from pairs"
+            )
         self.tokenizer, self.settings, self.layout = tokenizer, settings, layout
+        self.encoder_decoder = encoder_decoder
         self.chat_template = bool(tokenizer.chat_template)
 
     def _ids(self, text: str) -> list[int]:
@@ -39,7 +44,10 @@ class _Encoder:
         return "".join(f"{m['role']}: {m['content']}\n" for m in before) + "assistant:"
 
     def encode(self, row: dict[str, Any]) -> tuple[list[int], list[int], str] | None:
-        """(input ids, labels, text) of a row; None where it is empty."""
+        """(input ids, labels, text) of a row; None where it is empty.
+
+        Labels stand beside the input ids, or are a decoder's own sequence.
+        """
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         if self.layout == "text":
@@ -51,6 +59,9 @@ class _Encoder:
         messages = messages_of(self.layout, row)
         if not messages:
             return None
+        if self.encoder_decoder:
+            prompt, answer = self.prompt_text(messages), messages[-1]["content"]
+            return [*self._ids(prompt), *end], [*self._ids(answer), *end], f"{prompt} {answer}"
         ids, labels, text = ([] if self.chat_template else list(start)), [], ""
         labels = [IGNORED] * len(ids)
         for index, message in enumerate(messages):
@@ -103,10 +114,12 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
         InputError: the source cannot be read, fits no layout, or leaves no rows.
     """
     from datasets import Dataset
+    from transformers import AutoConfig
 
     raw = _load(settings)
     layout = recognise(raw.column_names)
-    encoder = _Encoder(load_tokenizer(model_path), settings, layout)
+    config = AutoConfig.from_pretrained(model_path)
+    encoder = _Encoder(load_tokenizer(model_path), settings, layout, config.is_encoder_decoder)
     raw = raw.shuffle(seed=seed)
     if settings.max_rows:
         raw = raw.select(range(min(len(raw), settings.max_rows)))
@@ -120,7 +133,7 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
             empty += 1
             continue
         ids, labels, text = encoded
-        if len(ids) > settings.max_length and not (layout == "text" and settings.pack):
+        if max(len(ids), len(labels)) > settings.max_length and not (layout == "text" and settings.pack):
             too_long += 1
             continue
         kept.append({"input_ids": ids, "labels": labels, "text": text, "row": row})
@@ -172,12 +185,15 @@ def _answers(encoder: _Encoder, rows: list[dict[str, Any]]) -> list[dict[str, st
     """Prompts and references of held-out rows whose answer is short, or ends in a `####` answer."""
     if encoder.layout == "text":
         return []
-    bos = encoder.tokenizer.bos_token or ""
+    start = end = ""
+    if encoder.encoder_decoder:
+        end = encoder.tokenizer.eos_token or ""
+    elif not encoder.chat_template:
+        start = encoder.tokenizer.bos_token or ""
     found = []
     for row in rows:
         messages = messages_of(encoder.layout, row["row"])
         answer = messages[-1]["content"]
         if len(answer) <= SHORT_ANSWER_CHARACTERS or "####" in answer:
-            start = "" if encoder.chat_template else bos
-            found.append({"prompt": start + encoder.prompt_text(messages), "answer": answer})
+            found.append({"prompt": start + encoder.prompt_text(messages) + end, "answer": answer})
     return found

@@ -41,6 +41,8 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
+                # One type for all parameters: FSDP shards them together, and T5 asks `wo` for its type.
+                bnb_4bit_quant_storage=dtype,
             ),
         )
     modules = linear_modules(model)

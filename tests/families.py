@@ -1,0 +1,136 @@
+"""Toy models of every supported family, random weights, made without any download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WIDTH, INNER, LAYERS = 64, 128, 4
+
+
+def _llama_like(name: str, config_name: str = "", **extra: Any) -> Callable[[int], Any]:
+    def build(vocabulary: int) -> Any:
+        import transformers
+
+        config = getattr(transformers, config_name or f"{name}Config")(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            **extra,
+        )
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+    return build
+
+
+def _gpt2(vocabulary: int) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _opt(vocabulary: int) -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            word_embed_proj_dim=WIDTH,
+            ffn_dim=INNER,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _falcon(vocabulary: int) -> Any:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    return FalconForCausalLM(
+        FalconConfig(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_kv_heads=1,
+            multi_query=True,
+            bias=False,
+            parallel_attn=True,
+            alibi=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _t5(vocabulary: int) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=WIDTH,
+            d_kv=16,
+            d_ff=INNER,
+            num_layers=LAYERS,
+            num_heads=4,
+            decoder_start_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": _llama_like("Llama"),
+    "mistral": _llama_like("Mistral", sliding_window=64),
+    "qwen3": _llama_like("Qwen3", head_dim=16, tie_word_embeddings=True),
+    "gemma3": _llama_like("Gemma3", "Gemma3TextConfig", head_dim=16, query_pre_attn_scalar=16),
+    "gemma2": _llama_like("Gemma2", head_dim=16, query_pre_attn_scalar=16),
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "falcon": _falcon,
+    "t5": _t5,
+    "qwen3-moe": _llama_like(
+        "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+}
+
+
+def write_family(name: str, folder: Path) -> Path:
+    """A toy model of a family with a tokenizer in `folder`, as safetensors."""
+    import torch
+    from spectraqlora.sample import make, world
+
+    tokenizer = make._tokenizer(world.corpus(world.people(0, 12), 0, 300))
+    torch.manual_seed(0)
+    model = FAMILIES[name](len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
