@@ -19,7 +19,8 @@ IQR_OF_NORMAL = 1.349
 TOLERANCE = 1e-5
 """Relative error of signal, noise and s1 up to which eigenvalues of the Gram matrix are taken for exact."""
 _EPS = torch.finfo(torch.float64).eps
-_CHUNK = 512
+CHUNK = 512
+"""Columns, or rows, of a matrix that are held in float64 at a time."""
 _BLOCK = 256
 _REFERENCE_SIDE = 512
 
@@ -74,6 +75,14 @@ def batch_statistics(weights: Sequence[torch.Tensor]) -> list[SnrStatistics]:
     return found
 
 
+def entry_std(weight: torch.Tensor) -> float:
+    """Standard deviation of the entries of an (n, m) matrix, in float64."""
+    blocks = weight.split(CHUNK)
+    mean = sum(float(block.double().sum()) for block in blocks) / weight.numel()
+    squares = sum(float(block.double().sub_(mean).square_().sum()) for block in blocks)
+    return math.sqrt(squares / max(1, weight.numel() - 1))
+
+
 def _has_spectrum(weight: torch.Tensor) -> bool:
     if weight.ndim != 2 or min(weight.shape) < 2:
         return False
@@ -88,7 +97,7 @@ def _add_gram(gram: torch.Tensor, weight: torch.Tensor) -> None:
     diagonal, which halves the work: `eigvalsh` reads nothing above it.
     """
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    for columns in wide.split(_CHUNK, dim=1):
+    for columns in wide.split(CHUNK, dim=1):
         chunk = columns.double()
         for top in range(0, len(gram), _BLOCK):
             gram[top : top + _BLOCK, : top + _BLOCK].addmm_(
