@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectraqlora.errors import InputError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def _header(path: Path) -> dict[str, dict[str, object]]:
+def _header(path: Path) -> dict[str, dict[str, Any]]:
     """A safetensors file's header, after its promise of bytes was held against the file's size."""
     size = path.stat().st_size
     try:
@@ -109,8 +109,8 @@ class Checkpoint:
             digest.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns, header]).encode())
             for name, entry in header.items():
                 self._where[name] = shard
-                self._shapes[name] = tuple(entry["shape"])  # type: ignore[arg-type]
-                start, end = entry["data_offsets"]  # type: ignore[misc]
+                self._shapes[name] = tuple(entry["shape"])
+                start, end = entry["data_offsets"]
                 self._bytes[name] = end - start
         self.digest = digest.hexdigest()
         states = {name.partition(_PACKED_STATE)[0]: name for name in self._where if _PACKED_STATE in name}
