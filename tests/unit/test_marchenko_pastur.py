@@ -1,6 +1,7 @@
 """SNR by hand, and against the reference routine."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def test_snr_of_a_wide_matrix_by_hand() -> None:
 )
 def test_degenerate_matrices_have_no_snr(weight: torch.Tensor) -> None:
     assert math.isnan(statistics(weight).snr)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on matrices of this size, many times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 KINDS = ["random", "low-rank plus noise", "ill-conditioned", "rank-deficient", "one outlier", "repeated rows"]
