@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from spectraqlora.checkpoint import Checkpoint
 from spectraqlora.snr.marchenko_pastur import from_singular_values
-from spectraqlora.snr.scan import scan
+from spectraqlora.snr.scan import memory_budget, scan
 from spectraqlora.snr.workers import measured
 
 Shape = tuple[int, int]
@@ -60,6 +60,8 @@ def speed(layer: list[Shape], layers: int, device: str) -> None:
         references["numpy"] = lambda w: torch.from_numpy(np.linalg.svd(w.numpy(), compute_uv=False))
     shapes = layer * layers
     weights = [(str(index), weight_like(shape, index)) for index, shape in enumerate(shapes)]
+    # The memory that a scan of such a checkpoint allows itself.
+    budget = memory_budget(max(2 * rows * cols for rows, cols in layer))
     # Both sides do their work once on a small matrix first: libraries load, threads start.
     for reference in references.values():
         reference(torch.randn(256, 512, device=device))
@@ -76,7 +78,7 @@ def speed(layer: list[Shape], layers: int, device: str) -> None:
         found: dict[str, float] = {}
 
         def ours(group: list[tuple[str, torch.Tensor]] = group, into: dict[str, float] = found) -> None:
-            into.update({result.module: result.found.snr for result in measured(group)})
+            into.update({result.module: result.found.snr for result in measured(group, budget)})
 
         own = _seconds(ours)
         spent = dict.fromkeys(references, 0.0)
@@ -93,7 +95,7 @@ def speed(layer: list[Shape], layers: int, device: str) -> None:
             totals[name] += spent[name]
         _add(table, f"{shape[0]}x{shape[1]}", len(group), own, spent)
     table.add_section()
-    _add(table, "all, mixed", len(weights), _seconds(lambda: list(measured(weights))), totals)
+    _add(table, "all, mixed", len(weights), _seconds(lambda: list(measured(weights, budget))), totals)
     console.print(table)
     console.print(f"Largest relative difference of an snr from a float32 reference: {difference:.1e}")
 
@@ -142,8 +144,18 @@ def scan_and_print_peak(folder: Path) -> None:
     """Scan a checkpoint and print {matrices, seconds, peak} (bytes resident) as JSON."""
     start = time.perf_counter()
     table = scan(Checkpoint(folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"matrices": len(table), "seconds": time.perf_counter() - start, "peak": peak}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"matrices": len(table), "seconds": seconds, "peak": _peak_resident()}))
+
+
+def _peak_resident() -> int:
+    """Bytes. Linux counts into ru_maxrss what the parent held when it started this process; VmHWM does not."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_of_scan(folder: Path) -> dict[str, float]:
@@ -157,7 +169,7 @@ def peak_of_scan(folder: Path) -> dict[str, float]:
 
 def memory_bound(layer: list[Shape]) -> int:
     """Bytes: 600 MB plus six times the largest bfloat16 matrix."""
-    return 600 * 2**20 + 6 * max(2 * rows * cols for rows, cols in layer)
+    return 600 * 10**6 + 6 * max(2 * rows * cols for rows, cols in layer)
 
 
 def memory(gigabytes: float) -> None:

@@ -19,7 +19,7 @@ IQR_OF_NORMAL = 1.349
 TOLERANCE = 1e-5
 """Relative error of signal, noise and s1 up to which eigenvalues of the Gram matrix are taken for exact."""
 _EPS = torch.finfo(torch.float64).eps
-CHUNK = 512
+CHUNK = 256
 """Columns, or rows, of a matrix that are held in float64 at a time."""
 _BLOCK = 256
 _REFERENCE_SIDE = 512

@@ -20,8 +20,8 @@ from spectraqlora.snr.workers import Measured, measured
 Report = Callable[[int, int, str], None]
 """Called with the matrices done, the matrices in all and the module that was measured last."""
 
-_BESIDE_LIBRARIES = 240 * 2**20
-"""Bytes: interpreter and libraries take 310 MB (360 where a 4-bit checkpoint needs bitsandbytes) of 600."""
+_BESIDE_LIBRARIES = 150 * 2**20
+"""Bytes: of 600 MB, interpreter and libraries take 310, and 420 where packed weights need bitsandbytes."""
 _TIMES_LARGEST = 6
 
 
@@ -75,8 +75,7 @@ def scan(
         report(before, len(plan), "")
     stream = ((matrix.module, checkpoint.load(matrix.tensor, matrix.expert)) for matrix in missing)
     largest = max((checkpoint.matrix_bytes(matrix.tensor) for matrix in plan), default=0)
-    budget = _BESIDE_LIBRARIES + _TIMES_LARGEST * largest
-    for done, result in enumerate(measured(stream, budget), before + 1):
+    for done, result in enumerate(measured(stream, memory_budget(largest)), before + 1):
         row = _row(result, "quantized" if checkpoint.packed else "original")
         rows[result.module] = row
         if finished:
@@ -84,6 +83,11 @@ def scan(
         if report:
             report(done, len(plan), result.module)
     return _table([rows[matrix.module] for matrix in plan])
+
+
+def memory_budget(largest: int) -> int:
+    """Bytes that matrices in work may take together in a scan whose largest matrix has `largest` bytes."""
+    return _BESIDE_LIBRARIES + _TIMES_LARGEST * largest
 
 
 def tensors_of(folder: Path, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
