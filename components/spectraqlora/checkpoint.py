@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectraqlora.errors import InputError
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def _header(path: Path) -> dict[str, dict[str, object]]:
+def _header(path: Path) -> dict[str, dict[str, Any]]:
     """A safetensors file's header, after its promise of bytes was held against the file's size."""
     size = path.stat().st_size
     try:
@@ -84,29 +86,86 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
         _header(shard)
 
 
+_PACKED_STATE = ".quant_state.bitsandbytes__"
+"""Beside a packed 4-bit tensor lies its shape and type, under the tensor's name, this and nf4 or fp4."""
+
+
 class Checkpoint:
-    """Tensors of a folder's safetensors shards, memory-mapped, one at a time."""
+    """Tensors of a folder's safetensors shards, memory-mapped, one at a time.
+
+    A tensor that bitsandbytes packed in 4 bits counts as the matrix that it stands for; the scales, code and
+    state that transformers saves beside it are no tensors of their own. `digest` changes with the shards'
+    names, sizes, times and headers; no weights are read for it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._bytes: dict[str, int] = {}
+        digest = hashlib.sha256()
         for shard in _shards(folder):
-            for name, entry in _header(shard).items():
+            stat = shard.stat()
+            header = _header(shard)
+            digest.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns, header]).encode())
+            for name, entry in header.items():
                 self._where[name] = shard
-                self._shapes[name] = tuple(entry["shape"])  # type: ignore[arg-type]
+                self._shapes[name] = tuple(entry["shape"])
+                start, end = entry["data_offsets"]
+                self._bytes[name] = end - start
+        self.digest = digest.hexdigest()
+        states = {name.partition(_PACKED_STATE)[0]: name for name in self._where if _PACKED_STATE in name}
+        self._packed = {
+            owner: [name for name in self._where if name.startswith(owner + ".")] for owner in states
+        }
+        for owner, parts in self._packed.items():
+            state = json.loads(bytes(self._raw(states[owner]).tolist()))
+            self._shapes[owner] = tuple(state["shape"])
+            self._bytes[owner] = math.prod(state["shape"]) * (4 if state["dtype"] == "float32" else 2)
+            for part in parts:
+                del self._shapes[part]
+
+    @property
+    def packed(self) -> bool:
+        """Whether any tensor is packed in 4 bits."""
+        return bool(self._packed)
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return list(self._where)
+        return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
+        """A tensor's shape, unpacked, from the header."""
         return self._shapes[name]
 
-    def load(self, name: str) -> torch.Tensor:
-        """One tensor, copied out of the mapped file."""
+    def matrix_bytes(self, name: str) -> int:
+        """Bytes of a tensor, unpacked, or of one slice of its first axis where it has three."""
+        return self._bytes[name] // (self.shape(name)[0] if len(self.shape(name)) == 3 else 1)
+
+    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+        """One tensor, or one slice of its first axis, as a view of the mapped file; packed ones dequantized.
+
+        The map, and the resident pages that it counts for, go with the last reference to the tensor.
+        """
+        from safetensors import safe_open
+
+        if name in self._packed:
+            return self._dequantized(name) if index is None else self._dequantized(name)[index]
+        if index is None:
+            return self._raw(name)
+        with safe_open(self._where[name], framework="pt") as shard:
+            part: torch.Tensor = shard.get_slice(name)[index]
+        return part
+
+    def _raw(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
         with safe_open(self._where[name], framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
+
+    def _dequantized(self, name: str) -> torch.Tensor:
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        parts = {part: self._raw(part) for part in self._packed[name]}
+        return dequantize_4bit(self._raw(name), QuantState.from_dict(parts, device=torch.device("cpu")))

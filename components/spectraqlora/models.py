@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 _LAYER = re.compile(r"\.(\d+)\.")
-_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def device() -> str:
@@ -56,14 +55,13 @@ def peak_memory_bytes() -> int:
 def module_identity(name: str) -> tuple[int, str] | None:
     """(layer index, module type) of a dotted module path; None outside numbered layers.
 
-    The type is what follows the first index; that of an encoder beside a decoder begins with `encoder.`,
-    and all experts of a layer are of one type.
+    The type is what follows the first index, as in Spectrum; that of an encoder begins with `encoder.`.
     """
     match = _LAYER.search(name)
     if match is None:
         return None
     stack = "encoder." if name[: match.start()].split(".")[0] == "encoder" else ""
-    return int(match.group(1)), stack + _EXPERT.sub("experts.", name[match.end() :])
+    return int(match.group(1)), stack + name[match.end() :]
 
 
 def resolve_base(source: str, revision: str) -> Path:

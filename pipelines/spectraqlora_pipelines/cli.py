@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     Progress,
@@ -24,8 +27,12 @@ from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
 from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COMPILED = Path(__file__).resolve().parents[1] / "ablation.yaml"
 BAD_INPUT = 2
+_LAYERS = re.compile(r"(?=\b\d+\.)")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -194,8 +201,13 @@ def compile_(
 
 @app.command()
 def snr(
-    model: Annotated[str, typer.Argument(help="Folder of safetensors, or hub id.")],
-    output: Annotated[Path | None, typer.Option(help="Write the table as Parquet.")] = None,
+    model: Annotated[str, typer.Argument(help="Folder of safetensors (4-bit ones too), or hub id.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the table as Parquet. An interrupted scan goes on from OUTPUT.partial.jsonl."
+        ),
+    ] = None,
     spectrum_json: Annotated[Path | None, typer.Option(help="Write Spectrum's own JSON.")] = None,
     percent: Annotated[float, typer.Option(help="Share of each module type to select.")] = 50.0,
     unfrozen_yaml: Annotated[
@@ -207,6 +219,7 @@ def snr(
         raise InputError("--percent", percent, "a number above 0 and at most 100")
     from spectraqlora.checkpoint import Checkpoint, check_model_folder
     from spectraqlora.models import resolve_base
+    from spectraqlora.snr.finished import FinishedRows
     from spectraqlora.snr.scan import scan
     from spectraqlora.snr.spectrum_format import spectrum_json as to_json
     from spectraqlora.snr.spectrum_format import unfrozen_yaml as to_yaml
@@ -216,34 +229,29 @@ def snr(
         raise InputError("MODEL", model, "an existing folder or a hub id such as owner/name")
     folder = resolve_base(model, "main")
     check_model_folder(folder)
-    with _bars() as bars:
-        bar = bars.add_task("measuring", total=None)
-        table = scan(
-            Checkpoint(folder),
-            None,
-            lambda done, total, name: bars.update(bar, completed=done, total=total, description=name),
-        )
+    checkpoint = Checkpoint(folder)
+    finished = None
+    if output:
+        finished = FinishedRows(output.with_name(output.name + ".partial.jsonl"), checkpoint.digest)
+    # Matrices of a large model take minutes each: the estimate of the time left looks back far enough.
+    with _bars(bar_width=20, speed_estimate_period=1800) as bars:
+        bar: Any = None
+
+        def on_matrix(done: int, total: int, module: str) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = bars.add_task("measuring", total=total, completed=done)
+            else:
+                bars.update(bar, completed=done, description=module[_common_prefix([module]) :])
+
+        table = scan(checkpoint, None, on_matrix, finished)
     chosen = top_modules(table, percent)
-    shown = Table(title=f"SNR of {len(table)} matrices; * is in the top {percent:g} % of its type")
-    for column in ("", "module", "shape", "s1", "threshold", "snr", "calibrated", "percentile"):
-        shown.add_column(
-            column, justify="left" if column in ("", "module") else "right", no_wrap=column == "module"
-        )
-    for row in table.itertuples():
-        shown.add_row(
-            "*" if row.module in chosen else "",
-            str(row.module),
-            f"{row.rows}x{row.cols}",
-            f"{row.s1:.3f}",
-            f"{row.threshold:.3f}",
-            f"{row.snr:.4f}",
-            f"{row.calibrated:.3f}",
-            f"{row.percentile:.0f}",
-        )
-    console.print(shown)
+    console.print(_snr_table(table, chosen, percent, console))
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         table.to_parquet(output)
+    if finished:
+        finished.remove()
     from spectraqlora.artifacts import write_text
 
     if spectrum_json:
@@ -309,17 +317,61 @@ def _resolve_sample(settings: Settings) -> tuple[str, str]:
     )
 
 
-def _bars() -> Progress:
+def _bars(bar_width: int = 40, speed_estimate_period: float = 30.0) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width),
         TextColumn("{task.completed:.0f}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        speed_estimate_period=speed_estimate_period,
     )
+
+
+def _snr_table(table: pd.DataFrame, chosen: set[str], percent: float, screen: Console) -> Table:
+    """The table as wide as the screen allows: first the modules' common prefix goes, then columns."""
+    prefix = _common_prefix(list(table["module"]))
+    title = f"SNR of {len(table)} matrices; * is in the top {percent:g} % of its type"
+    columns: dict[str, Callable[[Any], str]] = {
+        "": lambda row: "*" if row.module in chosen else "",
+        "module": lambda row: row.module,
+        "shape": lambda row: f"{row.rows}x{row.cols}",
+        "s1": lambda row: f"{row.s1:.3f}",
+        "threshold": lambda row: f"{row.threshold:.3f}",
+        "snr": lambda row: f"{row.snr:.4f}",
+        "calibrated": lambda row: f"{row.calibrated:.3f}",
+        "percentile": lambda row: f"{row.percentile:.0f}",
+    }
+
+    def layout() -> Table:
+        shown = Table(title=title)
+        for name in columns:
+            shown.add_column(name, justify="left" if name in ("", "module") else "right", overflow="fold")
+        for row in table.itertuples():
+            shown.add_row(*(cell(row) for cell in columns.values()))
+        return shown
+
+    def fits(shown: Table) -> bool:
+        return Measurement.get(screen, screen.options.update_width(1000), shown).maximum <= screen.width
+
+    if fits(shown := layout()):
+        return shown
+    columns["module"] = lambda row: row.module[prefix:]
+    title += f"\nmodules inside {table['module'].iloc[0][:prefix].rstrip('.')}" if prefix else ""
+    for dropped in ("threshold", "s1", "percentile", "shape"):
+        if fits(shown := layout()):
+            break
+        del columns[dropped]
+    return layout()
+
+
+def _common_prefix(modules: list[str]) -> int:
+    """Characters before the layer index, where all modules share them, else 0."""
+    heads = {_LAYERS.split(module, maxsplit=1)[0] for module in modules}
+    return len(heads.pop()) if len(heads) == 1 else 0
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -1,12 +1,19 @@
 """SNR by hand, and against the reference routine."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectraqlora.snr.marchenko_pastur import calibrated, from_singular_values, statistics
+from spectraqlora.snr.marchenko_pastur import (
+    batch_statistics,
+    calibrated,
+    entry_std,
+    from_singular_values,
+    statistics,
+)
 
 
 def test_snr_of_a_square_diagonal_by_hand() -> None:
@@ -42,14 +49,19 @@ def test_degenerate_matrices_have_no_snr(weight: torch.Tensor) -> None:
     assert math.isnan(statistics(weight).snr)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(2, 60),
-    cols=st.integers(2, 60),
-    seed=st.integers(0, 1000),
-    kind=st.sampled_from(["random", "low-rank plus noise", "ill-conditioned", "rank-deficient"]),
-)
-def test_snr_agrees_with_svdvals_in_float64(rows: int, cols: int, seed: int, kind: str) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on matrices of this size, many times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+KINDS = ["random", "low-rank plus noise", "ill-conditioned", "rank-deficient", "one outlier", "repeated rows"]
+
+
+def matrix_of(kind: str, rows: int, cols: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
     if kind == "low-rank plus noise":
@@ -57,14 +69,63 @@ def test_snr_agrees_with_svdvals_in_float64(rows: int, cols: int, seed: int, kin
     elif kind == "ill-conditioned":
         weight = weight * torch.logspace(0, -8, cols, dtype=torch.float64)
     elif kind == "rank-deficient":
-        weight = weight[:, : max(1, cols // 3)] @ torch.randn(
-            max(1, cols // 3), cols, generator=generator, dtype=torch.float64
-        )
-    exact = from_singular_values(torch.linalg.svdvals(weight), (rows, cols))
-    nearest = (torch.linalg.svdvals(weight) - exact.threshold).abs().min() / exact.s1
-    if nearest < 1e-6:
-        return  # a singular value on the threshold: either side is right
-    assert statistics(weight).snr == pytest.approx(exact.snr, rel=1e-4)
+        rank = max(1, min(rows, cols) // 3)
+        weight = weight[:, :rank] @ torch.randn(rank, cols, generator=generator, dtype=torch.float64)
+    elif kind == "one outlier":
+        weight[0, 0] = 1e4
+    elif kind == "repeated rows":
+        weight = weight[torch.arange(rows) // 2]
+    return weight.to(dtype)
+
+
+# 300 and 600 lie beyond the blocks and chunks in which the Gram matrix is summed.
+SIDES = st.one_of(st.integers(2, 60), st.sampled_from([300]))
+LONG_SIDES = st.one_of(st.integers(2, 60), st.sampled_from([300, 600]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sides=st.tuples(SIDES, LONG_SIDES),
+    tall=st.booleans(),
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_snr_agrees_with_svdvals_in_float64(
+    sides: tuple[int, int], tall: bool, seed: int, kind: str, dtype: torch.dtype
+) -> None:
+    rows, cols = reversed(sides) if tall else sides
+    weight = matrix_of(kind, rows, cols, seed, dtype)
+    exact = from_singular_values(torch.linalg.svdvals(weight.double()), (rows, cols))
+    found = statistics(weight)
+    assert found.snr == pytest.approx(exact.snr, rel=1e-4)
+    assert found.above == exact.above
+    assert found.threshold == pytest.approx(exact.threshold, rel=1e-4, abs=1e-9 * exact.s1)
+
+
+def test_a_singular_value_next_to_the_threshold_falls_on_the_side_where_svdvals_puts_it() -> None:
+    # s = 9, t, 3, 2, 1 with quartiles t' and 2: tau = 2 (q75 - q25) / 1.349 decides about s = 3 as q75 moves.
+    base = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(base)
+    quartile = 2 + 3 * 1.349 / 2
+    for step in (-1e-9, -1e-13, -1e-15, 0.0, 1e-15, 1e-13, 1e-9):
+        weight = left @ torch.diag(torch.tensor([9.0, quartile * (1 + step), 3, 2, 1]).double()) @ right
+        exact = from_singular_values(torch.linalg.svdvals(weight), (5, 5))
+        assert statistics(weight).above == exact.above
+
+
+def test_a_batch_of_equal_shape_equals_its_matrices_one_by_one() -> None:
+    weights = [matrix_of(kind, 40, 90, 1, torch.float32) for kind in KINDS]
+    weights[2:2] = [torch.zeros(40, 90), torch.full((40, 90), math.nan)]
+    alone = [statistics(weight) for weight in weights]
+    for one, other in zip(batch_statistics(weights), alone, strict=True):
+        assert one.snr == pytest.approx(other.snr, rel=1e-9, nan_ok=True)
+        assert one.above == other.above
+
+
+def test_entry_std_is_that_of_the_entries() -> None:
+    weight = 3 + torch.randn(1500, 7, generator=torch.Generator().manual_seed(2))
+    assert entry_std(weight) == pytest.approx(float(weight.double().std()), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (40, 200), (16, 256)])

@@ -60,8 +60,8 @@ class _Encoder:
         if not messages:
             return None
         if self.encoder_decoder:
-            prompt, answer = self.prompt_text(messages), messages[-1]["content"]
-            return [*self._ids(prompt), *end], [*self._ids(answer), *end], f"{prompt} {answer}"
+            question, reply = self.prompt_text(messages), messages[-1]["content"]
+            return [*self._ids(question), *end], [*self._ids(reply), *end], f"{question} {reply}"
         ids, labels, text = ([] if self.chat_template else list(start)), [], ""
         labels = [IGNORED] * len(ids)
         for index, message in enumerate(messages):

@@ -1,9 +1,10 @@
-"""The SNR table of a checkpoint or of any stream of matrices, one tensor at a time."""
+"""The SNR table of a checkpoint or of any stream of matrices, as many at a time as memory allows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -12,53 +13,96 @@ from spectraqlora.artifacts import LinearModule
 from spectraqlora.checkpoint import Checkpoint
 from spectraqlora.errors import InputError
 from spectraqlora.models import module_identity
-from spectraqlora.snr.marchenko_pastur import calibrated, statistics
+from spectraqlora.snr.finished import FinishedRows, Row
+from spectraqlora.snr.marchenko_pastur import calibrated
+from spectraqlora.snr.workers import Measured, measured
 
 Report = Callable[[int, int, str], None]
+"""Called with the matrices done, the matrices in all and the module that was measured last."""
+
+_BESIDE_LIBRARIES = 150 * 2**20
+"""Bytes: of 600 MB, interpreter and libraries take 310, and 420 where packed weights need bitsandbytes."""
+_TIMES_LARGEST = 6
+
+
+class _Matrix(NamedTuple):
+    """A module, the tensor that holds its weight, and which expert where the tensor is fused."""
+
+    module: str
+    tensor: str
+    expert: int | None
 
 
 def scan_tensors(stream: Iterable[tuple[str, torch.Tensor]], source: str = "original") -> pd.DataFrame:
     """The SNR table of (module, weight) pairs; a 3-D weight (experts x out x in) gives a row per expert."""
-    rows = []
-    for name, tensor in stream:
-        parts = [(name, tensor)]
-        if tensor.ndim == 3:
-            parts = [(f"{name}[{index}]", expert) for index, expert in enumerate(tensor)]
-        layer, kind = module_identity(name) or (-1, name)
-        for module, weight in parts:
-            found = statistics(weight)
-            shape = (int(weight.shape[0]), int(weight.shape[1]))
-            rows.append(
-                {
-                    "module": module,
-                    "layer": layer,
-                    "type": kind,
-                    "rows": shape[0],
-                    "cols": shape[1],
-                    "s1": found.s1,
-                    "threshold": found.threshold,
-                    "signal": found.signal,
-                    "noise": found.noise,
-                    "snr": found.snr,
-                    "calibrated": calibrated(found, *shape, float(weight.double().std())),
-                    "above": found.above,
-                    "source": source,
-                }
-            )
-    table = pd.DataFrame(rows)
-    if table.empty:
-        raise InputError("model", "no weight", "matrices inside numbered layers")
-    place = table.groupby("type")["snr"].rank(pct=True, method="average") * 100
-    table.insert(len(table.columns) - 1, "percentile", place.fillna(0.0))
-    return table
+    order: list[str] = []
+
+    def matrices() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in stream:
+            experts = enumerate(tensor) if tensor.ndim == 3 else [(None, tensor)]
+            for index, weight in experts:
+                order.append(_module(name, index))
+                yield order[-1], weight
+
+    rows = {result.module: _row(result, source) for result in measured(matrices())}
+    return _table([rows[module] for module in order])
 
 
-def checkpoint_tensors(
-    checkpoint: Checkpoint, modules: Sequence[LinearModule] | None, report: Report | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(module, weight) of the modules asked for, or of every matrix inside numbered layers.
+def scan(
+    checkpoint: Checkpoint,
+    modules: Sequence[LinearModule] | None = None,
+    report: Report | None = None,
+    finished: FinishedRows | None = None,
+) -> pd.DataFrame:
+    """The SNR table of a checkpoint: of the modules asked for, or of all matrices inside numbered layers.
 
-    A checkpoint may lack the prefix under which the loaded model holds its blocks.
+    Peak resident memory stays below 600 MB plus six times the largest matrix, whatever the model's size.
+
+    Args:
+        checkpoint: original or packed in 4 bits; the table's `source` says which.
+        modules: modules as the loaded model names them.
+        report: called at the start and after each matrix.
+        finished: rows of an interrupted scan, which are not measured again; it gets each new row.
+
+    Raises:
+        InputError: no matrix at all, or one of `modules` is not in the checkpoint.
+    """
+    plan = _plan(checkpoint, modules)
+    rows = dict(finished.rows) if finished else {}
+    missing = [matrix for matrix in plan if matrix.module not in rows]
+    before = len(plan) - len(missing)
+    if report:
+        report(before, len(plan), "")
+    stream = ((matrix.module, checkpoint.load(matrix.tensor, matrix.expert)) for matrix in missing)
+    largest = max((checkpoint.matrix_bytes(matrix.tensor) for matrix in plan), default=0)
+    for done, result in enumerate(measured(stream, memory_budget(largest)), before + 1):
+        row = _row(result, "quantized" if checkpoint.packed else "original")
+        rows[result.module] = row
+        if finished:
+            finished.add(row)
+        if report:
+            report(done, len(plan), result.module)
+    return _table([rows[matrix.module] for matrix in plan])
+
+
+def memory_budget(largest: int) -> int:
+    """Bytes that matrices in work may take together in a scan whose largest matrix has `largest` bytes."""
+    return _BESIDE_LIBRARIES + _TIMES_LARGEST * largest
+
+
+def tensors_of(folder: Path, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(module, weight out x in) of a model's linear modules and experts from its original checkpoint."""
+    checkpoint = Checkpoint(folder)
+    transposed = {m.module for m in modules if m.transposed}
+    for matrix in _plan(checkpoint, modules):
+        weight = checkpoint.load(matrix.tensor, matrix.expert)
+        yield matrix.module, weight.T if matrix.module in transposed else weight
+
+
+def _plan(checkpoint: Checkpoint, modules: Sequence[LinearModule] | None) -> list[_Matrix]:
+    """What to measure, by layer; beside the modules asked for also experts, which are no modules of their own.
+
+    A checkpoint may lack the prefix under which the model holds its blocks.
     """
     names = set(checkpoint.names())
     wanted: list[tuple[str, str]] = []
@@ -78,23 +122,48 @@ def checkpoint_tensors(
                     "checkpoint", info.module, "a tensor of that module in the safetensors shards"
                 )
             wanted.append((info.module, match))
-    for index, (module, name) in enumerate(wanted):
-        if report:
-            report(index, len(wanted), module)
-        yield module, checkpoint.load(name)
-    if report:
-        report(len(wanted), len(wanted), "done")
+        taken = {name for _, name in wanted}
+        wanted += [
+            (name.removesuffix(".weight"), name)
+            for name in checkpoint.names()
+            if ".experts." in name and len(checkpoint.shape(name)) >= 2 and name not in taken
+        ]
+    plan = []
+    for stem, name in wanted:
+        shape = checkpoint.shape(name)
+        experts: Iterable[int | None] = range(shape[0]) if len(shape) == 3 else [None]
+        plan += [_Matrix(_module(stem, index), name, index) for index in experts]
+    return plan
 
 
-def tensors_of(folder: Path, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(module, weight out x in) of a model's linear modules from its original checkpoint."""
-    transposed = {m.module for m in modules if m.transposed}
-    for name, weight in checkpoint_tensors(Checkpoint(folder), modules):
-        yield name, weight.T if name in transposed else weight
+def _module(name: str, expert: int | None) -> str:
+    return name if expert is None else f"{name}[{expert}]"
 
 
-def scan(
-    checkpoint: Checkpoint, modules: Sequence[LinearModule] | None = None, report: Report | None = None
-) -> pd.DataFrame:
-    """The SNR table of a checkpoint."""
-    return scan_tensors(checkpoint_tensors(checkpoint, modules, report))
+def _row(result: Measured, source: str) -> Row:
+    layer, kind = module_identity(result.module.partition("[")[0]) or (-1, result.module)
+    found, (rows, cols) = result.found, result.shape
+    return {
+        "module": result.module,
+        "layer": layer,
+        "type": kind,
+        "rows": rows,
+        "cols": cols,
+        "s1": found.s1,
+        "threshold": found.threshold,
+        "signal": found.signal,
+        "noise": found.noise,
+        "snr": found.snr,
+        "calibrated": calibrated(found, rows, cols, result.entry_std),
+        "above": found.above,
+        "source": source,
+    }
+
+
+def _table(rows: list[Row]) -> pd.DataFrame:
+    if not rows:
+        raise InputError("model", "no weight", "matrices inside numbered layers")
+    table = pd.DataFrame(rows)
+    place = table.groupby("type")["snr"].rank(pct=True, method="average") * 100
+    table.insert(len(table.columns) - 1, "percentile", place.fillna(0.0))
+    return table

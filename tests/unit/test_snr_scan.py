@@ -1,0 +1,233 @@
+"""The scan itself: side by side, within its memory, from packed checkpoints, and after an interruption."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.checkpoint import Checkpoint
+from spectraqlora.models import dequantized_weight, load_quantized
+from spectraqlora.settings import SnrSettings
+from spectraqlora.snr.finished import FinishedRows
+from spectraqlora.snr.marchenko_pastur import from_singular_values
+from spectraqlora.snr.scan import scan, scan_tensors
+from spectraqlora.snr.table import read_table, top_modules
+from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
+from spectraqlora.snr_analyze.analyze import analyze
+from spectraqlora_pipelines.cli import _snr_table
+
+from tests.benchmarks.snr import memory_bound, peak_of_scan, write_checkpoint
+
+
+def stream(count: int, rows: int = 60, cols: int = 90) -> Iterator[tuple[str, torch.Tensor]]:
+    """Matrices of one type with ever stronger low-rank parts."""
+    generator = torch.Generator().manual_seed(3)
+    for index in range(count):
+        strong = torch.randn(rows, 3, generator=generator) @ torch.randn(3, cols, generator=generator)
+        weight = torch.randn(rows, cols, generator=generator) + 0.1 * index * strong
+        yield f"model.layers.{index}.mlp.up_proj", weight
+
+
+@pytest.mark.parametrize("percent", [10, 25, 50, 75])
+def test_the_selection_equals_that_of_svdvals_in_float64(percent: float) -> None:
+    exact = pd.DataFrame(
+        {
+            "module": name,
+            "type": "mlp.up_proj",
+            "snr": from_singular_values(torch.linalg.svdvals(weight.double()), (60, 90)).snr,
+            "calibrated": 0.0,
+        }
+        for name, weight in stream(20)
+    )
+    assert top_modules(scan_tensors(stream(20)), percent) == top_modules(exact, percent)
+
+
+def test_degenerate_matrices_have_a_row_without_snr_and_are_never_selected() -> None:
+    bad = [torch.zeros(8, 8), torch.ones(1, 8), torch.full((8, 8), 2.0), torch.full((8, 8), math.nan)]
+    weights = [(f"model.layers.{index}.mlp.up_proj", weight) for index, weight in enumerate(bad)]
+    table = scan_tensors([*weights, ("model.layers.9.mlp.up_proj", torch.randn(8, 8))])
+    assert list(table["layer"]) == [0, 1, 2, 3, 9]
+    assert table["snr"].isna().tolist() == [True] * 4 + [False]
+    assert top_modules(table, 100) == {"model.layers.9.mlp.up_proj"}
+
+
+def test_fused_experts_get_a_row_each(tmp_path: Path) -> None:
+    experts = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0))
+    name = "model.layers.0.mlp.experts.up_proj"
+    save_file({name: experts}, tmp_path / "model.safetensors")
+    streamed, stored = scan_tensors([(name, experts)]), scan(Checkpoint(tmp_path))
+    assert list(streamed["module"]) == [f"{name}[{index}]" for index in range(3)]
+    assert set(streamed["type"]) == {"mlp.experts.up_proj"}
+    pd.testing.assert_frame_equal(streamed, stored)
+
+
+def test_in_batches_gives_what_threads_give() -> None:
+    mixed = [*stream(11), ("model.layers.0.mlp.gate_proj", torch.zeros(60, 90)), *stream(3, 32, 16)]
+    named = [(f"{index}.{name}", weight) for index, (name, weight) in enumerate(mixed)]
+    threads = {result.module: result for result in in_threads(named, 2**30)}
+    batches = {result.module: result for result in in_batches(named, torch.device("cpu"))}
+    assert threads.keys() == batches.keys() == {name for name, _ in named}
+    for name, one in threads.items():
+        assert batches[name].shape == one.shape
+        assert batches[name].found.snr == pytest.approx(one.found.snr, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_gives_what_the_cpu_gives() -> None:
+    named = list(stream(20, 512, 768))
+    cpu = {result.module: result.found for result in in_threads(named, 2**30)}
+    gpu = {result.module: result.found for result in in_batches(named, torch.device("cuda"))}
+    for name, found in cpu.items():
+        assert gpu[name].snr == pytest.approx(found.snr, rel=1e-6)
+        assert gpu[name].above == found.above
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_no_more_matrices_are_held_than_the_budget_has_room_for(room: int) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for name, weight in stream(12):
+            most = max(most, sum(ref() is not None for ref in alive))
+            alive.append(weakref.ref(weight))
+            yield name, weight
+            del weight
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cost = working_bytes(torch.empty(60, 90))
+        assert len(list(in_threads(weights(), room * cost))) == 12
+    finally:
+        torch.set_num_threads(threads)
+    assert most <= room + 1  # and the one that waits for room
+    assert all(ref() is None for ref in alive)
+
+
+def test_peak_memory_of_a_scan_does_not_follow_the_size_of_the_checkpoint() -> None:
+    layer = [(128, 32768)] * 7
+    with tempfile.TemporaryDirectory() as name:
+        write_checkpoint(Path(name), 2**30, layer, shard_size=2**29)
+        found = peak_of_scan(Path(name))
+    assert found["matrices"] == 133
+    assert found["peak"] < memory_bound(layer) < 2**30
+
+
+def test_a_packed_checkpoint_is_scanned_as_the_loaded_model_would_be(quantized: Path, tmp_path: Path) -> None:
+    model, manifest = load_quantized(quantized)
+    named = dict(model.named_modules())
+    checkpoint = Checkpoint(quantized / "model")
+    for info in manifest.modules:
+        weight = checkpoint.load(f"{info.module}.weight").float()
+        assert torch.equal(weight, dequantized_weight(named[info.module]).cpu())
+        assert checkpoint.shape(f"{info.module}.weight") == weight.shape
+    expected = scan_tensors(
+        ((info.module, dequantized_weight(named[info.module]).cpu()) for info in manifest.modules),
+        "quantized",
+    )
+    analyze(SnrSettings(source="quantized"), quantized, tmp_path)
+    pd.testing.assert_frame_equal(read_table(tmp_path), expected)
+    assert {row.module for row in scan(checkpoint).itertuples()} == {info.module for info in manifest.modules}
+
+
+def test_the_original_is_scanned_where_the_settings_say_so(quantized: Path, tmp_path: Path) -> None:
+    analyze(SnrSettings(source="original"), quantized, tmp_path)
+    table = read_table(tmp_path)
+    assert set(table["source"]) == {"original"}
+    source = Path(QuantizedModel.read(quantized).source_path)
+    everything = scan(Checkpoint(source))
+    pd.testing.assert_frame_equal(
+        table.sort_values("module", ignore_index=True), everything.sort_values("module", ignore_index=True)
+    )
+
+
+@pytest.fixture
+def slow_model(tmp_path: Path) -> Path:
+    """24 matrices of about 0.05 seconds each on one core."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = {f"{name}.weight": weight.bfloat16() for name, weight in stream(24, 512, 1024)}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_killed_scan_goes_on_where_it_was(slow_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "snr.parquet"
+    partial = tmp_path / "snr.parquet.partial.jsonl"
+    command = [sys.executable, "-m", "spectraqlora_pipelines.cli", "snr", str(slow_model)]
+    command += ["--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not partial.exists() or partial.read_text().count("\n") < 4:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    with open(partial, "a") as stream_:
+        stream_.write('\n{"source": "cut sho')
+
+    checkpoint = Checkpoint(slow_model)
+    finished = FinishedRows(partial, checkpoint.digest)
+    kept = len(finished.rows)
+    assert 3 <= kept < 24
+    reports: list[int] = []
+    table = scan(checkpoint, None, lambda done, total, module: reports.append(done), finished)
+    assert reports == list(range(kept, 25))
+    pd.testing.assert_frame_equal(table, scan(checkpoint))
+
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    pd.testing.assert_frame_equal(pd.read_parquet(output), table)
+    assert not partial.exists()
+
+
+def test_rows_of_another_checkpoint_are_not_used(tmp_path: Path) -> None:
+    digests = []
+    for seed in (0, 1):
+        weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+        save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "model.safetensors")
+        os.utime(tmp_path / "model.safetensors", ns=(seed, seed))
+        digests.append(Checkpoint(tmp_path).digest)
+    path = tmp_path / "rows.jsonl"
+    FinishedRows(path, digests[0]).add({"module": "model.layers.0.mlp.up_proj", "snr": math.inf})
+    assert FinishedRows(path, digests[0]).rows["model.layers.0.mlp.up_proj"]["snr"] == math.inf
+    assert FinishedRows(path, digests[1]).rows == {}
+    assert json.loads(path.read_text().strip())["source"] == digests[0]
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_the_table_on_screen_is_whole_at_any_width(width: int) -> None:
+    named = [
+        (f"model.layers.{index}.{kind}", torch.randn(64, 48))
+        for index in (0, 31)
+        for kind in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    table = scan_tensors(named)
+    screen = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    screen.print(_snr_table(table, top_modules(table, 50), 50, screen))
+    text = screen.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(rows) == 4
+    for row, line in zip(table.itertuples(), rows, strict=True):
+        module = row.module if width == 120 else row.module.removeprefix("model.layers.")
+        assert f" {module} " in line
+        assert f"{row.snr:.4f}" in line
+    assert ("threshold" in text) == (width == 120)
