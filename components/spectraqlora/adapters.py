@@ -62,7 +62,7 @@ def attach(
         ranks: the rank map.
         dropout: on the adapters' input.
         start: weights from an earlier round, `module.lora_A` (rank x in) and `module.lora_B` (out x rank).
-        gradient_init: per group index the first A (rank x in).
+        gradient_init: the first A (rank x in) of a module, or of a group by its first module.
     """
     from peft import get_peft_model
 
@@ -79,9 +79,9 @@ def attach(
                         getattr(layer, name)[_ADAPTER] = getattr(leader[entry.group], name)[_ADAPTER]
                     continue
                 leader[entry.group] = layer
-                if gradient_init and str(entry.group) in gradient_init:
-                    first = gradient_init[str(entry.group)]
-                    layer.lora_A[_ADAPTER].weight[: len(first)].copy_(first)
+            if gradient_init and entry.module in gradient_init:
+                first = gradient_init[entry.module]
+                layer.lora_A[_ADAPTER].weight[: len(first)].copy_(first)
             for name, weight in _weights(layer).items():
                 if start and f"{entry.module}.{name}" in start:
                     weight.copy_(start[f"{entry.module}.{name}"])

@@ -14,7 +14,7 @@ from spectraqlora.errors import InputError
 
 SCHEMA_VERSION = 1
 GRADIENT_INIT = "a_init.safetensors"
-"""Beside an sgm rank map: the first A (rank x in) of every group, keyed by its index."""
+"""Beside a rank map: the first A (rank x in) of a module, or of a group by its first module."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,14 +8,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from spectraqlora.errors import InputError
 
 METHODS = ("qlora", "hybrid", "alors", "sgm", "random")
 Method = Literal["qlora", "hybrid", "alors", "sgm", "random"]
+
+
+def _switch(value: object) -> object:
+    """YAML reads on and off as booleans."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
 class _Section(BaseModel):
@@ -99,7 +107,11 @@ class SelectSettings(_Section):
         1.5, gt=0, description="alors: high tier's learning rate relative to the medium tier's"
     )
     similarity: float = Field(0.05, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
-    gradient_init: bool = Field(True, description="sgm: start A from the group's gradient, else Kaiming")
+    gradient_init: Switch = Field(
+        "auto",
+        description="Start A from the leading directions of the gradient instead of at random; auto: where "
+        "the signal or sgm measures gradients anyway",
+    )
 
     @property
     def needs_gradients(self) -> bool:
@@ -126,7 +138,7 @@ class TrainSettings(_Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input")
     evaluations: int = Field(5, ge=1, description="Evaluations during training; the best adapter is kept")
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+    gradient_checkpointing: Switch = Field(
         "auto", description="Recompute activations to save memory; auto is on for CUDA devices only"
     )
 

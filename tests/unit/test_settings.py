@@ -28,9 +28,9 @@ def test_bad_settings_name_the_key_the_value_and_what_was_expected(values: dict,
 
 def test_overrides_reach_nested_keys_and_leave_the_input_alone() -> None:
     values = {"train": {"max_steps": 5}}
-    changed = parse(with_overrides(values, ["train.learning_rate=1e-3", "select.gradient_init=false"]))
+    changed = parse(with_overrides(values, ["train.learning_rate=1e-3", "select.gradient_init=off"]))
     assert (changed.train.learning_rate, changed.train.max_steps) == (1e-3, 5)
-    assert changed.select.gradient_init is False
+    assert changed.select.gradient_init == "off"
     assert values == {"train": {"max_steps": 5}}
 
 

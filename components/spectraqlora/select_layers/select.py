@@ -30,13 +30,14 @@ def select(
     check_rank(modules, settings, (method,))
     snr = read_table(table)
     sketches: dict[str, GradientSketch] = {}
-    if method == "sgm" or (settings.needs_gradients and method in ("hybrid", "alors")):
+    signal = settings.needs_gradients and method in ("hybrid", "alors")
+    if method == "sgm" or signal or settings.gradient_init == "on":
         import torch
 
         from spectraqlora.models import load_quantized
 
         candidates = modules
-        if not settings.needs_gradients:
+        if method == "sgm" and not settings.needs_gradients:
             scores = module_scores(settings, modules, snr, {})
             chosen = top_percent(modules, scores, settings.percent, settings.scope)
             candidates = [m for m in modules if m.module in chosen]
@@ -51,8 +52,8 @@ def select(
             [m for m in modules if m.module in chosen & sketches.keys()], sketches, settings, output
         )
     result = rank_map(method, modules, scores, settings, manifest.base_digest, seed, groups)
-    if groups and settings.gradient_init:
-        _write_starts(groups, sketches, result, output)
+    if sketches and settings.gradient_init != "off":
+        _write_starts(sketches, result, output)
     result.write(output)
     active = result.active()
     print(f"{method}: {len(active)} of {len(modules)} matrices get adapters")
@@ -75,18 +76,19 @@ def _groups(
     return similarity.groups
 
 
-def _write_starts(
-    groups: list[list[str]], sketches: dict[str, GradientSketch], ranks: RankMap, output: Path
-) -> None:
-    """The first A of every group: the leading right singular directions of its mean gradient."""
+def _write_starts(sketches: dict[str, GradientSketch], ranks: RankMap, output: Path) -> None:
+    """The first A of every module, or of a group by its first one: leading directions of the mean gradient."""
     import torch
     from safetensors.torch import save_file
 
-    rank_of = {m.module: m.rank for m in ranks.modules}
+    sharing: dict[str | int, list[str]] = {}
+    for entry in ranks.active():
+        sharing.setdefault(entry.module if entry.group is None else entry.group, []).append(entry.module)
+    rank_of = {m.module: m.rank for m in ranks.active()}
     starts = {}
-    for index, group in enumerate(groups):
-        mean = torch.stack([sketches[name].range_sketch for name in group]).mean(0)
-        directions = torch.linalg.svd(mean, full_matrices=False)[0][:, : rank_of[group[0]]].T
+    for members in sharing.values():
+        mean = torch.stack([sketches[name].range_sketch for name in members]).mean(0)
+        directions = torch.linalg.svd(mean, full_matrices=False)[0][:, : rank_of[members[0]]].T
         # Row norm of a Kaiming-uniform A, so that the learning rate means the same.
-        starts[str(index)] = (directions / 3**0.5).contiguous()
+        starts[members[0]] = (directions / 3**0.5).contiguous()
     save_file(starts, output / GRADIENT_INIT)

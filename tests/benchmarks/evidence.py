@@ -1,0 +1,297 @@
+"""Which method and which signal earn their parameters: a study with several seeds, resumable.
+
+    python -m tests.benchmarks.evidence --base-model DIR --data FILE.jsonl --output DIR [--jobs N]
+
+For every arm (a method with its selection) one learning rate is chosen from a small grid on rows that the
+study itself never sees; then every arm is trained with every seed on the same rows in the same order and
+scored on the same held-out rows. Finished runs are kept in OUTPUT/runs.jsonl and not repeated. Two tables
+come out: equal rank, and equal trainable parameters (those of plain QLoRA at rank 16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (1, 2, 3)
+TUNING_SEED = 0
+RANK = 16
+KAPPA = "kappa"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its selection settings; `tuned_as` names the arm whose learning rate it takes."""
+
+    name: str
+    method: str
+    tuned_as: str
+    select: dict[str, Any] = field(default_factory=dict)
+
+
+def arms() -> dict[str, list[Arm]]:
+    """Arms by table: `equal rank` and `equal parameters`."""
+    equal_rank = [Arm("qlora", "qlora", "qlora")]
+    signals = ("spectrum", "energy", "gradient_snr", "combined")
+    for signal in signals:
+        equal_rank.append(Arm(f"hybrid-50 {signal}", "hybrid", "hybrid-50", {"signal": signal}))
+    for signal in ("spectrum", "energy"):
+        equal_rank += [
+            Arm(f"hybrid-25 {signal}", "hybrid", "hybrid-25", {"signal": signal, "percent": 25}),
+            Arm(f"alors {signal}", "alors", "alors", {"signal": signal}),
+            Arm(f"sgm {signal}", "sgm", "sgm", {"signal": signal}),
+        ]
+    equal_rank += [
+        Arm("hybrid-50 energy, all types", "hybrid", "hybrid-50", {"signal": "energy", "scope": "all"}),
+        Arm(
+            "hybrid-50 energy, random start",
+            "hybrid",
+            "hybrid-50",
+            {"signal": "energy", "gradient_init": "off"},
+        ),
+        Arm("hybrid-50 spectrum, gradient start", "hybrid", "hybrid-50", {"gradient_init": "on"}),
+        Arm("qlora, gradient start", "qlora", "qlora", {"gradient_init": "on"}),
+        Arm("random-50", "random", "hybrid-50"),
+        Arm("condition number-50", KAPPA, "hybrid-50"),
+    ]
+    equal_parameters = [
+        Arm(f"{a.name}, budget 1", a.method, a.tuned_as, {**a.select, "budget": 1.0})
+        for a in equal_rank
+        if a.method != "qlora"
+        and a.select.get("signal") not in ("gradient_snr", "combined")
+        and "gradient_init" not in a.select
+    ]
+    return {"equal rank": equal_rank, "equal parameters": [equal_rank[0], *equal_parameters]}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study's artifacts lie and what it trains."""
+
+    base: str
+    work: Path
+    steps: int
+    max_length: int
+
+    def prepare(self, data: Path, rows: int, eval_rows: int) -> None:
+        """Quantize, measure SNR, and prepare the tuning rows and the study's rows, none in both."""
+        from spectraqlora.prepare_data.prepare import prepare
+        from spectraqlora.quantize_load.quantize import quantize
+        from spectraqlora.settings import DataSettings, ModelSettings, SnrSettings
+        from spectraqlora.snr_analyze.analyze import analyze
+
+        if (self.work / "study" / "manifest.json").exists():
+            return
+        lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+        cut = len(lines) // 3
+        for name in ("quantized", "table", "quantized-table", "tuning", "study"):
+            shutil.rmtree(self.work / name, ignore_errors=True)
+            (self.work / name).mkdir(parents=True)
+        quantize(ModelSettings(base_model=self.base), self.work / "quantized")
+        analyze(SnrSettings(), self.work / "quantized", self.work / "table")
+        analyze(SnrSettings(source="quantized"), self.work / "quantized", self.work / "quantized-table")
+        for name, part in (("tuning", lines[:cut]), ("study", lines[cut:])):
+            source = self.work / f"{name}.jsonl"
+            source.write_text("".join(part), encoding="utf-8")
+            settings = DataSettings(
+                source=str(source), max_length=self.max_length, max_rows=rows, max_eval_rows=eval_rows
+            )
+            prepare(settings, str(self.work / "quantized" / "model"), 0, self.work / name)
+
+    def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
+        """Train one arm once; the result as one line of `runs.jsonl`."""
+        from spectraqlora.select_layers.select import select
+        from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
+        from spectraqlora.train.training import train
+
+        quantized, data = self.work / "quantized", self.work / split
+        settings = SelectSettings(rank=RANK, rank_high=RANK, rank_low=RANK // 2, **arm.select)
+        with tempfile.TemporaryDirectory() as scratch:
+            ranks, adapter = Path(scratch) / "ranks", Path(scratch) / "adapter"
+            ranks.mkdir()
+            if arm.method == KAPPA:
+                self._condition_number_map(settings, seed, ranks)
+            else:
+                select(arm.method, quantized, data, self.work / "table", settings, seed, ranks)
+            log = train(
+                quantized,
+                data,
+                ranks,
+                TrainSettings(max_steps=self.steps, learning_rate=rate, evaluations=2),
+                EvaluateSettings(batch_size=32),
+                seed,
+                1,
+                adapter,
+            )
+        return {
+            "arm": arm.name,
+            "rate": rate,
+            "seed": seed,
+            "split": split,
+            "eval_loss": log.best_eval_loss,
+            "trainable_parameters": log.trainable_parameters,
+            "tokens_per_second": log.train_tokens_per_second,
+            "seconds": log.train_seconds,
+        }
+
+    def _condition_number_map(self, settings: Any, seed: int, output: Path) -> None:
+        """The half of all matrices that peft finds best conditioned."""
+        import torch
+        from peft.helpers import find_kappa_target_modules
+        from spectraqlora.artifacts import QuantizedModel
+        from spectraqlora.models import load_plain
+        from spectraqlora.selection import rank_map
+
+        manifest = QuantizedModel.read(self.work / "quantized")
+        model = load_plain(Path(self.base), torch.float32)
+        chosen = find_kappa_target_modules(model, top_p=0.5, show_progress=False)["target_modules"]
+        scores = {m.module: (1.0, 0.0) for m in manifest.modules if m.module in set(chosen)}
+        everything = settings.model_copy(update={"percent": 100.0})
+        rank_map("hybrid", manifest.modules, scores, everything, manifest.base_digest, seed).write(output)
+
+
+class Runs:
+    """Finished runs in a JSON-lines file, and workers that add the missing ones."""
+
+    def __init__(self, study: Study, jobs: int, arguments: list[str]) -> None:
+        self.study, self.jobs, self.arguments = study, jobs, arguments
+        self.path = study.work / "runs.jsonl"
+
+    def read(self) -> dict[tuple[str, float, int, str], dict[str, Any]]:
+        """Results by (arm, rate, seed, split)."""
+        if not self.path.exists():
+            return {}
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return {(r["arm"], r["rate"], r["seed"], r["split"]): r for r in rows}
+
+    def complete(self, wanted: list[tuple[str, float, int, str]]) -> None:
+        """Run what is missing, `jobs` processes of one thread each at a time."""
+        known = self.read()
+        missing = [key for key in dict.fromkeys(wanted) if key not in known]
+        running: list[subprocess.Popen[str]] = []
+        began = time.monotonic()
+        for done, key in enumerate(missing):
+            while len(running) == self.jobs:
+                time.sleep(0.5)
+                running = [p for p in running if p.poll() is None]
+            left = (time.monotonic() - began) / max(done - self.jobs, 1) * (len(missing) - done)
+            print(f"[{done + 1}/{len(missing)}] {key}, about {left / 60:.0f} min left", flush=True)
+            command = [sys.executable, "-m", "tests.benchmarks.evidence", *self.arguments]
+            running.append(subprocess.Popen([*command, "--one", json.dumps(key)], text=True))
+        failed = [p.args for p in running if p.wait() != 0]
+        absent = set(wanted) - self.read().keys()
+        if failed or absent:
+            raise SystemExit(f"{len(absent)} runs failed, the first: {sorted(absent)[:1]}")
+
+
+def agreement(work: Path) -> str:
+    """How far the SNR ranking of the 4-bit weights agrees with that of the original."""
+    from scipy.stats import spearmanr
+    from spectraqlora.snr.table import read_table, top_modules
+
+    original, packed = read_table(work / "table"), read_table(work / "quantized-table")
+    both = original.merge(packed, on="module", suffixes=("", "_4bit"))
+    values = [spearmanr(part["snr"], part["snr_4bit"]).statistic for _, part in both.groupby("type")]
+    lines = [
+        f"Spearman correlation of SNR, 4-bit against original, mean over types: {statistics.mean(values):.3f}"
+    ]
+    for percent in (25, 50):
+        one, two = top_modules(original, percent), top_modules(packed, percent)
+        lines.append(f"top {percent} % per type: {len(one & two)} of {len(one)} modules the same")
+    return "\n".join(lines)
+
+
+def table(name: str, members: list[Arm], results: list[dict[str, Any]], base: float) -> str:
+    """A Markdown table, best mean first."""
+    control = statistics.mean(r["eval_loss"] for r in results if r["arm"] == "qlora")
+    rows = []
+    for arm in members:
+        own = [r for r in results if r["arm"] == arm.name]
+        losses = [r["eval_loss"] for r in own]
+        rows.append(
+            (
+                statistics.mean(losses),
+                f"| {arm.name} | {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} | "
+                f"{statistics.mean(losses) / control - 1:+.1%} | {own[0]['trainable_parameters']:,} | "
+                f"{own[0]['rate']:g} | {statistics.mean(r['tokens_per_second'] for r in own):,.0f} |",
+            )
+        )
+    head = [
+        f"**{name}** ({len(SEEDS)} seeds, mean ± standard deviation; base {base:.4f})",
+        "",
+        "| arm | eval loss | against qlora | trained parameters | learning rate | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*head, *(row for _, row in sorted(rows))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--base-model", required=True)
+    parser.add_argument("--data", required=True, type=Path, help=".jsonl with prompts and answers")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--max-length", type=int, default=256, help="tokens; longer rows are dropped")
+    parser.add_argument("--rows", type=int, default=4000, help="rows of each of both splits")
+    parser.add_argument("--eval-rows", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    study = Study(options.base_model, options.output, options.steps, options.max_length)
+    tables = arms()
+    by_name = {arm.name: arm for members in tables.values() for arm in members}
+    runs = Runs(study, options.jobs, sys.argv[1:])
+    if options.one:
+        import torch
+
+        torch.set_num_threads(1)
+        name, rate, seed, split = json.loads(options.one)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            result = study.run(by_name[name], rate, seed, split)
+        with open(runs.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        return
+
+    study.prepare(options.data, options.rows, options.eval_rows)
+    representatives = {arm.tuned_as: arm.name for arm in reversed(tables["equal rank"])}
+    tuning = [
+        (name, rate, TUNING_SEED, "tuning") for name in representatives.values() for rate in LEARNING_RATES
+    ]
+    runs.complete(tuning)
+    known = runs.read()
+    rates = {
+        tuned_as: min(LEARNING_RATES, key=lambda r: known[name, r, TUNING_SEED, "tuning"]["eval_loss"])
+        for tuned_as, name in representatives.items()
+    }
+    print("learning rates:", rates, flush=True)
+    wanted = [(arm.name, rates[arm.tuned_as], seed, "study") for seed in SEEDS for arm in by_name.values()]
+    runs.complete(wanted)
+    known = runs.read()
+    results = [known[key] for key in wanted]
+
+    from spectraqlora.models import load_quantized
+    from spectraqlora.rows import load_rows
+    from spectraqlora.scoring import score
+
+    base = score(
+        load_quantized(study.work / "quantized")[0], load_rows(study.work / "study", "eval"), 32
+    ).loss
+    text = "\n\n".join([*(table(n, m, results, base) for n, m in tables.items()), agreement(study.work)])
+    (study.work / "evidence.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
