@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -36,12 +39,30 @@ from spectraqlora.settings import (
 
 P = ParamSpec("P")
 ERROR_PREFIX = "error: "
+LAUNCHER_PID = "SPECTRAQLORA_LAUNCHER_PID"
+"""Environment variable that names the local process without which a step has nobody to work for."""
+
+
+def _end_with_launcher() -> None:
+    """End this process soon after the launcher's end, however that came."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.path.exists(f"/proc/{launcher}"):
+            time.sleep(1)
+        os._exit(1)
+
+    if os.path.exists("/proc"):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _step(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         hush()
+        _end_with_launcher()
         try:
             function(*args, **kwargs)
         except InputError as error:

@@ -41,7 +41,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune with QLoRA where Spectrum finds signal: one DAG, one branch per method, one winner.",
 )
-console = Console()
+# Bound to the stream itself: while steps run, sys.stdout leads to the log file.
+console = Console(file=sys.stdout)
 errors = Console(stderr=True, soft_wrap=True)
 
 _SETTINGS_HELP = "\n\n".join(
@@ -376,16 +377,16 @@ def _common_prefix(modules: list[str]) -> int:
 
 def _show(summary: dict[str, Any]) -> None:
     base = summary["base"]
-    table = Table(title="Leaderboard: eval loss, perplexity, exact answers, trained parameters, cost")
+    table = Table(title="Leaderboard: eval loss and perplexity, exact answers, trained parameters, cost")
     for column in (
         "method",
-        "eval loss",
-        "perplexity",
-        "accuracy",
-        "parameters",
-        "seconds",
-        "tokens/s",
-        "peak MiB",
+        "loss",
+        "ppl",
+        "exact",
+        "trained",
+        "sec",
+        "tok/s",
+        "MiB",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
 

@@ -6,22 +6,45 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, MergedModel, PreparedData, QuantizedModel, write_text
 from spectraqlora.errors import InputError
 from spectraqlora.progress import PREFIX
 from spectraqlora.settings import Settings
-from spectraqlora.step import ERROR_PREFIX
+from spectraqlora.step import ERROR_PREFIX, LAUNCHER_PID
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _TASK = re.compile(r"(?:Executing task|Task) '?([a-z0-9-]+)'?")
+
+
+@contextlib.contextmanager
+def _steps_end_with_us() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the running step first; a step whose command line is killed ends itself."""
+
+    def stop(number: int, frame: object) -> None:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        raise KeyboardInterrupt
+
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        del os.environ[LAUNCHER_PID]
 
 
 class StepFailed(Exception):
@@ -114,7 +137,7 @@ def run_locally(
     lines = _Lines(log, listen)
     pipeline = ablation_pipeline(settings.methods, settings.rounds, retries=0)
     try:
-        with _captured(lines), warnings.catch_warnings():
+        with _steps_end_with_us(), _captured(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipeline(**arguments)
     except Exception as error:
