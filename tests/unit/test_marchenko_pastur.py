@@ -1,5 +1,6 @@
 """SNR by hand, and against the reference routine."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectraqlora.snr.marchenko_pastur import (
+    _settled,
     batch_statistics,
     calibrated,
     entry_std,
@@ -106,13 +108,21 @@ def test_snr_agrees_with_svdvals_in_float64(
 def test_a_singular_value_next_to_the_threshold_falls_on_the_side_where_svdvals_puts_it() -> None:
     # s = 9000, t, 3, 2, 1 with quartiles t and 2: tau = 2 (t - 2) / 1.349 lies at 3 but for a relative step.
     # The square of 9000 leaves eigenvalues of the Gram matrix no digits for such steps.
-    base = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    left, _, right = torch.linalg.svd(base)
     quartile = 2 + 3 * 1.349 / 2
-    for step in (-1e-9, -1e-10, 1e-10, 1e-9):
+    for seed, step in itertools.product(range(10), (-1e-9, -1e-10, 1e-10, 1e-9)):
+        base = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        left, _, right = torch.linalg.svd(base)
         weight = left @ torch.diag(torch.tensor([9000.0, quartile * (1 + step), 3, 2, 1]).double()) @ right
         exact = from_singular_values(torch.linalg.svdvals(weight), (5, 5))
         assert statistics(weight).above == exact.above
+
+
+def test_ordinary_matrices_need_no_exact_routine() -> None:
+    for strength in (0, 10, 100):
+        weight = matrix_of("random", 300, 400, 0, torch.float64)
+        weight += strength * torch.outer(weight[:, 0], weight[0]) / 20
+        values = torch.linalg.eigvalsh(weight @ weight.T).flip(0).sqrt()
+        assert _settled(values, from_singular_values(values, (300, 400)), (300, 400))
 
 
 @pytest.mark.parametrize("shape", [(1100, 300), (300, 1100), (300, 300)])
