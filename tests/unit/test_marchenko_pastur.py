@@ -109,10 +109,11 @@ def test_a_singular_value_next_to_the_threshold_falls_on_the_side_where_svdvals_
     # s = 9000, t, 3, 2, 1 with quartiles t and 2: tau = 2 (t - 2) / 1.349 lies at 3 but for a relative step.
     # The square of 9000 leaves eigenvalues of the Gram matrix no digits for such steps.
     quartile = 2 + 3 * 1.349 / 2
-    for seed, step in itertools.product(range(10), (-1e-9, -1e-10, 1e-10, 1e-9)):
+    for seed, step in itertools.product(range(10), (-1e-10, 1e-10)):
         base = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         left, _, right = torch.linalg.svd(base)
-        weight = left @ torch.diag(torch.tensor([9000.0, quartile * (1 + step), 3, 2, 1]).double()) @ right
+        values = torch.tensor([9000.0, quartile * (1 + step), 3, 2, 1], dtype=torch.float64)
+        weight = left @ torch.diag(values) @ right
         exact = from_singular_values(torch.linalg.svdvals(weight), (5, 5))
         assert statistics(weight).above == exact.above
 
