@@ -1,5 +1,6 @@
 """SNR by hand, and against the reference routine."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectraqlora.snr.marchenko_pastur import (
+    _settled,
     batch_statistics,
     calibrated,
     entry_std,
@@ -104,14 +106,37 @@ def test_snr_agrees_with_svdvals_in_float64(
 
 
 def test_a_singular_value_next_to_the_threshold_falls_on_the_side_where_svdvals_puts_it() -> None:
-    # s = 9, t, 3, 2, 1 with quartiles t' and 2: tau = 2 (q75 - q25) / 1.349 decides about s = 3 as q75 moves.
-    base = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    left, _, right = torch.linalg.svd(base)
+    # s = 9000, t, 3, 2, 1 with quartiles t and 2: tau = 2 (t - 2) / 1.349 lies at 3 but for a relative step.
+    # The square of 9000 leaves eigenvalues of the Gram matrix no digits for such steps.
     quartile = 2 + 3 * 1.349 / 2
-    for step in (-1e-9, -1e-13, -1e-15, 0.0, 1e-15, 1e-13, 1e-9):
-        weight = left @ torch.diag(torch.tensor([9.0, quartile * (1 + step), 3, 2, 1]).double()) @ right
+    for seed, step in itertools.product(range(10), (-1e-10, 1e-10)):
+        base = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        left, _, right = torch.linalg.svd(base)
+        values = torch.tensor([9000.0, quartile * (1 + step), 3, 2, 1], dtype=torch.float64)
+        weight = left @ torch.diag(values) @ right
         exact = from_singular_values(torch.linalg.svdvals(weight), (5, 5))
         assert statistics(weight).above == exact.above
+
+
+def test_ordinary_matrices_need_no_exact_routine() -> None:
+    for strength in (0, 10, 100):
+        weight = matrix_of("random", 300, 400, 0, torch.float64)
+        weight += strength * torch.outer(weight[:, 0], weight[0]) / 20
+        values = torch.linalg.eigvalsh(weight @ weight.T).flip(0).sqrt()
+        assert _settled(values, from_singular_values(values, (300, 400)), (300, 400))
+
+
+@pytest.mark.parametrize("shape", [(1100, 300), (300, 1100), (300, 300)])
+def test_a_large_rank_deficient_matrix_has_the_values_of_svdvals(shape: tuple[int, int]) -> None:
+    weight = matrix_of("ill-conditioned", *shape, 4, torch.float64)
+    weight[:, 10:60] = weight[:, 60:110]
+    exact = from_singular_values(torch.linalg.svdvals(weight), shape)
+    found = statistics(weight)
+    assert (found.snr, found.signal, found.noise) == (
+        pytest.approx(exact.snr, rel=1e-7),
+        pytest.approx(exact.signal, rel=1e-9),
+        pytest.approx(exact.noise, rel=1e-7),
+    )
 
 
 def test_a_batch_of_equal_shape_equals_its_matrices_one_by_one() -> None:
@@ -125,7 +150,10 @@ def test_a_batch_of_equal_shape_equals_its_matrices_one_by_one() -> None:
 
 def test_entry_std_is_that_of_the_entries() -> None:
     weight = 3 + torch.randn(1500, 7, generator=torch.Generator().manual_seed(2))
-    assert entry_std(weight) == pytest.approx(float(weight.double().std()), rel=1e-12)
+    for same in (weight, weight.double()):
+        before = same.clone()
+        assert entry_std(same) == pytest.approx(float(weight.double().std()), rel=1e-12)
+        assert torch.equal(same, before)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (40, 200), (16, 256)])

@@ -70,7 +70,7 @@ def batch_statistics(weights: Sequence[torch.Tensor]) -> list[SnrStatistics]:
     for values, index in zip(squares.cpu().flip(-1).clamp_min(0).sqrt(), sound, strict=True):
         result = from_singular_values(values, (rows, cols))
         if not _settled(values, result, (rows, cols)):
-            result = from_singular_values(torch.linalg.svdvals(weights[index].double()).cpu(), (rows, cols))
+            result = from_singular_values(_exact_values(weights[index]).cpu(), (rows, cols))
         found[index] = result
     return found
 
@@ -79,7 +79,7 @@ def entry_std(weight: torch.Tensor) -> float:
     """Standard deviation of the entries of an (n, m) matrix, in float64."""
     blocks = weight.split(CHUNK)
     mean = sum(float(block.double().sum()) for block in blocks) / weight.numel()
-    squares = sum(float(block.double().sub_(mean).square_().sum()) for block in blocks)
+    squares = sum(float((block.double() - mean).square_().sum()) for block in blocks)
     return math.sqrt(squares / max(1, weight.numel() - 1))
 
 
@@ -103,6 +103,22 @@ def _add_gram(gram: torch.Tensor, weight: torch.Tensor) -> None:
             gram[top : top + _BLOCK, : top + _BLOCK].addmm_(
                 chunk[top : top + _BLOCK], chunk[: top + _BLOCK].T
             )
+
+
+def _exact_values(weight: torch.Tensor) -> torch.Tensor:
+    """Singular values of an (n, m) matrix without squaring, descending, float64.
+
+    Long matrices are first brought to their triangular factor, which has the same singular values, a block
+    of rows at a time: that takes a fraction of the time and of the memory.
+    """
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    length, side = tall.shape
+    if length < 2 * side or weight.numel() <= CHUNK * CHUNK:
+        return torch.linalg.svdvals(tall.double())
+    triangle = torch.empty(0, side, dtype=torch.float64, device=weight.device)
+    for rows in tall.split(side):
+        triangle = torch.linalg.qr(torch.cat([triangle, rows.double()]), mode="r").R
+    return torch.linalg.svdvals(triangle)
 
 
 def from_singular_values(values: torch.Tensor, shape: tuple[int, int]) -> SnrStatistics:

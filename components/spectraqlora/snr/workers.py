@@ -17,7 +17,7 @@ from spectraqlora.snr.marchenko_pastur import (
 )
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-"""(module, n x m weight) pairs; each weight is let go before the one after next is asked for."""
+"""(module, n x m weight) pairs."""
 DEFAULT_BUDGET = 2**30
 _GPU_BATCH = 8
 _KEPT_BY_THREAD = 40 * 2**20
@@ -88,7 +88,7 @@ def _measure(module: str, weight: torch.Tensor, threads: int) -> Measured:
 
 
 def in_batches(weights: Weights, device: torch.device) -> Iterator[Measured]:
-    """Up to `_GPU_BATCH` matrices of equal shape and type in one call on `device`."""
+    """Up to `_GPU_BATCH` matrices of equal shape in one call on `device`."""
     waiting: dict[tuple[int, int], list[tuple[str, torch.Tensor]]] = {}
     for module, weight in weights:
         batch = waiting.setdefault(_shape(weight), [])
