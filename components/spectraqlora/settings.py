@@ -68,6 +68,9 @@ class SnrSettings(_Section):
     source: Literal["original", "quantized"] = Field(
         "original", description="Measure the original weights, or the 4-bit weights dequantized"
     )
+    table: str = Field(
+        "", description="Take this table instead of measuring: Spectrum's JSON, or Parquet as `snr` writes it"
+    )
 
 
 class SelectSettings(_Section):

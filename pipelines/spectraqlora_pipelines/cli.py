@@ -89,6 +89,9 @@ def run(
         typer.Option(help="Hub id, .jsonl, .json, .csv, .parquet or folder. Default: the offline sample."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Branches: qlora, hybrid, alors, sgm, random.")] = None,
+    snr_table: Annotated[
+        Path | None, typer.Option(help="SNR table to take instead of measuring: Spectrum's JSON, or Parquet.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of train and re-evaluate.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps per round.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -113,6 +116,7 @@ def run(
             "model.base_model": base_model,
             "data.source": data,
             "methods": methods,
+            "snr.table": str(snr_table.resolve()) if snr_table else None,
             "rounds": rounds,
             "train.max_steps": max_steps,
             "seed": seed,
@@ -132,6 +136,8 @@ def run(
     with console.status("checking model, data and settings"):
         preflight.check(settings, base, source)
         contents = {"base_model": preflight.content_digest(base), "data": preflight.content_digest(source)}
+        if settings.snr.table:
+            contents["snr_table"] = preflight.content_digest(settings.snr.table)
     workdir = workdir.absolute()
     preflight.claim_workdir(workdir, settings, contents)
     sections = settings.model_dump(mode="json")
@@ -440,7 +446,7 @@ def main() -> None:
         errors.print(f"error: disk: {error.filename!r}: expected free space; it is full", markup=False)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on where this one stopped")
+        errors.print("interrupted; run, and snr with --output, go on where they stopped")
         sys.exit(130)
 
 

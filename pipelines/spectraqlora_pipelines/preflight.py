@@ -33,7 +33,12 @@ def check(settings: Settings, base_model: str, source: str) -> None:
     from spectraqlora.models import model_outline
     from spectraqlora.selection import check_rank
 
-    check_rank(model_outline(folder, settings.model.trust_remote_code), settings.select, settings.methods)
+    modules = model_outline(folder, settings.model.trust_remote_code)
+    check_rank(modules, settings.select, settings.methods)
+    if settings.snr.table:
+        from spectraqlora.snr.table import read_given
+
+        read_given(Path(settings.snr.table), modules)
 
 
 def content_digest(path: str) -> str:

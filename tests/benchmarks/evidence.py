@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0
 RANK = 16
@@ -49,7 +49,7 @@ def arms() -> dict[str, list[Arm]]:
         equal_rank.append(Arm(f"hybrid-50 {signal}", "hybrid", "hybrid-50", {"signal": signal}))
     for signal in ("spectrum", "energy"):
         equal_rank += [
-            Arm(f"hybrid-25 {signal}", "hybrid", "hybrid-25", {"signal": signal, "percent": 25}),
+            Arm(f"hybrid-25 {signal}", "hybrid", "hybrid-50", {"signal": signal, "percent": 25}),
             Arm(f"alors {signal}", "alors", "alors", {"signal": signal}),
             Arm(f"sgm {signal}", "sgm", "sgm", {"signal": signal}),
         ]
@@ -83,6 +83,7 @@ class Study:
     base: str
     work: Path
     steps: int
+    batch_size: int
     max_length: int
 
     def prepare(self, data: Path, rows: int, eval_rows: int) -> None:
@@ -129,7 +130,9 @@ class Study:
                 quantized,
                 data,
                 ranks,
-                TrainSettings(max_steps=self.steps, learning_rate=rate, evaluations=2),
+                TrainSettings(
+                    max_steps=self.steps, batch_size=self.batch_size, learning_rate=rate, evaluations=2
+                ),
                 EvaluateSettings(batch_size=32),
                 seed,
                 1,
@@ -243,13 +246,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help=".jsonl with prompts and answers")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256, help="tokens; longer rows are dropped")
     parser.add_argument("--rows", type=int, default=4000, help="rows of each of both splits")
     parser.add_argument("--eval-rows", type=int, default=128)
     parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    study = Study(options.base_model, options.output, options.steps, options.max_length)
+    study = Study(options.base_model, options.output, options.steps, options.batch_size, options.max_length)
     tables = arms()
     by_name = {arm.name: arm for members in tables.values() for arm in members}
     runs = Runs(study, options.jobs, sys.argv[1:])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from spectraqlora.artifacts import write_text
+from spectraqlora.artifacts import LinearModule, write_text
 from spectraqlora.errors import InputError
-from spectraqlora.snr.spectrum_format import spectrum_json
+from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json
 
 FILENAME = "snr.parquet"
 COLUMNS = [
@@ -42,7 +43,11 @@ def write_table(table: pd.DataFrame, folder: Path) -> None:
 
 def read_table(folder: Path) -> pd.DataFrame:
     """Read `snr.parquet`; refuses a missing, broken or foreign table."""
-    path = folder / FILENAME
+    return read_parquet(folder / FILENAME)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a table that `write_table` or the `snr` command wrote."""
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError):
@@ -50,6 +55,23 @@ def read_table(folder: Path) -> pd.DataFrame:
     missing = [c for c in COLUMNS if c not in table.columns]
     if missing:
         raise InputError("SNR table", path, f"columns {', '.join(missing)}")
+    return table
+
+
+def read_given(path: Path, modules: Sequence[LinearModule]) -> pd.DataFrame:
+    """A table measured elsewhere, in Parquet or Spectrum's JSON, for the modules of a model.
+
+    Raises:
+        InputError: unreadable, or without a row for one of `modules`.
+    """
+    table = read_parquet(path) if path.suffix == ".parquet" else read_spectrum_json(path)
+    missing = [m.module for m in modules if m.module not in set(table["module"])]
+    if missing:
+        raise InputError(
+            "snr.table",
+            path,
+            f"a row for each of {len(modules)} matrices; {len(missing)} have none, {missing[0]} is one",
+        )
     return table
 
 

@@ -10,12 +10,15 @@ from spectraqlora.models import resolve_base
 from spectraqlora.progress import Progress
 from spectraqlora.settings import SnrSettings
 from spectraqlora.snr.scan import scan
-from spectraqlora.snr.table import write_table
+from spectraqlora.snr.table import read_given, write_table
 
 
 def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
-    """Write the SNR table of the model's linear modules to `output`; the model itself is not loaded."""
+    """Write the SNR table of the model's linear modules to `output`, measured or given; no model is loaded."""
     manifest = QuantizedModel.read(quantized)
+    if settings.table:
+        write_table(read_given(Path(settings.table), manifest.modules), output)
+        return
     if settings.source == "original":
         folder = resolve_base(manifest.source_path, manifest.revision)
     else:
