@@ -7,6 +7,7 @@ Endpoint, region, credentials and certificates come from where every AWS client 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -74,12 +75,17 @@ def _passing(error: Exception) -> bool:
     """True for faults that a later try may not meet: overload, timeouts, broken connections."""
     if isinstance(error, faults.ClientError):
         code, status = _code(error)
-        return status >= 500 or status == 429 or code in _THROTTLED
+        return (status >= 500 and status != 501) or status == 429 or code in _THROTTLED
     if isinstance(error, faults.SSLError):
         return "CERTIFICATE" not in str(error).upper()
     return isinstance(
         error,
-        (faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError),
+        (
+            faults.ConnectionError,
+            faults.HTTPClientError,
+            faults.IncompleteReadError,
+            faults.ResponseStreamingError,
+        ),
     )
 
 
@@ -90,6 +96,10 @@ def _explained(error: Exception, operation: str, address: Address, endpoint: str
         code, status = _code(error)
         if code in ("NoSuchKey", "404", "NoSuchVersion"):
             return ObjectMissing(_FIELD, address, f"an object that exists; {where} has none (404)")
+        if code == "NoSuchUpload":
+            return ObjectMissing(
+                _FIELD, address, f"an upload that is still open; {where} has dropped it. Repeat it"
+            )
         if status in (412, 416):  # Another ETag than the expected one; shorter than what was asked for.
             return ObjectChanged(_FIELD, address, _STEADY)
         if code in _EXPECTED:
@@ -111,7 +121,7 @@ def _explained(error: Exception, operation: str, address: Address, endpoint: str
         return InputError(
             _FIELD, address, f"a certificate that this machine trusts (AWS_CA_BUNDLE); {where} shows another"
         )
-    if isinstance(error, (faults.HTTPClientError, faults.IncompleteReadError)):
+    if _passing(error):
         return InputError(
             _FIELD,
             address,
@@ -237,7 +247,7 @@ class Connection:
                         address,
                         f"{end - offset} bytes from byte {offset}; the store offers {reply['ContentLength']}",
                     )
-                with reply["Body"] as body:
+                with contextlib.closing(reply["Body"]) as body:
                     for chunk in body.iter_chunks(CHUNK_BYTES):
                         sink(offset, chunk)
                         offset += len(chunk)
