@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import shutil
@@ -215,13 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         left = length // 2 if cut else max(0, length)
         while left:
-            chunk = reply.read(min(left, 1 << 16))
-            if not chunk:
-                break
             try:
+                chunk = reply.read(min(left, 1 << 16))
                 self.wfile.write(chunk)
             except OSError:
-                self.close_connection = True
+                chunk = b""
+            if not chunk:  # One of the two ends is gone.
+                self._hang_up()
                 return
             left -= len(chunk)
             with self.owner.lock:
@@ -242,6 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
