@@ -173,7 +173,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         owner = self.owner
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # The client was killed; half a part would keep the server waiting.
+            self._hang_up()
+            return
         with owner.lock:
             request = Request(len(owner.requests), self.command, self.path, self.headers.get("Range", ""))
             owner.requests.append(request)
@@ -200,8 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
             reply.read()
             self._hang_up()
             return
-        self._answer(reply, cut=fault is not None)
-        upstream.close()
+        with contextlib.closing(upstream), contextlib.suppress(OSError):
+            self._answer(reply, cut=fault is not None)
 
     def _answer(self, reply: http.client.HTTPResponse, cut: bool) -> None:
         length = 0 if self.command == "HEAD" else int(reply.headers.get("Content-Length", -1))
