@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal, Self
+
+import boto3
 
 ACCESS_KEY = "TESTKEY"
 SECRET_KEY = "test-secret-that-must-not-be-shown"
@@ -70,9 +73,6 @@ class Server:
                 f"{ACCESS_KEY},{SECRET_KEY}",
                 "--addr",
                 f"127.0.0.1:{self.port}",
-                # Files that a test changes in the backing folder are seen at once.
-                "--dir-cache-time",
-                "0s",
                 str(self.folder),
             ],
             stdout=subprocess.DEVNULL,
@@ -86,6 +86,25 @@ class Server:
             except OSError:
                 assert time.monotonic() < deadline and self._process.poll() is None, "rclone did not start"
                 time.sleep(0.02)
+
+    def forget(self) -> None:
+        """Make the server look at its folder anew, after a test has changed files there."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+
+    def put_plain(self, folder: Path, prefix: str) -> None:
+        """Upload a folder as any other client does: objects below a prefix, and no manifest."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+        )
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+            client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
 
     def stop(self) -> None:
         if self._process is not None:

@@ -34,8 +34,8 @@ def make_folder(folder: Path, size: int) -> None:
     noise, block = random.Random(0), 16 * MIB
     for number in range(3):
         with open(folder / f"model-{number}.safetensors", "wb") as stream:
-            for _ in range(size // 3 // block):
-                stream.write(noise.randbytes(block))
+            for offset in range(0, size // 3, block):
+                stream.write(noise.randbytes(min(block, size // 3 - offset)))
     for number in range(100):
         (folder / f"small-{number:03}.json").write_bytes(noise.randbytes(1 << 16))
 
@@ -63,32 +63,31 @@ def timed(action: Callable[[], object]) -> float:
 
 def measure(folder: Path, size: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every transfer, by `client direction`."""
-    source = folder / "source"
-    make_folder(source, size)
+    make_folder(folder / "source", size)
     seconds: dict[str, list[float]] = {}
-    with Server(folder / "s3") as server:
-        os.environ.update(environment(server.endpoint))
-        backing = server.folder / BUCKET
-        address = parse_address(f"s3://{BUCKET}/ours")
-        actions: list[tuple[str, Callable[[], object]]] = [
-            ("ours up", lambda: upload_folder(source, address, Connection())),
-            ("rclone up", lambda: run_rclone(server.endpoint, str(source), f":s3:{BUCKET}/rclone")),
-            ("ours down", lambda: download_folder(address, folder / "ours", Connection())),
-            (
-                "rclone down",
-                lambda: run_rclone(server.endpoint, f":s3:{BUCKET}/rclone", str(folder / "rclone")),
-            ),
-        ]
-        for number in range(rounds):
-            for name in ("ours", "rclone"):
-                shutil.rmtree(backing / name, ignore_errors=True)
-                shutil.rmtree(folder / name, ignore_errors=True)
-            # Whoever goes second finds a busier disk: they take turns.
+    for number in range(rounds):
+        with Server(folder / "s3") as server:
+            os.environ.update(environment(server.endpoint))
+            actions = _actions(folder, server.endpoint)
+            # Whoever goes second may find a busier disk: they take turns.
             for first in (0, 2):
                 pair = actions[first : first + 2]
                 for name, action in pair if number % 2 == 0 else pair[::-1]:
                     seconds.setdefault(name, []).append(timed(action))
+        for name in ("s3", "ours", "rclone"):
+            shutil.rmtree(folder / name)
     return seconds
+
+
+def _actions(folder: Path, endpoint: str) -> list[tuple[str, Callable[[], object]]]:
+    source, ours = folder / "source", parse_address(f"s3://{BUCKET}/ours")
+    theirs, copy = f":s3:{BUCKET}/rclone", str(folder / "rclone")
+    return [
+        ("ours up", lambda: upload_folder(source, ours, Connection())),
+        ("rclone up", lambda: run_rclone(endpoint, str(source), theirs)),
+        ("ours down", lambda: download_folder(ours, folder / "ours", Connection())),
+        ("rclone down", lambda: run_rclone(endpoint, theirs, copy)),
+    ]
 
 
 def main() -> None:

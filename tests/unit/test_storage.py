@@ -240,11 +240,13 @@ def test_a_half_published_folder_is_not_readable(
 
 
 def test_a_folder_that_somebody_else_uploaded(tmp_path: Path, address: Address, server: Server) -> None:
-    source = make_folder(server.folder / BUCKET / address.key)
+    source = make_folder(tmp_path / "source")
+    server.put_plain(source, address.key)
     target = tmp_path / "target"
     download_folder(address, target, connect())
     assert contents(target) == contents(source)
     make_folder(source, seed=9)
+    server.put_plain(source, address.key)
     download_folder(address, target, connect())
     assert contents(target) == contents(source), "changed objects of the same size are fetched anew"
 
@@ -269,6 +271,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(
     table = "".join(f"{n}\0{e['size']}\0{e['sha256']}\n" for n, e in sorted(manifest["files"].items()))
     manifest["version"] = hashlib.sha256(table.encode()).hexdigest()[:16]
     path.write_text(json.dumps(manifest))
+    server.forget()
     with pytest.raises(InputError, match="inside its folder"):
         download_folder(address, tmp_path / "a" / "b" / "target", connect())
     assert not (tmp_path / "a" / "escaped").exists()
@@ -282,6 +285,7 @@ def test_a_manifest_that_was_cut_or_changed_is_refused(
     whole = path.read_text()
     for damaged in (whole[: len(whole) // 2], whole.replace('"size": 700', '"size": 701')):
         path.write_text(damaged)
+        server.forget()
         with pytest.raises(InputError, match="manifest") as error:
             download_folder(address, tmp_path / "target", connect())
         one_line(error)
@@ -306,10 +310,11 @@ def test_single_files(tmp_path: Path, address: Address) -> None:
 # --- damage ------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, at: int) -> None:
+def flip(server: Server, path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+    server.forget()
 
 
 def test_a_damaged_object_is_named_after_a_second_try(
@@ -317,7 +322,7 @@ def test_a_damaged_object_is_named_after_a_second_try(
 ) -> None:
     upload_folder(make_folder(tmp_path / "source"), address, connect())
     (stored,) = (server.folder / BUCKET / address.key).glob("_files-*/model.bin")
-    flip(stored, 7 * MIB)
+    flip(server, stored, 7 * MIB)
     with Proxy(server.port) as proxy:
         point_at(monkeypatch, proxy.endpoint)
         with pytest.raises(InputError, match=r"_files-.*/model\.bin.*SHA-256") as error:
@@ -325,7 +330,7 @@ def test_a_damaged_object_is_named_after_a_second_try(
         one_line(error)
         assert sum("model.bin" in request.path for request in proxy.requests) == 6, "three parts, twice"
     assert contents(tmp_path / "target") == {}, "nothing that is wrong gets its name"
-    flip(stored, 7 * MIB)
+    flip(server, stored, 7 * MIB)
     point_at(monkeypatch, server.endpoint)
     download_folder(address, tmp_path / "target", connect())
     assert contents(tmp_path / "target") == contents(tmp_path / "source")
@@ -337,6 +342,7 @@ def test_an_object_that_is_shorter_than_the_manifest_says(
     upload_folder(make_folder(tmp_path / "source"), address, connect())
     (stored,) = (server.folder / BUCKET / address.key).glob("_files-*/model.bin")
     os.truncate(stored, 11 * MIB)
+    server.forget()
     with pytest.raises(InputError, match=r"model\.bin"):
         download_folder(address, tmp_path / "target", connect())
 
@@ -464,12 +470,14 @@ def test_a_killed_download_goes_on_where_it_was(
 def test_a_killed_download_of_what_has_changed_since_starts_over(
     tmp_path: Path, address: Address, server: Server
 ) -> None:
-    source = make_folder(server.folder / BUCKET / address.key, large=20 * MIB)
+    source = make_folder(tmp_path / "source", large=20 * MIB)
+    server.put_plain(source, address.key)
     target = tmp_path / "target"
     with Proxy(server.port, bytes_per_second=10 * MIB) as proxy:
         kill_midway("down", target, address, proxy.endpoint, lambda: proxy.body_bytes > 12 * MIB)
     assert "\n0\n" in (target / ".cache/downloading/model.bin.journal").read_text()
     make_folder(source, seed=5, large=20 * MIB)
+    server.put_plain(source, address.key)
     download_folder(address, target, connect())
     assert contents(target) == contents(source)
 
@@ -619,7 +627,7 @@ def test_ranged_reads(tmp_path: Path, address: Address, server: Server) -> None:
     for offset, length in ((0, 8), (123, 0), (PART - 3, 7), (MIB, 11 * MIB), (len(content) - 5, 5)):
         assert reader.read(offset, length) == content[offset : offset + length]
     fails(lambda: reader.read(len(content) - 5, 6), str(len(content)))
-    flip(server.folder / BUCKET / address.key, 0)
+    flip(server, server.folder / BUCKET / address.key, 0)
     fails(lambda: reader.read(0, 8), "does not change")
 
 
@@ -635,8 +643,8 @@ def test_a_checkpoint_is_read_without_a_copy(
     from safetensors.torch import save_file
     from spectraqlora.checkpoint import Checkpoint
 
-    folder = tmp_path / "model" if published else server.folder / BUCKET / address.key
-    folder.mkdir(parents=True)
+    folder = tmp_path / "model"
+    folder.mkdir()
     torch.manual_seed(0)
     shards = {
         "model-1.safetensors": {
@@ -655,6 +663,8 @@ def test_a_checkpoint_is_read_without_a_copy(
     save_file({"not-of-the-model": torch.ones(1)}, folder / "adapter.safetensors")
     if published:
         upload_folder(folder, address, connect())
+    else:
+        server.put_plain(folder, address.key)
     local = Checkpoint(folder)
     with Proxy(server.port) as proxy:
         point_at(monkeypatch, proxy.endpoint)
@@ -672,16 +682,20 @@ def test_a_checkpoint_is_read_without_a_copy(
 def test_checkpoints_that_must_be_refused(
     tmp_path: Path, address: Address, server: Server, tiny_model: Path
 ) -> None:
-    folder = server.folder / BUCKET / address.key
-    folder.mkdir(parents=True)
+    folder = tmp_path / "model"
+    folder.mkdir()
     (folder / "config.json").write_text("{}")
+    server.put_plain(folder, address.key)
     fails(lambda: S3Checkpoint(address), "no \\*.safetensors")
     whole = (tiny_model / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    server.put_plain(folder, address.key)
     fails(lambda: S3Checkpoint(address), r"model\.safetensors.*truncated")
     (folder / "model.safetensors").write_bytes(whole[:100])
+    server.put_plain(folder, address.key)
     fails(lambda: S3Checkpoint(address), "cut short")
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"w": "gone.safetensors"}})
     )
+    server.put_plain(folder, address.key)
     fails(lambda: S3Checkpoint(address), r"gone\.safetensors")

@@ -122,7 +122,7 @@ def find_file(connection: Connection, address: Address) -> StoredFile:
     """
     try:
         reply = connection.call("get_object", address, Key=address.key, Range="bytes=0-0")
-        reply["Body"].read()
+        reply["Body"].close()
         size = int(reply.get("ContentRange", "0").rpartition("/")[2])
     except ObjectChanged:  # An empty object has no first byte.
         reply = connection.call("head_object", address, Key=address.key)
