@@ -1,1 +1,1 @@
-"""Measurements that are too long for the test suite; each module runs with `python -m`."""
+"""Benchmarks that print what they measured: `python -m tests.benchmarks.NAME`."""

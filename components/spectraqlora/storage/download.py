@@ -140,8 +140,14 @@ def _fetch_all(connection: Connection, fetches: Sequence[_Fetch], label: str, fo
             fetch.start_over()
         total = sum(fetch.missing_bytes() for fetch in wrong)
         meter = Meter(f"{label} once more" if again else label, total)
-        jobs = [functools.partial(fetch.fetch, part, meter) for fetch in wrong for part in fetch.missing()]
-        run_all(jobs, connection.workers)
+        missing = [(fetch, part) for fetch in wrong for part in fetch.missing()]
+        # The first parts before all others: some stores compute an object's ETag when it is first asked for,
+        # and would do so once for every request that comes meanwhile.
+        for first in (True, False):
+            jobs = [
+                functools.partial(fetch.fetch, part, meter) for fetch, part in missing if (part == 0) == first
+            ]
+            run_all(jobs, connection.workers)
         if total:
             meter.finish()
         wrong = [fetch for fetch in wrong if not fetch.right()]
