@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal, Self
 
-import boto3
+import boto3  # type: ignore[import-untyped]
 
 ACCESS_KEY = "TESTKEY"
 SECRET_KEY = "test-secret-that-must-not-be-shown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -61,6 +62,13 @@ def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, secret: str = SECRE
 
 
 def connect(patience_s: float = 60.0, workers: int = 4) -> Connection:
+    """A connection as the environment is now. Making one takes a third of a second: equal ones are shared."""
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
+    return _connect(tuple(os.environ.get(name) for name in names), patience_s, workers)
+
+
+@functools.cache
+def _connect(_: tuple[str | None, ...], patience_s: float, workers: int) -> Connection:
     return Connection(workers=workers, part_bytes=PART, patience_s=patience_s)
 
 
