@@ -1,0 +1,63 @@
+"""Addresses of objects and folders: `s3://bucket/prefix`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from spectraqlora.errors import InputError
+
+SCHEME = "s3://"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A bucket and a key without leading or trailing slash; an empty key is the whole bucket."""
+
+    bucket: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.bucket}/{self.key}".rstrip("/")
+
+    def child(self, name: str) -> Address:
+        """The address of a name below this one."""
+        return Address(self.bucket, f"{self.key}/{name}" if self.key else name)
+
+    @property
+    def below(self) -> str:
+        """What the keys of everything below this address begin with."""
+        return f"{self.key}/" if self.key else ""
+
+
+def is_address(text: str) -> bool:
+    """True for text that is meant as an address of object storage."""
+    return text.startswith(SCHEME)
+
+
+def parse_address(text: str, field: str = "s3 address") -> Address:
+    """Read `s3://bucket/prefix`; slashes at the end mean nothing.
+
+    Raises:
+        InputError: another scheme, no valid bucket name, or a key with empty, `.` or `..` segments.
+            Credentials and signatures that somebody pasted into the address are not repeated.
+    """
+    shown = re.sub(r"//[^/]*@", "//***@", text).split("?")[0]
+    if not is_address(text):
+        raise InputError(field, shown, "s3://bucket/prefix")
+    bucket, _, key = text.removeprefix(SCHEME).partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise InputError(
+            field, shown, "s3://bucket/prefix with a bucket of 3 to 63 lower-case letters, digits, . and -"
+        )
+    key = key.rstrip("/")
+    if key and not is_plain_name(key):
+        raise InputError(field, shown, "a prefix without empty, . or .. segments")
+    return Address(bucket, key)
+
+
+def is_plain_name(name: str) -> bool:
+    """True where a relative name stays inside its folder on every file system."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") for part in parts) and not re.search(r"[\\\0\n\r]", name)
