@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spectraqlora.rows import IGNORED
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 _TOLERANCE = 1e-3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def train(
         start=adapters.read_pairs(previous) if previous else None,
         gradient_init=load_file(init_file) if init_file.exists() and not previous else None,
     )
-    log = _fit(wrapped, ranks, data, settings, evaluation, seed, span(ranks, settings, rounds))
+    log = fit(wrapped, ranks, data, settings, evaluation, seed, span(ranks, settings, rounds))
     adapters.save(wrapped, output, manifest.source)
     log.write(output)
     return log
@@ -139,7 +140,7 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, part: S
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: at(step + part.start))
 
 
-def _fit(
+def fit(
     model: Any,
     ranks: RankMap,
     data: Path,
@@ -147,7 +148,20 @@ def _fit(
     evaluation: EvaluateSettings,
     seed: int,
     part: Span,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> TrainingLog:
+    """Train a PEFT model's adapters in place and leave the best ones in it.
+
+    Args:
+        model: PEFT model with the rank map's adapters.
+        ranks: the rank map.
+        data: prepared data artifact.
+        settings: of training.
+        evaluation: batch size of the evaluations.
+        seed: of reading order and dropout.
+        part: which steps of the branch's schedule to train.
+        on_step: called after every optimizer step with its number in this round.
+    """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     rows, held_out = load_rows(data, "train"), load_rows(data, "eval")
@@ -178,6 +192,7 @@ def _fit(
                 evaluate(state.global_step)
             note = f"eval loss {evals[-1][1]:.3f}" if evals else ""
             progress(state.global_step, note)
+            on_step(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" in logs:

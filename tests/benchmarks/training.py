@@ -1,0 +1,250 @@
+"""Speed and memory of training part of the layers, against plain PEFT QLoRA on all of them.
+
+    python -m tests.benchmarks.training [--steps N] [--layers N --width N ...]
+
+Both sides train the same 4-bit Llama of random weights on the same random rows with transformers.Trainer,
+each in a process of its own. The peer is what people write by hand: `prepare_model_for_kbit_training`
+with its defaults, LoRA on all linear layers, the model's own loss. Memory is the peak during training above
+what the process held once the model was loaded: resident memory on the CPU, allocated on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PEER = "peft, all layers"
+SIDES = {
+    PEER: None,
+    "qlora": {"method": "qlora"},
+    "hybrid-50": {"method": "hybrid", "percent": 50},
+    "hybrid-25": {"method": "hybrid", "percent": 25},
+    "hybrid-25, recomputing": {"method": "hybrid", "percent": 25, "recompute": "on"},
+}
+
+
+def make_model(folder: Path, options: argparse.Namespace) -> int:
+    """Write the model's 4-bit and SNR artifacts; returns its parameter count."""
+    import torch
+    from spectraqlora.quantize_load.quantize import quantize
+    from spectraqlora.sample import make, world
+    from spectraqlora.settings import ModelSettings, SnrSettings
+    from spectraqlora.snr_analyze.analyze import analyze
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=options.vocabulary,
+            hidden_size=options.width,
+            intermediate_size=options.inner,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.width // 64,
+            num_key_value_heads=max(1, options.width // 256),
+            tie_word_embeddings=True,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(folder / "base")
+    make._tokenizer(world.corpus(world.people(0, 12), 0, 300)).save_pretrained(folder / "base")
+    for name in ("quantized", "table"):
+        (folder / name).mkdir()
+    parameters = quantize(ModelSettings(base_model=str(folder / "base")), folder / "quantized").parameters
+    analyze(SnrSettings(), folder / "quantized", folder / "table")
+    return parameters
+
+
+def rows(options: argparse.Namespace, count: int) -> list[dict[str, list[int]]]:
+    """Random rows of full length, every token counted."""
+    import torch
+
+    ids = torch.randint(
+        3, options.vocabulary, (count, options.tokens), generator=torch.Generator().manual_seed(0)
+    )
+    return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
+
+
+def resident_peak() -> int:
+    """Peak resident memory since the last reset, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+class Meter:
+    """Peak memory above a starting point, and seconds of the steps after the first."""
+
+    def __init__(self) -> None:
+        import accelerate  # noqa: F401
+        import torch
+        from peft import get_peft_model  # noqa: F401
+        from transformers import Trainer  # noqa: F401
+
+        # Libraries are imported by now: their code is no memory of the training.
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = resident_peak()
+        self.times: list[float] = []
+
+    def tick(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def result(self, tokens_per_step: int) -> dict[str, float]:
+        import torch
+
+        peak = torch.cuda.max_memory_allocated() if self.cuda else resident_peak()
+        seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return {"memory": peak - self.start, "tokens_per_second": tokens_per_step / seconds}
+
+
+def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Plain PEFT as its documentation shows it."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from spectraqlora.models import load_quantized
+    from spectraqlora.rows import Collator
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    model, _ = load_quantized(folder / "quantized")
+    meter = Meter()
+    model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            meter.tick()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch,
+                learning_rate=1e-4,
+                activation_checkpointing=True,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=rows(options, options.batch * options.steps),
+            data_collator=Collator.of(model.config),
+            callbacks=[Tick()],
+        ).train()
+    return {**meter.result(options.batch * options.tokens), "trainable": _trainable(model)}
+
+
+def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, float]:
+    """The train step's own code, timed by its progress calls."""
+    from datasets import Dataset
+    from spectraqlora import adapters
+    from spectraqlora.artifacts import QuantizedModel
+    from spectraqlora.models import load_quantized
+    from spectraqlora.selection import rank_map
+    from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
+    from spectraqlora.signals import weight_scores
+    from spectraqlora.snr.table import read_table
+    from spectraqlora.train import training
+
+    manifest = QuantizedModel.read(folder / "quantized")
+    settings = SelectSettings(rank=16, percent=side.get("percent", 100))
+    scores = weight_scores(read_table(folder / "table"))
+    ranks = rank_map(side["method"], manifest.modules, scores, settings, manifest.base_digest, 0)
+    data = folder / f"data-{side['method']}-{side.get('percent')}-{side.get('recompute')}"
+    Dataset.from_list(rows(options, options.batch * options.steps)).save_to_disk(str(data / "train"))
+    Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "eval"))
+    model, _ = load_quantized(folder / "quantized")
+    meter = Meter()
+    model = adapters.attach(model, ranks)
+    trainable = adapters.trainable_parameters(model)
+    plan = TrainSettings(
+        max_steps=options.steps,
+        batch_size=options.batch,
+        evaluations=1,
+        gradient_checkpointing=side.get("recompute", "auto"),
+    )
+    training.fit(
+        model,
+        ranks,
+        data,
+        plan,
+        EvaluateSettings(batch_size=1),
+        0,
+        training.span(ranks, plan, 1),
+        on_step=lambda _: meter.tick(),
+    )
+    return {**meter.result(options.batch * options.tokens), "trainable": trainable}
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--inner", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        with contextlib.redirect_stdout(io.StringIO()):
+            side = SIDES[options.side]
+            found = run_ours(options.folder, options, side) if side else run_peer(options.folder, options)
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        with contextlib.redirect_stdout(io.StringIO()):
+            parameters = make_model(Path(scratch), options)
+        print(
+            f"Llama of {parameters / 1e6:.0f}M parameters, {options.batch} x {options.tokens} tokens a step"
+        )
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+        for _ in range(options.repeats):
+            for name in SIDES:
+                command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:]]
+                command += ["--side", name, "--folder", scratch]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    median = {
+        name: {key: sorted(r[key] for r in found)[len(found) // 2] for key in found[0]}
+        for name, found in results.items()
+    }
+    peer = median[PEER]
+    print("| side | trained parameters | tokens/s | against peer | memory above model, MiB | against peer |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, found in median.items():
+        print(
+            f"| {name} | {found['trainable']:,} | {found['tokens_per_second']:,.0f} | "
+            f"{found['tokens_per_second'] / peer['tokens_per_second']:.2f}x | {found['memory'] / 2**20:,.0f} | "
+            f"{found['memory'] / peer['memory']:.2f}x |"
+        )
+
+
+if __name__ == "__main__":
+    main()
