@@ -1,10 +1,10 @@
-# make demo: the whole DAG offline on the sample. make test: lint, types and tests.
+# make demo: the whole DAG offline on the sample. make test: lint, types and tests. make e2e: servers, containers.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint install clean
+.PHONY: demo test e2e lint install clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,9 @@ lint: install
 
 test: lint
 	$(BIN)/pytest
+
+e2e: install
+	$(BIN)/pytest -m e2e
 
 clean:
 	rm -rf $(VENV) runs build
