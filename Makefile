@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test e2e lint install clean
+.PHONY: demo test e2e lint install golden clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,13 @@ test: lint
 
 e2e: install
 	$(BIN)/pytest -m e2e
+
+# The pipeline as a cluster sees it, for reviewers; a test compares.
+golden: install
+	for name in minimal full; do \
+		$(BIN)/spectraqlora compile --target kubernetes --values tests/golden/values-$$name.yaml \
+			--methods hybrid --output tests/golden/pipeline-$$name.yaml || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs build

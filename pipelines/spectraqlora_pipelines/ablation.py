@@ -15,7 +15,8 @@ from spectraqlora.settings import Settings
 from spectraqlora.snr_analyze.component import snr_analyze
 from spectraqlora.train.component import train
 
-RETRIES = 2
+from spectraqlora_pipelines.placement import Placement
+
 DEFAULTS = Settings().model_dump(mode="json")
 
 
@@ -24,12 +25,7 @@ class Branch(NamedTuple):
     adapter: dsl.Model
 
 
-def _named(task: Any, name: str, retries: int) -> Any:
-    task.set_display_name(name)
-    return task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0) if retries else task
-
-
-def _branch(name: str, rounds: int, retries: int) -> Any:
+def _branch(name: str, rounds: int, place: Placement) -> Any:
     @dsl.pipeline(name=f"branch-{name}", description=f"select-layers, train and re-evaluate for {name}")
     def branch(
         method: str,
@@ -47,7 +43,7 @@ def _branch(name: str, rounds: int, retries: int) -> Any:
         chosen = select_layers(
             method=method, settings=select, seed=seed, quantized=quantized, data=data, table=table
         )
-        _named(chosen, f"select-layers ({name})", retries)
+        place(chosen, f"select-layers ({name})")
         ranks: Any = chosen.outputs["ranks"]
         carried: dict[str, Any] = {}
         judged: Any = None
@@ -65,7 +61,7 @@ def _branch(name: str, rounds: int, retries: int) -> Any:
                 ranks=ranks,
                 **carried,
             )
-            _named(trained, f"train ({name}, round {number})", retries)
+            place(trained, f"train ({name}, round {number})")
             before = {"previous": judged.outputs["evaluation"]} if judged else {}
             judged = re_evaluate(
                 run_key=run_key,
@@ -80,22 +76,21 @@ def _branch(name: str, rounds: int, retries: int) -> Any:
                 adapter=trained.outputs["adapter"],
                 **before,
             )
-            _named(judged, f"re-evaluate ({name}, round {number})", retries)
+            place(judged, f"re-evaluate ({name}, round {number})")
             ranks, carried = judged.outputs["next_ranks"], {"previous": judged.outputs["next_adapter"]}
         return Branch(evaluation=judged.outputs["evaluation"], adapter=trained.outputs["adapter"])
 
     return branch
 
 
-def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETRIES) -> Any:
-    """The pipeline with a static branch for each method and its rounds unrolled.
-
-    On one machine a failed step fails again, so local runs ask for no retries; clusters lose pods.
-    """
-    branches = {method: _branch(method, rounds, retries) for method in methods}
+def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -> Any:
+    """The pipeline with a static branch for each method and its rounds unrolled, its tasks placed by `place`."""
+    branches = {method: _branch(method, rounds, place) for method in methods}
 
     @dsl.pipeline(
-        name="spectraqlora-ablation", description="QLoRA and Spectrum ablations, from base to registry"
+        name="spectraqlora-ablation",
+        description="QLoRA and Spectrum ablations, from base to registry",
+        pipeline_config=place.pipeline_config(),
     )
     def ablation(
         base_model: str = DEFAULTS["model"]["base_model"],
@@ -113,14 +108,14 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         tracking: dict = DEFAULTS["tracking"],
     ):
         quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
-        _named(quantized, "quantize-load", retries)
+        place(quantized, "quantize-load")
         four_bit = quantized.outputs["quantized"]
         prepared = prepare_data(
             source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
         )
-        _named(prepared, "prepare-data", retries)
+        place(prepared, "prepare-data")
         measured = snr_analyze(settings=snr, quantized=four_bit)
-        _named(measured, "snr-analyze", retries)
+        place(measured, "snr-analyze")
         results: dict[str, Any] = {}
         for method, branch in branches.items():
             outcome = branch(
@@ -140,30 +135,32 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
             results[method] = outcome.outputs["evaluation"]
             results[f"{method}_adapter"] = outcome.outputs["adapter"]
         compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
-        _named(compared, "compare", retries)
+        place(compared, "compare")
         exported = merge_export(
             settings=evaluate,
             quantized=four_bit,
             data=prepared.outputs["data"],
             winner=compared.outputs["winner"],
         )
-        _named(exported, "merge-export", retries)
+        place(exported, "merge-export")
         registered = register(
             run_key=run_key,
             tracking=tracking,
             winner=compared.outputs["winner"],
             exported=exported.outputs["exported"],
         )
-        _named(registered, "register", retries).set_caching_options(False)
+        place(registered, "register")
 
     return ablation
 
 
-def compile_pipeline(path: Path, methods: tuple[str, ...], rounds: int) -> None:
+def compile_pipeline(
+    path: Path, methods: tuple[str, ...], rounds: int, place: Placement = Placement()
+) -> None:
     """Write the pipeline YAML, the same text every time.
 
     The compiler's leading comments list dict defaults in random order; they go, the IR says the same.
     """
-    compiler.Compiler().compile(ablation_pipeline(methods, rounds), str(path))
+    compiler.Compiler().compile(ablation_pipeline(methods, rounds, place), str(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("#")), encoding="utf-8")

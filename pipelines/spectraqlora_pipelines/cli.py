@@ -27,6 +27,8 @@ from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
 from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
 
+from spectraqlora_pipelines.cluster_values import reference as values_reference
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -50,6 +52,14 @@ _SETTINGS_HELP = "\n\n".join(
     + [
         f"[cyan]{key}[/cyan] = {default.replace('[', chr(92) + '[')}  {text}"
         for key, default, text in reference()
+    ]
+)
+
+_VALUES_HELP = "\n\n".join(
+    ["[bold]Keys of --values; steps.NAME takes the keys of defaults[/bold]"]
+    + [
+        f"[cyan]{key.replace('[', chr(92) + '[')}[/cyan] = {default.replace('[', chr(92) + '[')}  {text}"
+        for key, default, text in values_reference()
     ]
 )
 
@@ -186,21 +196,43 @@ def run(
     console.print(f"Runs: mlflow ui --backend-store-uri {sections['tracking']['uri']}", soft_wrap=True)
 
 
-@app.command("compile")
+@app.command("compile", epilog=_VALUES_HELP)
 def compile_(
-    output: Annotated[Path, typer.Option(help="Where to write the KFP IR YAML.")] = COMPILED,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the KFP IR YAML. Default: pipelines/ablation.yaml.")
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="Branches of the DAG.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds, unrolled.")] = None,
+    target: Annotated[str, typer.Option(help="local, or kubernetes with a values file.")] = "local",
+    values: Annotated[
+        Path | None, typer.Option(help="YAML file that says where and how each step runs on the cluster.")
+    ] = None,
 ) -> None:
-    """Write the pipeline YAML for Kubeflow Pipelines."""
+    """Write the pipeline YAML for Kubeflow Pipelines.
+
+    For a cluster the values file gives every step its image, resources, nodes, retries, secrets by name and
+    time limit; pipelines/cluster-values.yaml is an example to copy.
+
+    Example: spectraqlora compile --target kubernetes --values cluster-values.yaml --output pipeline.yaml
+    """
     import warnings
 
     warnings.simplefilter("ignore")
     from spectraqlora_pipelines.ablation import compile_pipeline
+    from spectraqlora_pipelines.cluster_values import read_values
+    from spectraqlora_pipelines.placement import Placement
 
+    if target not in ("local", "kubernetes"):
+        raise InputError("--target", target, "local or kubernetes")
+    if (target == "kubernetes") != (values is not None):
+        expected = "a values file" if values is None else "nothing without --target kubernetes"
+        raise InputError("--values", values, expected)
+    if output is None:
+        output = COMPILED if values is None else Path("pipeline.yaml")
     settings = _load(None, {"methods": methods, "rounds": rounds}, [])
+    place = Placement(values=read_values(values)) if values else Placement()
     try:
-        compile_pipeline(output, settings.methods, settings.rounds)
+        compile_pipeline(output, settings.methods, settings.rounds, place)
     except ValueError as error:
         raise InputError("--output", output, str(error).splitlines()[0]) from None
     console.print(f"Wrote {output}", soft_wrap=True)

@@ -111,6 +111,7 @@ def run_locally(
     from kfp import local
 
     from spectraqlora_pipelines.ablation import ablation_pipeline
+    from spectraqlora_pipelines.placement import Placement
 
     log = workdir / "run.log"
     if runner == "docker":
@@ -135,7 +136,7 @@ def run_locally(
                 on_task(found[1])
 
     lines = _Lines(log, listen)
-    pipeline = ablation_pipeline(settings.methods, settings.rounds, retries=0)
+    pipeline = ablation_pipeline(settings.methods, settings.rounds, Placement(retries=0))
     try:
         with _steps_end_with_us(), _captured(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")
