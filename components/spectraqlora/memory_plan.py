@@ -1,0 +1,337 @@
+"""How much memory every step takes, from a model's config and the settings alone.
+
+Training a 4-bit model with LoRA adapters takes, with b bytes per number of the compute type:
+
+    weights      n/2 packed + n/64 block scales + n/16384 · 4 scales of scales, for the n 4-bit parameters,
+                 and b for each of the others (embeddings, norms, head)
+    adapters     4 each (float32); their gradients 4 each; AdamW's two moments 8 each (8-bit: 2)
+    activations  what the forward pass keeps for the backward pass: counted, not guessed, by running the
+                 model's own code on tensors without storage (meta device). With gradient checkpointing one
+                 input per block and everything inside one block
+    working set  the largest dequantized weight and the gradients of one block's widest tensors
+    loss         hidden states that count, and one chunk of logits (see head_loss)
+
+`plan` gives one line per step and method. A test compares training's figure with measured peaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from spectraqlora.artifacts import LinearModule, RankMap
+from spectraqlora.errors import InputError
+from spectraqlora.families import auto_class
+from spectraqlora.models import linear_modules
+from spectraqlora.selection import rank_map, top_percent
+from spectraqlora.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+GPU_RESERVE_BYTES = 600 * 2**20
+"""CUDA context and libraries on the device."""
+GPU_RESERVE_SHARE = 0.05
+"""Of the device, for fragmentation of its memory."""
+PROCESS_BYTES = 900 * 2**20
+"""Resident memory of a step's process before it loads anything."""
+_BLOCK, _SCALE_BLOCK = 64, 256
+_FLOAT32 = 4
+_WORKING_TENSORS = 3
+"""Gradients as wide as the widest tensor of a block that are alive at once in its backward pass."""
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+"""Llama shapes that `plan` knows by name (7B, 13B and 65B of the first Llama, 70B of the second)."""
+
+
+def config_of(source: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """The transformers config of a shape's name (7B, 13B, 65B, 70B), a folder, or a hub id.
+
+    Raises:
+        InputError: it is none of these, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if source.lower() in SHAPES:
+        return LlamaConfig(vocab_size=32_000, tie_word_embeddings=False, **SHAPES[source.lower()])
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            "model.base_model",
+            source,
+            f"{', '.join(name.upper() for name in SHAPES)}, a model folder, or a reachable hub id "
+            f"({str(error).splitlines()[0]})",
+        ) from None
+
+
+class Outline:
+    """A model without its weights: what memory depends on.
+
+    Args:
+        config: transformers config.
+        dtype_bytes: bytes per number of the compute type, 2 or 4.
+    """
+
+    def __init__(self, config: Any, dtype_bytes: int) -> None:
+        self.config, self.dtype_bytes = config, dtype_bytes
+        model = self.build()
+        self.modules: list[LinearModule] = linear_modules(model)
+        if not self.modules:
+            raise InputError(
+                "model.base_model", config.model_type, "linear layers inside numbered decoder blocks; found none"
+            )
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.four_bit = sum(m.out_features * m.in_features for m in self.modules)
+        self.largest = max(m.out_features * m.in_features for m in self.modules)
+        self.widest = max(max(m.out_features, m.in_features) for m in self.modules)
+        embeddings = model.get_input_embeddings().weight
+        self.vocabulary, self.hidden = (int(side) for side in embeddings.shape)
+        self.largest_tensor = max(self.largest, *(p.numel() for p in model.parameters()))
+
+    def build(self) -> Any:
+        """The model on the meta device, unquantized: its modules and shapes are those of the 4-bit one."""
+        import torch
+
+        dtype = torch.bfloat16 if self.dtype_bytes == 2 else torch.float32
+        try:
+            with torch.device("meta"):
+                model = auto_class(self.config).from_config(self.config, dtype=dtype)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                "model.base_model",
+                self.config.model_type,
+                f"a language model that generates text ({str(error).splitlines()[0]})",
+            ) from None
+        return model.train()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """The 4-bit model: packed weights, scales, scales of scales, and what stays unquantized."""
+        blocks = math.ceil(self.four_bit / _BLOCK)
+        constants = blocks + math.ceil(blocks / _SCALE_BLOCK) * _FLOAT32
+        return math.ceil(self.four_bit / 2) + constants + self.dtype_bytes * (self.parameters - self.four_bit)
+
+    @property
+    def plain_bytes(self) -> int:
+        """The whole model in its compute type."""
+        return self.dtype_bytes * self.parameters
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass keeps for the backward pass."""
+
+    blocks: tuple[int, ...]
+    """Of every decoder block, in order."""
+    outside: int
+    """Of everything else: embeddings, last norm."""
+    inputs: int
+    """Of the blocks' inputs alone, all together: what gradient checkpointing keeps."""
+
+    def total(self, checkpointing: bool) -> int:
+        """Bytes kept at the start of the backward pass, and beside them those of the block under way."""
+        return self.outside + (self.inputs + max(self.blocks) if checkpointing else sum(self.blocks))
+
+
+def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: bool) -> Kept:
+    """Count what the forward pass of a model on the meta device would keep.
+
+    Args:
+        model: with adapters attached where they would be; frozen weights keep nothing of their inputs.
+        rows: rows per forward pass.
+        tokens: tokens per row.
+        padded: rows have different lengths, so that attention gets a mask; it then repeats grouped keys and
+            values for every head.
+        cuda: for a GPU, whose fused attention also serves dropout.
+    """
+    import torch
+
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    parameters |= {b.untyped_storage()._cdata for b in model.buffers()}
+    seen: dict[int, Any] = {}
+    counts: dict[int | None, int] = {}
+    inputs: dict[int, int] = {}
+    current: list[int | None] = [None]
+
+    def pack(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters and storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            counts[current[0]] = counts.get(current[0], 0) + storage.nbytes()
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            current[0] = index
+            hidden = args[0] if args else kwargs["hidden_states"]
+            inputs[index] = hidden.numel() * hidden.element_size()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        current[0] = None
+
+    blocks = _blocks(model)
+    handles: list[Any] = []
+    for index, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(enter(index), with_kwargs=True))
+        handles.append(block.register_forward_hook(leave))
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    head = model.get_output_embeddings()
+    try:
+        with (
+            _without_numbers(padded, cuda),
+            mock.patch.object(head, "forward", lambda hidden: hidden),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None),
+        ):
+            model(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Kept(
+        tuple(counts.get(index, 0) for index in range(len(blocks))), counts.get(None, 0), sum(inputs.values())
+    )
+
+
+def _blocks(model: Any) -> list[Any]:
+    """The numbered blocks: items of the outermost module lists."""
+    from torch import nn
+
+    found: list[Any] = []
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(prefix) for prefix in outer):
+            outer.append(f"{name}.")
+            found += list(module)
+    return found
+
+
+@contextlib.contextmanager
+def _without_numbers(padded: bool, cuda: bool) -> Iterator[None]:
+    """Let a model run on tensors that have no numbers.
+
+    Attention keeps what fused kernels keep: query, key, value, mask, result and one number per row and head.
+    Where no fused kernel serves (dropout on a CPU, keys that are broadcast over heads) its parts are counted.
+    """
+    import torch
+    from transformers import masking_utils
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+            rows, heads, tokens, _ = query.shape
+            # Kernels write tokens before heads: the transposed result needs no copy.
+            out = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
+            normaliser = query.new_empty(rows, heads, tokens, dtype=torch.float32)
+            # A mask of booleans is turned into numbers for every layer anew.
+            kept = mask if mask is None or mask.dtype == query.dtype else mask.to(query.dtype)
+            ctx.save_for_backward(query, key, value, out, normaliser, kept)
+            return out
+
+    def attention(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **more: Any
+    ) -> Any:
+        grouped = key.shape[1] != query.shape[1] and not more.get("enable_gqa")
+        if grouped or (dropout_p > 0 and not cuda):
+            parts = torch.ops.aten._scaled_dot_product_attention_math
+            causal = bool(more.get("is_causal", False))
+            return parts(query, key, value, attn_mask, dropout_p, causal, enable_gqa=bool(more.get("enable_gqa")))[0]
+        return Fused.apply(query, key, value, attn_mask)
+
+    with (
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+        mock.patch.object(masking_utils, "fast_all", lambda *_: not padded),
+        mock.patch.object(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_: not padded),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Training:
+    """Memory of one train step, bytes, by what takes it."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        """The peak: the loss and the first block's backward pass come one after the other."""
+        fixed = self.weights + self.adapters + self.gradients + self.optimizer
+        return fixed + self.activations + max(self.working, self.loss)
+
+    @property
+    def above_weights(self) -> int:
+        """The peak above the loaded model."""
+        return self.total - self.weights
+
+
+def surrogate_map(method: str, outline: Outline, settings: Settings) -> RankMap:
+    """The rank map of a method before anything was measured.
+
+    Which modules have signal is not known yet: the lowest layers are taken, because gradients then flow
+    through the whole model, which costs most. For sgm every module gets its own pair: the groups come later.
+    """
+    scores = {m.module: (1.0 / (1 + m.layer), 1.0 / (1 + m.layer)) for m in outline.modules}
+    return rank_map(method, outline.modules, scores, settings.select, "", settings.seed)
+
+
+def training(outline: Outline, ranks: RankMap, settings: Settings, checkpointing: bool) -> Training:
+    """Memory of training a rank map's adapters with batches of full rows."""
+    from spectraqlora import adapters
+
+    model = adapters.attach(outline.build(), ranks, settings.train.lora_dropout)
+    rows, tokens = settings.train.batch_size, settings.data.max_length
+    kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=outline.dtype_bytes == 2)
+    count = adapters.trainable_parameters(model)
+    moments = 2 if settings.train.optimizer != "adamw" else 2 * _FLOAT32
+    return Training(
+        weights=outline.weight_bytes,
+        adapters=_FLOAT32 * count,
+        gradients=_FLOAT32 * count,
+        optimizer=moments * count,
+        activations=kept.total(checkpointing),
+        working=_working_set(outline, rows * tokens) * _WORKING_TENSORS
+        + outline.largest * outline.dtype_bytes,
+        loss=_loss(outline, rows * tokens),
+    )
+
+
+def _working_set(outline: Outline, positions: int) -> int:
+    """One tensor as wide as the widest of a block."""
+    return positions * outline.widest * outline.dtype_bytes
+
+
+def _loss(outline: Outline, positions: int) -> int:
+    """Hidden states that count and their gradient, a chunk of logits, its softmax and their gradients."""
+    from spectraqlora.head_loss import CHUNK_BYTES
+
+    states = 2 * positions * outline.hidden * outline.dtype_bytes
+    chunk = min(max(CHUNK_BYTES, _FLOAT32 * outline.vocabulary), positions * outline.vocabulary * _FLOAT32)
+    return states + 4 * chunk
