@@ -21,6 +21,7 @@ from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
 from spectraqlora.settings import EvaluateSettings, TrainSettings
 from spectraqlora.train import distributed
+from spectraqlora.train.activations import elementwise_remade
 
 FIXED_METHODS = ("qlora", "random", "sgm")
 """Methods whose rank map never moves: they spend the whole budget of all rounds in the first."""
@@ -248,7 +249,7 @@ def fit(
             torch.cuda.reset_peak_memory_stats()
         paused = 0.0
         began = time.perf_counter()
-        with loss.hidden_states():
+        with loss.hidden_states(), elementwise_remade():
             trainer.train()
         seconds = time.perf_counter() - began - paused
     adapters.restore(model, best["weights"])
