@@ -19,8 +19,9 @@ from spectraqlora.head_loss import HeadLoss
 from spectraqlora.models import device, load_quantized, peak_memory_bytes
 from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
-from spectraqlora.scoring import score
 from spectraqlora.settings import EvaluateSettings, TrainSettings
+from spectraqlora.train import distributed
+from spectraqlora.train.activations import elementwise_remade
 
 FIXED_METHODS = ("qlora", "random", "sgm")
 """Methods whose rank map never moves: they spend the whole budget of all rounds in the first."""
@@ -55,7 +56,7 @@ def train(
     ranks = RankMap.read(ranks_folder)
     manifest = QuantizedModel.read(quantized)
     ranks.check_base(manifest.base_digest)
-    if previous is not None and ranks.method in FIXED_METHODS:
+    if previous is not None and nothing_left(ranks):
         print(f"round {ranks.round}: {ranks.method} keeps its rank map, so nothing is left to train")
         shutil.copytree(previous, output, dirs_exist_ok=True)
         log = TrainingLog.read(previous).model_copy(
@@ -72,7 +73,8 @@ def train(
 
     check_optimizer(settings)
     torch.manual_seed(seed)
-    model, _ = load_quantized(quantized)
+    sharded = distributed.world_size() > 1 and settings.parallel == "fsdp"
+    model, _ = load_quantized(quantized, "cpu" if sharded else "")
     init_file = ranks_folder / GRADIENT_INIT
     wrapped = adapters.attach(
         model,
@@ -81,10 +83,18 @@ def train(
         start=adapters.read_pairs(previous) if previous else None,
         gradient_init=load_file(init_file) if init_file.exists() and not previous else None,
     )
+    if sharded:
+        distributed.shard_base(wrapped)
     log = fit(wrapped, ranks, data, settings, evaluation, seed, span(ranks, settings, rounds))
-    adapters.save(wrapped, output, manifest.source)
-    log.write(output)
+    if distributed.is_main():
+        adapters.save(wrapped, output, manifest.source)
+        log.write(output)
     return log
+
+
+def nothing_left(ranks: RankMap) -> bool:
+    """Whether a round has nothing to train: the method spent the budget of all rounds in the first."""
+    return ranks.round > 1 and ranks.method in FIXED_METHODS
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,11 @@ def fit(
         part: which steps of the branch's schedule to train.
         on_step: called after every optimizer step with its number in this round.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
     rows, held_out = load_rows(data, "train"), load_rows(data, "eval")
     collate = Collator.of(model.config)
+    pass_rows, passes = distributed.share(settings, distributed.world_size())
     per_step = settings.batch_size * settings.gradient_accumulation
     places = order(len(rows), seed, part.start * per_step, part.stop * per_step)
     losses: list[tuple[int, float]] = []
@@ -180,7 +191,7 @@ def fit(
     def evaluate(step: int) -> None:
         nonlocal paused
         began = time.perf_counter()
-        found = score(model, held_out, evaluation.batch_size, loss).loss
+        found = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
         evals.append((step, found))
         if found < best["loss"]:
             best.update(loss=found, weights=adapters.pairs(model))
@@ -203,13 +214,13 @@ def fit(
     )
     optimizer = _optimizer(model, ranks, settings)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
+        trainer = distributed.trainer_class()(
             model=model,
             args=TrainingArguments(
                 output_dir=scratch,
                 max_steps=part.steps,
-                per_device_train_batch_size=settings.batch_size,
-                gradient_accumulation_steps=settings.gradient_accumulation,
+                per_device_train_batch_size=pass_rows,
+                gradient_accumulation_steps=passes,
                 max_grad_norm=settings.max_grad_norm,
                 activation_checkpointing=recompute,
                 activation_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
@@ -238,7 +249,7 @@ def fit(
             torch.cuda.reset_peak_memory_stats()
         paused = 0.0
         began = time.perf_counter()
-        with loss.hidden_states():
+        with loss.hidden_states(), elementwise_remade():
             trainer.train()
         seconds = time.perf_counter() - began - paused
     adapters.restore(model, best["weights"])
@@ -250,7 +261,8 @@ def fit(
         train_seconds=seconds,
         train_tokens=tokens,
         train_tokens_per_second=tokens / seconds,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=distributed.highest(peak_memory_bytes()),
+        processes=distributed.world_size(),
         best_eval_loss=best["loss"],
         loss_curve=losses,
         eval_curve=evals,
