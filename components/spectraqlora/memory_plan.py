@@ -44,6 +44,8 @@ PROCESS_BYTES = 900 * 2**20
 """Resident memory of a step's process before it loads anything."""
 _BLOCK, _SCALE_BLOCK = 64, 256
 _FLOAT32 = 4
+_LOGITS = 2 * _FLOAT32
+"""Per logit of a loss without gradient: itself and its logarithm after softmax."""
 _WORKING_TENSORS = 3
 """Gradients as wide as the widest tensor of a block that are alive at once in its backward pass."""
 
@@ -135,6 +137,17 @@ class Outline:
         """The whole model in its compute type."""
         return self.dtype_bytes * self.parameters
 
+    def working(self, positions: int) -> int:
+        """The largest weight, dequantized, and the widest tensors of a block's forward or backward pass."""
+        return self.dtype_bytes * (self.largest + _WORKING_TENSORS * positions * self.widest)
+
+    def loss(self, positions: int) -> int:
+        """Hidden states, their gradient, and one chunk of logits with its softmax and gradient."""
+        from spectraqlora.head_loss import CHUNK_BYTES
+
+        chunk = min(max(1, CHUNK_BYTES // (_FLOAT32 * self.vocabulary)), positions) * self.vocabulary
+        return 3 * positions * self.hidden * self.dtype_bytes + 3 * _FLOAT32 * chunk
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -146,10 +159,6 @@ class Kept:
     """Of everything else: embeddings, last norm."""
     inputs: int
     """Of the blocks' inputs alone, all together: what gradient checkpointing keeps."""
-
-    def total(self, checkpointing: bool) -> int:
-        """Bytes kept at the start of the backward pass, and beside them those of the block under way."""
-        return self.outside + (self.inputs + max(self.blocks) if checkpointing else sum(self.blocks))
 
 
 def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: bool) -> Kept:
@@ -165,6 +174,8 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
     """
     import torch
 
+    from spectraqlora.train.activations import made_again
+
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     parameters |= {b.untyped_storage()._cdata for b in model.buffers()}
     seen: dict[int, Any] = {}
@@ -173,6 +184,8 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
     current: list[int | None] = [None]
 
     def pack(tensor: torch.Tensor) -> None:
+        if made_again(tensor):
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters and storage._cdata not in seen:
             seen[storage._cdata] = storage
@@ -277,14 +290,20 @@ class Training:
     gradients: int
     optimizer: int
     activations: int
+    """Kept at the start of the backward pass."""
+    block: int
+    """Kept beside them by the block that gradient checkpointing makes again; 0 without it."""
     working: int
     loss: int
+    probe: int
+    """Logits of one row, made once before the first step, to compare the model's own loss with ours."""
 
     @property
     def total(self) -> int:
-        """The peak: the loss and the first block's backward pass come one after the other."""
+        """The peak: the first step's probe, the loss, or a block's backward pass, which never meet."""
         fixed = self.weights + self.adapters + self.gradients + self.optimizer
-        return fixed + self.activations + max(self.working, self.loss)
+        steps = fixed + self.activations + max(self.block + self.working, self.loss)
+        return max(steps, self.weights + self.adapters + self.probe)
 
     @property
     def above_weights(self) -> int:
@@ -302,36 +321,25 @@ def surrogate_map(method: str, outline: Outline, settings: Settings) -> RankMap:
     return rank_map(method, outline.modules, scores, settings.select, "", settings.seed)
 
 
-def training(outline: Outline, ranks: RankMap, settings: Settings, checkpointing: bool) -> Training:
+def training(
+    outline: Outline, ranks: RankMap, settings: Settings, checkpointing: bool, cuda: bool
+) -> Training:
     """Memory of training a rank map's adapters with batches of full rows."""
     from spectraqlora import adapters
 
     model = adapters.attach(outline.build(), ranks, settings.train.lora_dropout)
     rows, tokens = settings.train.batch_size, settings.data.max_length
-    kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=outline.dtype_bytes == 2)
+    kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
     count = adapters.trainable_parameters(model)
-    moments = 2 if settings.train.optimizer != "adamw" else 2 * _FLOAT32
+    moments = 2 * (_FLOAT32 if settings.train.optimizer == "adamw" else 1)
     return Training(
         weights=outline.weight_bytes,
         adapters=_FLOAT32 * count,
         gradients=_FLOAT32 * count,
         optimizer=moments * count,
-        activations=kept.total(checkpointing),
-        working=_working_set(outline, rows * tokens) * _WORKING_TENSORS
-        + outline.largest * outline.dtype_bytes,
-        loss=_loss(outline, rows * tokens),
+        activations=kept.outside + (kept.inputs if checkpointing else sum(kept.blocks)),
+        block=max(kept.blocks) if checkpointing else 0,
+        working=outline.working(rows * tokens),
+        loss=outline.loss(rows * tokens),
+        probe=tokens * outline.vocabulary * (_LOGITS + (outline.dtype_bytes if outline.dtype_bytes == 2 else 0)),
     )
-
-
-def _working_set(outline: Outline, positions: int) -> int:
-    """One tensor as wide as the widest of a block."""
-    return positions * outline.widest * outline.dtype_bytes
-
-
-def _loss(outline: Outline, positions: int) -> int:
-    """Hidden states that count and their gradient, a chunk of logits, its softmax and their gradients."""
-    from spectraqlora.head_loss import CHUNK_BYTES
-
-    states = 2 * positions * outline.hidden * outline.dtype_bytes
-    chunk = min(max(CHUNK_BYTES, _FLOAT32 * outline.vocabulary), positions * outline.vocabulary * _FLOAT32)
-    return states + 4 * chunk
