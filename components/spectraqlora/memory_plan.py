@@ -11,7 +11,8 @@ Training a 4-bit model with LoRA adapters takes, with b bytes per number of the 
     working set  the largest dequantized weight and the gradients of one block's widest tensors
     loss         hidden states that count, and one chunk of logits (see head_loss)
 
-`plan` gives one line per step and method. A test compares training's figure with measured peaks.
+`plan` gives one line per step and method; training's figure is compared with measured peaks by a test. With a
+GPU the figures are allocations on it, and what its host needs beside; without one all of it is main memory.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -29,8 +29,9 @@ from spectraqlora.artifacts import LinearModule, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.families import auto_class
 from spectraqlora.models import linear_modules
-from spectraqlora.selection import rank_map, top_percent
+from spectraqlora.selection import by_type, rank_map
 from spectraqlora.settings import Settings
+from spectraqlora.signals import Scores
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,12 @@ GPU_RESERVE_SHARE = 0.05
 """Of the device, for fragmentation of its memory."""
 PROCESS_BYTES = 900 * 2**20
 """Resident memory of a step's process before it loads anything."""
+CUDA_PROCESS_BYTES = 3 * GIB
+"""The same where CUDA's libraries are loaded."""
+_SCAN_BYTES = 600 * 2**20
+"""Of the SNR scan, besides six times its largest matrix (see snr.scan)."""
+_SHARD_BYTES = 50 * 10**9
+"""Most that transformers writes into one file, and holds in main memory for it."""
 _BLOCK, _SCALE_BLOCK = 64, 256
 _FLOAT32 = 4
 _LOGITS = 2 * _FLOAT32
@@ -50,9 +57,24 @@ _WORKING_TENSORS = 3
 """Gradients as wide as the widest tensor of a block that are alive at once in its backward pass."""
 
 SHAPES: dict[str, dict[str, int]] = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
     "70b": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -99,7 +121,9 @@ class Outline:
         self.modules: list[LinearModule] = linear_modules(model)
         if not self.modules:
             raise InputError(
-                "model.base_model", config.model_type, "linear layers inside numbered decoder blocks; found none"
+                "model.base_model",
+                config.model_type,
+                "linear layers inside numbered decoder blocks; found none",
             )
         self.parameters = sum(p.numel() for p in model.parameters())
         self.four_bit = sum(m.out_features * m.in_features for m in self.modules)
@@ -263,13 +287,21 @@ def _without_numbers(padded: bool, cuda: bool) -> Iterator[None]:
             return out
 
     def attention(
-        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **more: Any
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *rest: Any,
+        **more: Any,
     ) -> Any:
         grouped = key.shape[1] != query.shape[1] and not more.get("enable_gqa")
         if grouped or (dropout_p > 0 and not cuda):
             parts = torch.ops.aten._scaled_dot_product_attention_math
             causal = bool(more.get("is_causal", False))
-            return parts(query, key, value, attn_mask, dropout_p, causal, enable_gqa=bool(more.get("enable_gqa")))[0]
+            return parts(
+                query, key, value, attn_mask, dropout_p, causal, enable_gqa=bool(more.get("enable_gqa"))
+            )[0]
         return Fused.apply(query, key, value, attn_mask)
 
     with (
@@ -312,12 +344,18 @@ class Training:
 
 
 def surrogate_map(method: str, outline: Outline, settings: Settings) -> RankMap:
-    """The rank map of a method before anything was measured.
+    """The rank map of a method before anything was measured, at the most that it can cost.
 
-    Which modules have signal is not known yet: the lowest layers are taken, because gradients then flow
-    through the whole model, which costs most. For sgm every module gets its own pair: the groups come later.
+    Which modules have signal is not known yet. They are spread over the layers, different ones for different
+    types, the first layer's among them: gradients then flow through the whole model, and few modules share
+    an input that is kept. For sgm every module gets its own pair: the groups come later.
     """
-    scores = {m.module: (1.0 / (1 + m.layer), 1.0 / (1 + m.layer)) for m in outline.modules}
+    types = {kind: index for index, kind in enumerate(by_type(outline.modules))}
+    scores: Scores = {}
+    for info in outline.modules:
+        # Multiples of the golden ratio, modulo one, spread evenly.
+        spread = (0.618034 * (info.layer + 1) + 0.381966 * types[info.type]) % 1 + 0.001
+        scores[info.module] = (spread + (info.layer == 0), spread)
     return rank_map(method, outline.modules, scores, settings.select, "", settings.seed)
 
 
@@ -341,5 +379,238 @@ def training(
         block=max(kept.blocks) if checkpointing else 0,
         working=outline.working(rows * tokens),
         loss=outline.loss(rows * tokens),
-        probe=tokens * outline.vocabulary * (_LOGITS + (outline.dtype_bytes if outline.dtype_bytes == 2 else 0)),
+        probe=tokens
+        * outline.vocabulary
+        * (_LOGITS + (outline.dtype_bytes if outline.dtype_bytes == 2 else 0)),
     )
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one step takes at its peak, bytes."""
+
+    step: str
+    method: str
+    """Empty where all methods share the step."""
+    device: int
+    """On the GPU where there is one, else in main memory."""
+    host: int
+    """In main memory beside a GPU."""
+    largest: str
+    """What takes most of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of all steps of a run."""
+
+    outline: Outline
+    settings: Settings
+    cuda: bool
+    needs: tuple[Need, ...]
+
+    def changes(self, need: Need, available: int) -> tuple[str, int]:
+        """What to change so that a step fits, as --set assignments or a sentence, and what it then takes.
+
+        Settings that cost time come before those that change what is learned.
+        """
+        settings, made = self.settings, []
+        for key, values in _remedies(self, need):
+            for value in values:
+                changed = _with(settings, {key: value})
+                if key == "train.batch_size":
+                    passes = settings.train.gradient_accumulation * settings.train.batch_size // int(value)
+                    changed = _with(changed, {"train.gradient_accumulation": passes})
+                least = _need(self.outline, changed, self.cuda, need.step, need.method)
+                if least.device >= need.device:
+                    continue
+                settings, need = changed, least
+                if least.device <= available:
+                    break
+            made = _assignments(self.settings, settings)
+            if need.device <= available:
+                return " ".join(made), need.device
+        gib = math.ceil(need.device / GIB)
+        if need.step == "merge-export" and self.cuda:
+            made = ["no GPU for this step, and"]
+        elif self.cuda:
+            made = [*made, "and a GPU of" if made else "a GPU of"]
+        return " ".join([*made, f"{gib} GiB of memory"]), need.device
+
+
+def plan(outline: Outline, settings: Settings, cuda: bool) -> Plan:
+    """Memory of every step and method.
+
+    Args:
+        outline: of the base model.
+        settings: of the run.
+        cuda: whether steps run on a GPU.
+    """
+    needs = [_need(outline, settings, cuda, step, "") for step in ("quantize-load", "snr-analyze")]
+    for method in settings.methods:
+        steps = ("select-layers", "train", "re-evaluate")
+        needs += [_need(outline, settings, cuda, step, method) for step in steps]
+    return Plan(outline, settings, cuda, (*needs, _need(outline, settings, cuda, "merge-export", "")))
+
+
+def available(device_bytes: int) -> int:
+    """What a GPU of that size has for a step's tensors."""
+    return int(device_bytes * (1 - GPU_RESERVE_SHARE)) - GPU_RESERVE_BYTES
+
+
+def checkpoints(settings: Settings, cuda: bool) -> bool:
+    """Whether training recomputes activations."""
+    choice = settings.train.gradient_checkpointing
+    return choice == "on" or (choice == "auto" and cuda)
+
+
+def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: str) -> Need:
+    process = CUDA_PROCESS_BYTES if cuda else 0
+    idle = 0 if cuda else PROCESS_BYTES
+    scored = _scoring(outline, settings)
+    parts: dict[str, int]
+    if step == "quantize-load":
+        parts = {
+            "4-bit weights": outline.weight_bytes,
+            "largest tensor": 2 * outline.dtype_bytes * outline.largest_tensor,
+        }
+        process += min(outline.weight_bytes, _SHARD_BYTES) if cuda else 0
+    elif step == "snr-analyze":
+        scan = _SCAN_BYTES + 6 * _FLOAT32 * outline.largest
+        return Need(step, method, 0 if cuda else scan, scan if cuda else 0, "largest matrices")
+    elif step == "select-layers":
+        if not _measures_gradients(settings, method):
+            return Need(step, method, 0 if cuda else idle, PROCESS_BYTES if cuda else 0, "libraries")
+        parts = {"4-bit weights": outline.weight_bytes, **_calibration(outline, settings, cuda, method)}
+    elif step == "train":
+        found = training(
+            outline, surrogate_map(method, outline, settings), settings, checkpoints(settings, cuda), cuda
+        )
+        fixed = found.adapters + found.gradients + found.optimizer
+        between = found.weights + fixed + scored
+        parts = {"4-bit weights": found.weights, "adapters, gradients, optimizer": fixed}
+        if found.total >= between:
+            parts["activations and loss"] = found.total - found.weights - fixed
+        else:
+            parts["evaluation"] = scored
+        process += found.adapters
+    elif step == "re-evaluate":
+        parts = {
+            "4-bit weights": outline.weight_bytes,
+            "evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest),
+            "adapters": _FLOAT32 * _trainable(outline, settings, method),
+        }
+        if settings.select.needs_gradients and method in ("hybrid", "alors"):
+            parts |= _calibration(outline, settings, cuda, method)
+    else:
+        parts = {"dequantized and original weights": 2 * outline.plain_bytes, "evaluation": scored}
+        process += min(outline.plain_bytes, _SHARD_BYTES) if cuda else 0
+    return Need(step, method, idle + sum(parts.values()), process, max(parts, key=lambda name: parts[name]))
+
+
+def _trainable(outline: Outline, settings: Settings, method: str) -> int:
+    sides = {m.module: m.in_features + m.out_features for m in outline.modules}
+    return sum(
+        entry.rank * sides[entry.module] for entry in surrogate_map(method, outline, settings).active()
+    )
+
+
+def _measures_gradients(settings: Settings, method: str) -> bool:
+    signal = settings.select.needs_gradients and method in ("hybrid", "alors")
+    return method == "sgm" or signal or settings.select.gradient_init == "on"
+
+
+def _scoring(outline: Outline, settings: Settings) -> int:
+    """Working memory of scoring rows or generating answers; both keep every layer's keys and values."""
+    positions = settings.evaluate.batch_size * settings.data.max_length
+    tokens = settings.data.max_length + (
+        settings.evaluate.max_new_tokens if settings.evaluate.accuracy_rows else 0
+    )
+    text = outline.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or outline.hidden // text.num_attention_heads
+    layers = max(m.layer for m in outline.modules) + 1
+    past = 2 * layers * settings.evaluate.batch_size * tokens * heads * width * outline.dtype_bytes
+    return outline.working(positions) + outline.loss(positions) + past
+
+
+def _calibration(outline: Outline, settings: Settings, cuda: bool, method: str) -> dict[str, int]:
+    """Gradients of every candidate, sketched: activations, the model's own loss, sketches (see gradients)."""
+    rows, tokens = settings.select.calibration_rows, settings.data.max_length
+    model = outline.build()
+    model.requires_grad_(False)
+    named = dict(model.named_modules())
+    inputs: dict[int, Any] = {}
+
+    def watch(_: object, args: tuple[Any, ...], output: Any) -> None:
+        storage = args[0].detach().float().untyped_storage()
+        inputs[storage._cdata] = storage
+        if not output.requires_grad:
+            output.requires_grad_(True)
+
+    candidates = outline.modules
+    if method == "sgm" and not settings.select.needs_gradients:
+        chosen = {entry.module for entry in surrogate_map(method, outline, settings).active()}
+        candidates = [info for info in candidates if info.module in chosen]
+    for info in candidates:
+        named[info.module].register_forward_hook(watch)
+    kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
+    side = settings.select.sketch_size
+    sketches = sum(2 * _FLOAT32 * m.in_features * min(side, m.out_features) for m in candidates)
+    logits = rows * tokens * outline.vocabulary * (3 * _FLOAT32 + (4 if outline.dtype_bytes == 2 else 0))
+    return {
+        "activations": sum(kept.blocks) + kept.outside + sum(s.nbytes() for s in inputs.values()),
+        "logits": logits,
+        "sketches": sketches,
+        "working set": outline.working(rows * tokens),
+    }
+
+
+def _halves(value: int, least: int) -> list[int]:
+    found = []
+    while value // 2 >= least:
+        value //= 2
+        found.append(value)
+    return found
+
+
+def _remedies(found: Plan, need: Need) -> list[tuple[str, list[Any]]]:
+    """Settings that lower a step's peak, each with values to try in order."""
+    settings = found.settings
+    evaluation = ("evaluate.batch_size", _halves(settings.evaluate.batch_size, 1))
+    length = ("data.max_length", _halves(settings.data.max_length, 256))
+    calibration = ("select.calibration_rows", _halves(settings.select.calibration_rows, 1))
+    if need.step == "train":
+        optimizer = [("train.optimizer", ["adamw_8bit"])] if found.cuda else []
+        return [
+            ("train.gradient_checkpointing", ["on"]),
+            evaluation,
+            ("train.batch_size", _halves(settings.train.batch_size, 1)),
+            *optimizer,
+            length,
+        ]
+    if need.step == "select-layers":
+        return [calibration, length]
+    if need.step == "re-evaluate":
+        return [evaluation, calibration, length]
+    return [evaluation] if need.step == "merge-export" else []
+
+
+def _with(settings: Settings, changes: dict[str, Any]) -> Settings:
+    values = settings.model_dump(mode="json")
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return Settings.model_validate(values)
+
+
+def _assignments(before: Settings, after: Settings) -> list[str]:
+    """The --set arguments that lead from one to the other."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return [
+        f"--set {section}.{name}={value}"
+        for section, values in new.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != old[section][name]
+    ]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import (
@@ -25,9 +24,11 @@ from rich.table import Table
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
-from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
+from spectraqlora.settings import Settings, digest, parse, reference
 
+from spectraqlora_pipelines import plan_commands
 from spectraqlora_pipelines.cluster_values import reference as values_reference
+from spectraqlora_pipelines.config import load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,31 +65,6 @@ _VALUES_HELP = "\n\n".join(
 )
 
 
-def _load(config: Path | None, overrides: dict[str, Any], assignments: list[str]) -> Settings:
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except OSError:
-            raise InputError("--config", config, "a readable YAML file") from None
-        except yaml.YAMLError as error:
-            raise InputError(
-                "--config", config, f"valid YAML ({str(error).splitlines()[-1].strip()})"
-            ) from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise InputError("--config", config, "a YAML mapping of settings")
-        values = loaded or {}
-    for key, value in overrides.items():
-        if value is None:
-            continue
-        section, _, leaf = key.rpartition(".")
-        node = values.setdefault(section, {}) if section else values
-        if not isinstance(node, dict):
-            raise InputError(section, node, "a mapping of settings")
-        node[leaf] = value
-    return parse(with_overrides(values, assignments))
-
-
 @app.command(epilog=_SETTINGS_HELP)
 def run(
     base_model: Annotated[
@@ -120,7 +96,7 @@ def run(
 
     Example: spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/mine
     """
-    settings = _load(
+    settings = load_settings(
         config,
         {
             "model.base_model": base_model,
@@ -229,7 +205,7 @@ def compile_(
         raise InputError("--values", values, expected)
     if output is None:
         output = COMPILED if values is None else Path("pipeline.yaml")
-    settings = _load(None, {"methods": methods, "rounds": rounds}, [])
+    settings = load_settings(None, {"methods": methods, "rounds": rounds}, [])
     place = Placement(values=read_values(values)) if values else Placement()
     try:
         compile_pipeline(output, settings.methods, settings.rounds, place)
@@ -482,6 +458,9 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             errors.print("interrupted; run, and snr with --output, go on where they stopped")
         raise
+
+
+app.command("plan", epilog=_SETTINGS_HELP)(plan_commands.plan)
 
 
 @app.callback(invoke_without_command=True)
