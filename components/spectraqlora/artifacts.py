@@ -175,6 +175,14 @@ class Similarity(_Manifest):
         return "similarity.json"
 
 
+class TrainingCheckpoint(_Manifest):
+    """A training between two steps: written last, with the SHA-256 of the files beside it."""
+
+    identity: str = Field(description="digest of everything that the training depends on")
+    step: int = Field(ge=1, description="optimizer steps of this round that are done")
+    files: dict[str, str] = Field(description="SHA-256 by name")
+
+
 class TrainingLog(_Manifest):
     """What training did: curves, cost and the count of trained parameters."""
 

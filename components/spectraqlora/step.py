@@ -25,9 +25,10 @@ from spectraqlora.artifacts import (
     folder_digest,
     write_text,
 )
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, Stopped
 from spectraqlora.quiet import hush
 from spectraqlora.settings import (
+    CheckpointSettings,
     DataSettings,
     EvaluateSettings,
     ModelSettings,
@@ -68,6 +69,9 @@ def _step(function: Callable[P, None]) -> Callable[P, None]:
         except InputError as error:
             print(f"{ERROR_PREFIX}{error}", flush=True)
             sys.exit(2)
+        except Stopped as stop:
+            print(stop, flush=True)
+            sys.exit(stop.exit_code)
         except OSError as error:
             if error.errno != 28:
                 raise
@@ -128,9 +132,7 @@ def run_select_layers(
 def run_train(
     run_key: str,
     rounds: int,
-    settings: dict[str, Any],
-    evaluate: dict[str, Any],
-    tracking: dict[str, Any],
+    sections: tuple[dict[str, Any], ...],
     seed: int,
     quantized: Any,
     data: Any,
@@ -141,6 +143,7 @@ def run_train(
     from spectraqlora.tracking import Tracker
     from spectraqlora.train.training import train
 
+    settings, evaluate, tracking, checkpoint = sections
     tracker = Tracker(TrackingSettings(**tracking), run_key)
     method = RankMap.read(ranks.path).method
     branch = tracker.branch_run(method)
@@ -160,6 +163,7 @@ def run_train(
         rounds,
         _folder(adapter),
         Path(previous.path) if previous is not None else None,
+        CheckpointSettings(**checkpoint),
     )
     offset = (log.round - 1) * section.max_steps
     tracker.log_curve(branch, "train_loss", [(step + offset, loss) for step, loss in log.loss_curve])

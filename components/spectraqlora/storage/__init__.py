@@ -1,9 +1,16 @@
 """The only module that talks to object storage: folders, files and checkpoints at s3:// addresses."""
 
 from spectraqlora.storage.address import Address, is_address, parse_address
-from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectMissing
+from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing
 from spectraqlora.storage.download import download_file, download_folder
-from spectraqlora.storage.folders import exists, list_files
+from spectraqlora.storage.folders import (
+    check_writable,
+    content_digest,
+    exists,
+    folders_below,
+    list_files,
+    remove_folder,
+)
 from spectraqlora.storage.ranged import RangedReader, S3Checkpoint, ranged_reader
 from spectraqlora.storage.upload import upload_file, upload_folder
 
@@ -11,16 +18,21 @@ __all__ = [
     "Address",
     "Connection",
     "ObjectChanged",
+    "ObjectDamaged",
     "ObjectMissing",
     "RangedReader",
     "S3Checkpoint",
+    "check_writable",
+    "content_digest",
     "download_file",
     "download_folder",
     "exists",
+    "folders_below",
     "is_address",
     "list_files",
     "parse_address",
     "ranged_reader",
+    "remove_folder",
     "upload_file",
     "upload_folder",
 ]

@@ -66,6 +66,10 @@ class ObjectChanged(InputError):
     """The object is no longer the one that was listed or opened."""
 
 
+class ObjectDamaged(InputError):
+    """An object is not what was published: another SHA-256, or a manifest that was cut or changed."""
+
+
 def _code(error: faults.ClientError) -> tuple[str, int]:
     code = str(error.response.get("Error", {}).get("Code", ""))
     return code, int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -25,7 +25,14 @@ from pathlib import Path
 from spectraqlora.artifacts import file_digest, write_text
 from spectraqlora.errors import InputError
 from spectraqlora.storage.address import Address
-from spectraqlora.storage.connection import CHUNK_BYTES, MIB, Connection, ObjectChanged, ObjectMissing
+from spectraqlora.storage.connection import (
+    CHUNK_BYTES,
+    MIB,
+    Connection,
+    ObjectChanged,
+    ObjectDamaged,
+    ObjectMissing,
+)
 from spectraqlora.storage.folders import BOOKKEEPING, StoredFile, find_file, read_folder, read_manifest
 from spectraqlora.storage.parallel import Meter, run_all
 
@@ -128,7 +135,8 @@ def _fetch_all(connection: Connection, fetches: Sequence[_Fetch], label: str, fo
     """Fetch what is missing; a file whose SHA-256 is wrong is fetched once more.
 
     Raises:
-        InputError: an object that is wrong twice, named; no room on the disk.
+        ObjectDamaged: an object that is wrong twice, named.
+        InputError: no room on the disk.
     """
     needed = sum(fetch.missing_bytes() for fetch in fetches)
     free = shutil.disk_usage(folder).free
@@ -153,7 +161,7 @@ def _fetch_all(connection: Connection, fetches: Sequence[_Fetch], label: str, fo
         wrong = [fetch for fetch in wrong if not fetch.right()]
         if not wrong:
             return
-    raise InputError(
+    raise ObjectDamaged(
         "s3 object",
         wrong[0].file.object,
         f"content with SHA-256 {wrong[0].file.sha256}; it was fetched twice and is damaged in the store. "
