@@ -132,18 +132,20 @@ def run_select_layers(
 def run_train(
     run_key: str,
     rounds: int,
-    sections: tuple[dict[str, Any], ...],
+    settings: dict[str, Any],
+    evaluate: dict[str, Any],
+    tracking: dict[str, Any],
     seed: int,
     quantized: Any,
     data: Any,
     ranks: Any,
     adapter: Any,
     previous: Any,
+    checkpoint: dict[str, Any],
 ) -> None:
     from spectraqlora.tracking import Tracker
     from spectraqlora.train.training import train
 
-    settings, evaluate, tracking, checkpoint = sections
     tracker = Tracker(TrackingSettings(**tracking), run_key)
     method = RankMap.read(ranks.path).method
     branch = tracker.branch_run(method)

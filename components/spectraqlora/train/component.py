@@ -42,5 +42,6 @@ def train(
     """
     from spectraqlora.step import run_train
 
-    sections = settings, evaluate, tracking, checkpoint
-    run_train(run_key, rounds, sections, seed, quantized, data, ranks, adapter, previous)
+    run_train(
+        run_key, rounds, settings, evaluate, tracking, seed, quantized, data, ranks, adapter, previous, checkpoint
+    )
