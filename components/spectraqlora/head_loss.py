@@ -29,13 +29,12 @@ class HeadLoss:
     Args:
         model: transformers model, PEFT-wrapped or not.
         probe: a small batch with labels.
-        sharded: the head's weights may lie on other devices; logits are then the model's own too.
     """
 
-    def __init__(self, model: Any, probe: dict[str, torch.Tensor], sharded: bool = False) -> None:
+    def __init__(self, model: Any, probe: dict[str, torch.Tensor]) -> None:
         self.shift = not model.config.is_encoder_decoder
         self.head = model.get_output_embeddings()
-        self.from_hidden = isinstance(self.head, torch.nn.Linear) and not sharded
+        self.from_hidden = isinstance(self.head, torch.nn.Linear)
         self.from_hidden = self.from_hidden and self._fits(model, probe)
 
     @contextlib.contextmanager

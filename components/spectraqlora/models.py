@@ -137,8 +137,8 @@ def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
     return modules
 
 
-def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
-    """The 4-bit model on the best device, evaluation mode, with its manifest."""
+def load_quantized(folder: str | Path, on: str = "") -> tuple[Any, QuantizedModel]:
+    """The 4-bit model on a device, by default the best one, in evaluation mode, with its manifest."""
     import bitsandbytes as bnb
     import torch
     from transformers import AutoConfig
@@ -147,7 +147,7 @@ def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
     path = Path(folder) / "model"
     with plain_linears(), quantizable_t5():
         model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
-            path, dtype=getattr(torch, manifest.compute_dtype), device_map={"": device()}
+            path, dtype=getattr(torch, manifest.compute_dtype), device_map={"": on or device()}
         )
     for module in model.modules():
         # In evaluation mode bitsandbytes repacks weights for its bfloat16 CPU kernel: it fails unless the

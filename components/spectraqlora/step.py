@@ -144,18 +144,34 @@ def run_train(
     checkpoint: dict[str, Any],
 ) -> None:
     from spectraqlora.tracking import Tracker
-    from spectraqlora.train.training import train
+    from spectraqlora.train import distributed
+    from spectraqlora.train.training import check_optimizer, nothing_left, train
 
-    tracker = Tracker(TrackingSettings(**tracking), run_key)
-    method = RankMap.read(ranks.path).method
-    branch = tracker.branch_run(method)
     # KFP hands every number over as a float; the sections give them their types back.
     section, scoring = TrainSettings(**settings), EvaluateSettings(**evaluate)
-    tracker.log_params(
-        branch,
-        {"method": method, "seed": seed, "train": section.model_dump(), "evaluate": scoring.model_dump()},
-    )
-    log: TrainingLog = train(
+    rank_map = RankMap.read(ranks.path)
+    check_optimizer(section)
+    count = distributed.processes(section)
+    distributed.share(section, count)
+    if count > 1 and not distributed.launched() and not nothing_left(rank_map):
+        paths = {"quantized": quantized, "data": data, "ranks": ranks, "adapter": adapter}
+        distributed.launch(
+            count,
+            {
+                "run_key": run_key,
+                "rounds": rounds,
+                "settings": settings,
+                "evaluate": evaluate,
+                "tracking": tracking,
+                "checkpoint": checkpoint,
+                "seed": seed,
+                "previous": previous.path if previous is not None else None,
+                **{name: artifact.path for name, artifact in paths.items()},
+            },
+        )
+        return
+    work = functools.partial(
+        train,
         Path(quantized.path),
         Path(data.path),
         Path(ranks.path),
@@ -163,10 +179,24 @@ def run_train(
         scoring,
         seed,
         rounds,
-        _folder(adapter),
-        Path(previous.path) if previous is not None else None,
-        CheckpointSettings(**checkpoint),
+        previous=Path(previous.path) if previous is not None else None,
+        checkpoint=CheckpointSettings(**checkpoint),
     )
+    if not distributed.is_main():
+        work(output=Path(adapter.path))
+        return
+    tracker = Tracker(TrackingSettings(**tracking), run_key)
+    branch = tracker.branch_run(rank_map.method)
+    tracker.log_params(
+        branch,
+        {
+            "method": rank_map.method,
+            "seed": seed,
+            "train": section.model_dump(),
+            "evaluate": scoring.model_dump(),
+        },
+    )
+    log: TrainingLog = work(output=_folder(adapter))
     offset = (log.round - 1) * section.max_steps
     tracker.log_curve(branch, "train_loss", [(step + offset, loss) for step, loss in log.loss_curve])
     tracker.log_curve(branch, "eval_loss_curve", [(step + offset, loss) for step, loss in log.eval_curve])

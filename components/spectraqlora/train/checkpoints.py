@@ -38,6 +38,7 @@ from spectraqlora.artifacts import (
 )
 from spectraqlora.errors import InputError
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
+from spectraqlora.train import distributed
 from spectraqlora.train.state import Snapshot
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def identity(
         "evaluation": evaluation.batch_size,
         "seed": seed,
         "rounds": rounds,
+        "processes": distributed.world_size(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -101,7 +103,7 @@ class Checkpoints:
         self._written = time.monotonic()
         self._passed_over: set[str] = set()
         self._address: Address | None = None
-        if settings.destination:
+        if settings.destination and distributed.is_main():
             from spectraqlora.storage import Connection, parse_address
 
             self._address = parse_address(settings.destination, "checkpoint.destination").child(name)
@@ -119,6 +121,13 @@ class Checkpoints:
         Raises:
             InputError: a store that cannot be asked. Damaged checkpoints are passed over with a warning.
         """
+        found = self._newest() if distributed.is_main() else None
+        path = distributed.told(str(found[0]) if found else "")
+        if not distributed.is_main():
+            return self._read(Path(path)) if path else None
+        return found[1] if found else None
+
+    def _newest(self) -> tuple[Path, Snapshot] | None:
         local, remote = self._local(), self._remote()
         for name in sorted(local | remote, reverse=True):
             for fetched in (False, True):
@@ -133,16 +142,18 @@ class Checkpoints:
                     shutil.rmtree(self._folder / name, ignore_errors=True)
                     continue
                 print(f"going on from the checkpoint of step {snapshot.facts['course']['step']}", flush=True)
-                return snapshot
+                return self._folder / name, snapshot
             self._passed_over.add(name)
         return None
 
     def write(self, snapshot: Snapshot) -> None:
-        """Keep a snapshot, and remove those that are no longer needed.
+        """Keep a snapshot, and remove those that are no longer needed; the first process does it for all.
 
         A full disk or a store that is away costs the checkpoint and not the training: it is told in a
         warning, and the checkpoints before stay.
         """
+        if not distributed.is_main():
+            return
         step = int(snapshot.facts["course"]["step"])
         name = f"step-{step:09}-{self._writer}"
         self._written = time.monotonic()

@@ -43,5 +43,16 @@ def train(
     from spectraqlora.step import run_train
 
     run_train(
-        run_key, rounds, settings, evaluate, tracking, seed, quantized, data, ranks, adapter, previous, checkpoint
+        run_key,
+        rounds,
+        settings,
+        evaluate,
+        tracking,
+        seed,
+        quantized,
+        data,
+        ranks,
+        adapter,
+        previous,
+        checkpoint,
     )

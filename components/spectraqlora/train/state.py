@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from spectraqlora.train import distributed
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -55,7 +57,10 @@ class Snapshot:
 
 
 def capture(model: Any, optimizer: Any, schedule: Any, course: Course) -> Snapshot:
-    """Copies of every trained parameter, optimizer, schedule, random state and course."""
+    """Copies of every trained parameter, optimizer, schedule, random state and course.
+
+    Several processes take part together; parameters and optimizer are the same in all, random states are not.
+    """
     tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     tensors |= {f"best.{name}": weight for name, weight in course.best.items()}
     entries = optimizer.state_dict()
@@ -68,9 +73,8 @@ def capture(model: Any, optimizer: Any, schedule: Any, course: Course) -> Snapsh
                 scalars.setdefault(str(index), {})[key] = value
     tensors["course.losses"] = torch.tensor(course.losses, dtype=torch.float64)
     # Dropout is all that draws while training runs; it draws from torch's generators.
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    for kind, own in _random().items():
+        tensors |= {f"random.{kind}.{rank}": state for rank, state in enumerate(distributed.gathered(own))}
     rates = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
     facts = {
         "optimizer": {"scalars": scalars, "groups": entries["param_groups"]},
@@ -108,9 +112,17 @@ def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> Co
 
 def restore_random(snapshot: Snapshot) -> None:
     """Put the random state back; everything that draws before the first step must have drawn."""
-    torch.set_rng_state(snapshot.tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in snapshot.tensors:
-        torch.cuda.set_rng_state(snapshot.tensors["random.cuda"])
+    rank = distributed.rank()
+    torch.set_rng_state(snapshot.tensors[f"random.cpu.{rank}"])
+    if torch.cuda.is_available() and f"random.cuda.{rank}" in snapshot.tensors:
+        torch.cuda.set_rng_state(snapshot.tensors[f"random.cuda.{rank}"])
+
+
+def _random() -> Tensors:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _below(prefix: str, tensors: Tensors) -> Tensors:

@@ -20,8 +20,8 @@ from spectraqlora.head_loss import HeadLoss
 from spectraqlora.models import device, load_quantized, peak_memory_bytes
 from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
-from spectraqlora.scoring import score
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
+from spectraqlora.train import distributed
 from spectraqlora.train.checkpoints import Checkpoints, identity
 from spectraqlora.train.interruption import noted
 from spectraqlora.train.state import Course, capture, restore, restore_random
@@ -67,7 +67,7 @@ def train(
     ranks = RankMap.read(ranks_folder)
     manifest = QuantizedModel.read(quantized)
     ranks.check_base(manifest.base_digest)
-    if previous is not None and ranks.method in FIXED_METHODS:
+    if previous is not None and nothing_left(ranks):
         print(f"round {ranks.round}: {ranks.method} keeps its rank map, so nothing is left to train")
         shutil.copytree(previous, output, dirs_exist_ok=True)
         log = TrainingLog.read(previous).model_copy(
@@ -84,7 +84,8 @@ def train(
 
     check_optimizer(settings)
     torch.manual_seed(seed)
-    model, _ = load_quantized(quantized)
+    sharded = distributed.world_size() > 1 and settings.parallel == "fsdp"
+    model, _ = load_quantized(quantized, "cpu" if sharded else "")
     init_file = ranks_folder / GRADIENT_INIT
     wrapped = adapters.attach(
         model,
@@ -93,6 +94,8 @@ def train(
         start=adapters.read_pairs(previous) if previous else None,
         gradient_init=load_file(init_file) if init_file.exists() and not previous else None,
     )
+    if sharded:
+        distributed.shard_base(wrapped)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = None
         if checkpoint is not None and (checkpoint.folder or checkpoint.destination):
@@ -100,9 +103,15 @@ def train(
             checkpoints = Checkpoints(checkpoint, name, Path(scratch))
         part = span(ranks, settings, rounds)
         log = fit(wrapped, ranks, data, settings, evaluation, seed, part, checkpoints=checkpoints)
-    adapters.save(wrapped, output, manifest.source)
-    log.write(output)
+    if distributed.is_main():
+        adapters.save(wrapped, output, manifest.source)
+        log.write(output)
     return log
+
+
+def nothing_left(ranks: RankMap) -> bool:
+    """Whether a round has nothing to train: the method spent the budget of all rounds in the first."""
+    return ranks.round > 1 and ranks.method in FIXED_METHODS
 
 
 @dataclass(frozen=True)
@@ -185,10 +194,11 @@ def fit(
     Raises:
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
     rows, held_out = load_rows(data, "train"), load_rows(data, "eval")
     collate = Collator.of(model.config)
+    pass_rows, passes = distributed.share(settings, distributed.world_size())
     per_step = settings.batch_size * settings.gradient_accumulation
     places = order(len(rows), seed, part.start * per_step, part.stop * per_step)
     optimizer = _optimizer(model, ranks, settings)
@@ -206,15 +216,14 @@ def fit(
     def evaluate(step: int) -> None:
         nonlocal paused
         began = time.perf_counter()
-        found = score(model, held_out, evaluation.batch_size, loss).loss
+        found = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
         course.evals.append((step, found))
         if found < course.best_loss:
             course.best_loss, course.best = found, adapters.pairs(model)
         paused += time.perf_counter() - began
 
-    def keep(seconds: float, tokens: int) -> None:
+    def keep(checkpoints: Checkpoints, seconds: float, tokens: int) -> None:
         nonlocal paused
-        assert checkpoints is not None
         began = time.perf_counter()
         course.peak_memory_bytes = max(course.peak_memory_bytes, peak_memory_bytes())
         so_far = replace(course, seconds=course.seconds + seconds, tokens=course.tokens + tokens)
@@ -243,13 +252,14 @@ def fit(
             course.losses.append(float(logs["loss"]))
             if checkpoints is None:
                 return
-            signal = stopped_by()
-            if signal or course.step == part.steps or checkpoints.due(course.step):
-                keep(time.perf_counter() - began - paused, int(state.num_input_tokens_seen))
+            # Several processes act on the same step: on the first one's clock, and on a signal to any.
+            due = course.step == part.steps or checkpoints.due(course.step)
+            signal, due = divmod(distributed.highest(2 * stopped_by() + due), 2)
+            if signal or due:
+                keep(checkpoints, time.perf_counter() - began - paused, int(state.num_input_tokens_seen))
             if signal:
-                raise Stopped(
-                    signal, f"stopped after step {course.step} of {part.steps}; a retry goes on from there"
-                )
+                where = f"stopped after step {course.step} of {part.steps}"
+                raise Stopped(signal, f"{where}; a retry goes on from there")
 
     recompute = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto" and device() == "cuda"
@@ -258,13 +268,13 @@ def fit(
         evaluate(0)
     if first < part.steps:
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = Trainer(
+            trainer = distributed.trainer_class()(
                 model=model,
                 args=TrainingArguments(
                     output_dir=scratch,
                     max_steps=part.steps - first,
-                    per_device_train_batch_size=settings.batch_size,
-                    gradient_accumulation_steps=settings.gradient_accumulation,
+                    per_device_train_batch_size=pass_rows,
+                    gradient_accumulation_steps=passes,
                     max_grad_norm=settings.max_grad_norm,
                     activation_checkpointing=recompute,
                     activation_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
@@ -303,7 +313,8 @@ def fit(
         train_seconds=course.seconds,
         train_tokens=course.tokens,
         train_tokens_per_second=course.tokens / course.seconds,
-        peak_memory_bytes=max(course.peak_memory_bytes, peak_memory_bytes()),
+        peak_memory_bytes=distributed.highest(max(course.peak_memory_bytes, peak_memory_bytes())),
+        processes=distributed.world_size(),
         best_eval_loss=course.best_loss,
         loss_curve=course.curve(),
         eval_curve=course.evals,
