@@ -92,6 +92,7 @@ class QuantizedModel(_Manifest):
     source: str
     revision: str
     source_path: str
+    source_content: str = Field("", description="what the s3:// address held, by version or ETags")
     base_digest: str
     compute_dtype: str
     quant_type: str = "nf4"
@@ -246,7 +247,7 @@ class Evaluation(_Manifest):
 
 
 class MergedModel(_Manifest):
-    """The exported winner: `merged/` and `adapter/` beside this manifest."""
+    """The exported winner: `merged/` and `adapter/` beside this manifest, which is written last."""
 
     method: str
     base_digest: str
@@ -255,3 +256,6 @@ class MergedModel(_Manifest):
     eval_loss_quantized: float
     eval_loss_original: float
     verified_eval_loss: float
+    published: dict[str, str] = Field(
+        default_factory=dict, description="s3:// addresses of the plain files, by folder"
+    )

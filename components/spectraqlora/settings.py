@@ -175,8 +175,13 @@ class EvaluateSettings(_Section):
     energy: float = Field(0.95, gt=0, le=1, description="Share of an update's energy that its rank must hold")
 
 
+def is_address(place: str) -> bool:
+    """True for what is meant as an address of object storage, and no path or hub id."""
+    return place.startswith("s3://")
+
+
 def _address(value: str) -> str:
-    if value and not value.startswith("s3://"):
+    if value and not is_address(value):
         raise ValueError("an address such as s3://bucket/prefix, or nothing")
     return value
 

@@ -234,6 +234,7 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "adapter": str(workdir / "adapter"),
         "merged_into": merged.merged_into,
         "merged_eval_loss": merged.verified_eval_loss,
+        "published": merged.published,
         "registered": registered,
     }
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))

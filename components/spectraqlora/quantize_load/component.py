@@ -17,4 +17,4 @@ def quantize_load(base_model: str, content: str, settings: dict, quantized: dsl.
     """
     from spectraqlora.step import run_quantize_load
 
-    run_quantize_load(base_model, settings, quantized)
+    run_quantize_load(base_model, content, settings, quantized)

@@ -9,13 +9,19 @@ from spectraqlora.artifacts import QuantizedModel, folder_digest
 from spectraqlora.checkpoint import check_model_folder
 from spectraqlora.families import auto_class, plain_linears, quantizable_t5
 from spectraqlora.models import compute_dtype, device, linear_modules, load_tokenizer, resolve_base
-from spectraqlora.settings import ModelSettings
+from spectraqlora.settings import ModelSettings, is_address
+from spectraqlora.storage import content_digest, parse_address
 
 LOW_SHARE = 0.8
 
 
-def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
+def quantize(settings: ModelSettings, output: Path, content: str = "") -> QuantizedModel:
     """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
+
+    Args:
+        settings: the `model` section.
+        output: the artifact's folder.
+        content: what an s3:// address must hold, as `storage.content_digest` says it; empty takes what is there.
 
     Raises:
         InputError: the model folder is unreadable, holds pickles only, or needs remote code.
@@ -24,7 +30,10 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    source = resolve_base(settings.base_model, settings.revision)
+    remote = is_address(settings.base_model)
+    if remote and not content:
+        content = content_digest(parse_address(settings.base_model, "model.base_model"))
+    source = resolve_base(settings.base_model, settings.revision, content)
     check_model_folder(source, settings.trust_remote_code)
     dtype = compute_dtype(settings.compute_dtype)
     trust = settings.trust_remote_code
@@ -58,6 +67,7 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
         source=settings.base_model,
         revision=settings.revision,
         source_path=str(source.resolve()),
+        source_content=content if remote else "",
         base_digest=folder_digest(source),
         compute_dtype=str(dtype).removeprefix("torch."),
         parameters=total,

@@ -1,6 +1,6 @@
 """The only module that talks to object storage: folders, files and checkpoints at s3:// addresses."""
 
-from spectraqlora.storage.address import Address, is_address, parse_address
+from spectraqlora.storage.address import Address, parse_address
 from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing
 from spectraqlora.storage.download import download_file, download_folder
 from spectraqlora.storage.folders import (
@@ -11,7 +11,8 @@ from spectraqlora.storage.folders import (
     list_files,
     remove_folder,
 )
-from spectraqlora.storage.ranged import RangedReader, S3Checkpoint, ranged_reader
+from spectraqlora.storage.local_copy import local_copy
+from spectraqlora.storage.ranged import RangedReader, S3Checkpoint, open_files, ranged_reader
 from spectraqlora.storage.upload import upload_file, upload_folder
 
 __all__ = [
@@ -28,8 +29,9 @@ __all__ = [
     "download_folder",
     "exists",
     "folders_below",
-    "is_address",
     "list_files",
+    "local_copy",
+    "open_files",
     "parse_address",
     "ranged_reader",
     "remove_folder",

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spectraqlora.artifacts import file_digest, write_text
@@ -217,8 +217,15 @@ def _place(connection: Connection, address: Address, files: list[StoredFile], ta
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def download_folder(address: Address, target: Path, connection: Connection | None = None) -> list[str]:
+def download_folder(
+    address: Address,
+    target: Path,
+    connection: Connection | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> list[str]:
     """Bring a folder to disk; when this returns, the target holds the whole folder and nothing else.
+
+    Only files whose names are `wanted` count.
 
     Files of a published folder are checked against the SHA-256 of its manifest; of folders without manifest,
     the sizes. Resumes what an earlier call began. Memory: at most workers x 1 MiB.
@@ -234,6 +241,7 @@ def download_folder(address: Address, target: Path, connection: Connection | Non
     target.mkdir(parents=True, exist_ok=True)
     for remaining in reversed(range(_TRIES)):
         version, files = read_folder(connection, address)
+        files = [file for file in files if wanted(file.name)]
         try:
             _place(connection, address, files, target)
             return [file.name for file in files]

@@ -253,8 +253,8 @@ def fit(
             if checkpoints is None:
                 return
             # Several processes act on the same step: on the first one's clock, and on a signal to any.
-            due = course.step == part.steps or checkpoints.due(course.step)
-            signal, due = divmod(distributed.highest(2 * stopped_by() + due), 2)
+            wanted = course.step == part.steps or checkpoints.due(course.step)
+            signal, due = divmod(distributed.highest(2 * stopped_by() + wanted), 2)
             if signal or due:
                 keep(checkpoints, time.perf_counter() - began - paused, int(state.num_input_tokens_seen))
             if signal:
