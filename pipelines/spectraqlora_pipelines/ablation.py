@@ -36,6 +36,7 @@ def _branch(name: str, rounds: int, place: Placement) -> Any:
         train_settings: dict,
         evaluate: dict,
         tracking: dict,
+        checkpoint: dict,
         quantized: dsl.Input[dsl.Model],
         data: dsl.Input[dsl.Dataset],
         table: dsl.Input[dsl.Dataset],
@@ -55,6 +56,7 @@ def _branch(name: str, rounds: int, place: Placement) -> Any:
                 settings=train_settings,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 seed=seed,
                 quantized=quantized,
                 data=data,
@@ -97,6 +99,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
         base_content: str = "",
         source: str = DEFAULTS["data"]["source"],
         source_content: str = "",
+        table_content: str = "",
         run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         seed: int = DEFAULTS["seed"],
         model: dict = DEFAULTS["model"],
@@ -106,6 +109,8 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
         train: dict = DEFAULTS["train"],
         evaluate: dict = DEFAULTS["evaluate"],
         tracking: dict = DEFAULTS["tracking"],
+        checkpoint: dict = DEFAULTS["checkpoint"],
+        export: dict = DEFAULTS["export"],
     ):
         quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
         place(quantized, "quantize-load")
@@ -114,7 +119,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
             source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
         )
         place(prepared, "prepare-data")
-        measured = snr_analyze(settings=snr, quantized=four_bit)
+        measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
         place(measured, "snr-analyze")
         results: dict[str, Any] = {}
         for method, branch in branches.items():
@@ -127,6 +132,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
                 train_settings=train,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 quantized=four_bit,
                 data=prepared.outputs["data"],
                 table=measured.outputs["table"],
@@ -138,6 +144,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
         place(compared, "compare")
         exported = merge_export(
             settings=evaluate,
+            export=export,
             quantized=four_bit,
             data=prepared.outputs["data"],
             winner=compared.outputs["winner"],
