@@ -18,7 +18,7 @@ from typing import Any
 import boto3  # type: ignore[import-untyped]
 import botocore.loaders  # type: ignore[import-untyped]
 import botocore.session  # type: ignore[import-untyped]
-from botocore import exceptions as faults  # type: ignore[import-untyped]
+from botocore import exceptions as faults
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
