@@ -18,12 +18,16 @@ MINIMUM_FREE_BYTES = 512 * 2**20
 
 
 def check(settings: Settings, base_model: str, source: str) -> None:
-    """Refuse bad data, bad model folders and ranks that do not fit."""
+    """Refuse bad data, bad model folders, and ranks and processes that do not fit."""
     from spectraqlora.prepare_data.source import check_source
 
     _check_destinations(settings)
     with _silence():
         check_source(settings.data.model_copy(update={"source": source}))
+    if settings.train.processes > 1:
+        from spectraqlora.train.distributed import share
+
+        share(settings.train, settings.train.processes)
     if is_address(base_model):
         with tempfile.TemporaryDirectory() as scratch:
             _fetch_outline(base_model, Path(scratch) / "model", settings.model.trust_remote_code)

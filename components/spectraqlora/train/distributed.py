@@ -84,7 +84,7 @@ def share(settings: TrainSettings, count: int) -> tuple[int, int]:
 
 
 def launch(count: int, request: dict[str, Any]) -> None:
-    """Run `spectraqlora.train.worker` with `request` in `count` processes; only the first one's prints show.
+    """Run `spectraqlora.train.worker` with `request` in `count` processes.
 
     Exits with a worker's code where one fails; what went wrong is on the screen by then.
     """
@@ -108,14 +108,13 @@ def launch(count: int, request: dict[str, Any]) -> None:
             max_restarts=0,
             # Every process sees its own GPU alone, as number 0.
             virtual_local_rank=True,
-            logs_specs=DefaultLogsSpecs(log_dir=folder, local_ranks_filter={0}),
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
             elastic_launch(config, sys.executable)("-m", "spectraqlora.train.worker", str(path))
         except ChildFailedError as error:
-            number, failure = error.get_first_failure()
-            print(f"training process {number} of {count} ended with exit code {failure.exitcode}", flush=True)
-            sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+            code = error.get_first_failure()[1].exitcode
+            sys.exit(code if code > 0 else 1)
         except SignalException as error:
             # The processes were sent it too, and have ended after a checkpoint.
             sys.exit(128 + error.sigval)

@@ -22,6 +22,7 @@ from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
 from spectraqlora.train import distributed
+from spectraqlora.train.activations import elementwise_remade
 from spectraqlora.train.checkpoints import Checkpoints, identity
 from spectraqlora.train.interruption import noted
 from spectraqlora.train.state import Course, capture, restore, restore_random
@@ -299,7 +300,8 @@ def fit(
             trainer.remove_callback(PrinterCallback)
             if device() == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with loss.hidden_states(), noted() if checkpoints else nullcontext(lambda: 0) as stopped_by:
+            watch = noted() if checkpoints else nullcontext(lambda: 0)
+            with loss.hidden_states(), elementwise_remade(), watch as stopped_by:
                 paused = 0.0
                 began = time.perf_counter()
                 trainer.train()
