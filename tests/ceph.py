@@ -17,7 +17,16 @@ import boto3  # type: ignore[import-untyped]
 
 from tests.s3 import ACCESS_KEY, BUCKET, SECRET_KEY, free_port
 
-PROGRAMS = ("ceph", "ceph-authtool", "monmaptool", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin")
+PROGRAMS = (
+    "ceph",
+    "ceph-authtool",
+    "monmaptool",
+    "ceph-mon",
+    "ceph-osd",
+    "radosgw",
+    "radosgw-admin",
+    "setpriv",
+)
 MEMORY_BYTES = 1 << 30
 _PATIENCE_S = 180
 
@@ -73,7 +82,11 @@ class Ceph:
         with open(self.folder / f"{command[0]}.out", "wb") as out:
             self._processes.append(
                 subprocess.Popen(
-                    [*command, "--conf", self._conf, "-f"], stdout=out, stderr=out, cwd=self.folder
+                    # A test run that is killed takes its servers along.
+                    ["setpriv", "--pdeathsig", "KILL", *command, "--conf", self._conf, "-f"],
+                    stdout=out,
+                    stderr=out,
+                    cwd=self.folder,
                 )
             )
 
