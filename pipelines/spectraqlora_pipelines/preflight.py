@@ -22,12 +22,12 @@ def check(settings: Settings, base_model: str, source: str) -> None:
     from spectraqlora.prepare_data.source import check_source
 
     _check_destinations(settings)
-    with _silence():
-        check_source(settings.data.model_copy(update={"source": source}))
     if settings.train.processes > 1:
         from spectraqlora.train.distributed import share
 
         share(settings.train, settings.train.processes)
+    with _silence():
+        check_source(settings.data.model_copy(update={"source": source}))
     if is_address(base_model):
         with tempfile.TemporaryDirectory() as scratch:
             _fetch_outline(base_model, Path(scratch) / "model", settings.model.trust_remote_code)

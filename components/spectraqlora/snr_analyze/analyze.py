@@ -36,6 +36,11 @@ def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
         finished.remove()
 
 
+def given_table(place: str) -> Path:
+    """The file of a table measured elsewhere, fetched where its place is an s3:// address."""
+    return local_copy(parse_address(place, "snr.table")) if is_address(place) else Path(place)
+
+
 def _finished(digest: str) -> FinishedRows | None:
     """Rows that an earlier scan of this checkpoint left; None where nothing can be kept."""
     folder = cache_folder() / "snr"
@@ -44,8 +49,3 @@ def _finished(digest: str) -> FinishedRows | None:
     except OSError:
         return None
     return FinishedRows(folder / f"{digest}.jsonl", digest) if os.access(folder, os.W_OK) else None
-
-
-def given_table(place: str) -> Path:
-    """The file of a table measured elsewhere, fetched where its place is an s3:// address."""
-    return local_copy(parse_address(place, "snr.table")) if is_address(place) else Path(place)

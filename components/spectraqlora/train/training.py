@@ -300,8 +300,11 @@ def fit(
             trainer.remove_callback(PrinterCallback)
             if device() == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            watch = noted() if checkpoints else nullcontext(lambda: 0)
-            with loss.hidden_states(), elementwise_remade(), watch as stopped_by:
+            with (
+                loss.hidden_states(),
+                elementwise_remade(),
+                noted() if checkpoints else nullcontext(lambda: 0) as stopped_by,
+            ):
                 paused = 0.0
                 began = time.perf_counter()
                 trainer.train()
