@@ -217,10 +217,10 @@ def fit(
     def evaluate(step: int) -> None:
         nonlocal paused
         began = time.perf_counter()
-        found = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
-        course.evals.append((step, found))
-        if found < course.best_loss:
-            course.best_loss, course.best = found, adapters.pairs(model)
+        mean = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
+        course.evals.append((step, mean))
+        if mean < course.best_loss:
+            course.best_loss, course.best = mean, adapters.pairs(model)
         paused += time.perf_counter() - began
 
     def keep(checkpoints: Checkpoints, seconds: float, tokens: int) -> None:
