@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import (
@@ -25,7 +24,9 @@ from rich.table import Table
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
-from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
+from spectraqlora.settings import Settings, parse, reference
+
+from spectraqlora_pipelines.config import load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,31 +53,6 @@ _SETTINGS_HELP = "\n\n".join(
         for key, default, text in reference()
     ]
 )
-
-
-def _load(config: Path | None, overrides: dict[str, Any], assignments: list[str]) -> Settings:
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except OSError:
-            raise InputError("--config", config, "a readable YAML file") from None
-        except yaml.YAMLError as error:
-            raise InputError(
-                "--config", config, f"valid YAML ({str(error).splitlines()[-1].strip()})"
-            ) from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise InputError("--config", config, "a YAML mapping of settings")
-        values = loaded or {}
-    for key, value in overrides.items():
-        if value is None:
-            continue
-        section, _, leaf = key.rpartition(".")
-        node = values.setdefault(section, {}) if section else values
-        if not isinstance(node, dict):
-            raise InputError(section, node, "a mapping of settings")
-        node[leaf] = value
-    return parse(with_overrides(values, assignments))
 
 
 @app.command(epilog=_SETTINGS_HELP)
@@ -110,7 +86,7 @@ def run(
 
     Example: spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/mine
     """
-    settings = _load(
+    settings = load_settings(
         config,
         {
             "model.base_model": base_model,
@@ -198,7 +174,7 @@ def compile_(
     warnings.simplefilter("ignore")
     from spectraqlora_pipelines.ablation import compile_pipeline
 
-    settings = _load(None, {"methods": methods, "rounds": rounds}, [])
+    settings = load_settings(None, {"methods": methods, "rounds": rounds}, [])
     try:
         compile_pipeline(output, settings.methods, settings.rounds)
     except ValueError as error:

@@ -22,6 +22,8 @@ from spectraqlora.rows import Collator, load_rows, order
 from spectraqlora.scoring import score
 from spectraqlora.settings import EvaluateSettings, TrainSettings
 
+OnMetric = Callable[[str, int, float], None]
+
 FIXED_METHODS = ("qlora", "random", "sgm")
 """Methods whose rank map never moves: they spend the whole budget of all rounds in the first."""
 
@@ -36,6 +38,8 @@ def train(
     rounds: int,
     output: Path,
     previous: Path | None = None,
+    start: Path | None = None,
+    on_metric: OnMetric = lambda name, step, value: None,
 ) -> TrainingLog:
     """Train the map's adapters and write a PEFT adapter and `training.json` to `output`.
 
@@ -49,6 +53,8 @@ def train(
         rounds: how many rounds the branch has in all.
         output: the adapter artifact.
         previous: the adapter carried over from the round before.
+        start: an adapter of the same rank map to start the first round from.
+        on_metric: called with name, step of this round and value while training goes on.
     """
     from safetensors.torch import load_file
 
@@ -74,14 +80,16 @@ def train(
     torch.manual_seed(seed)
     model, _ = load_quantized(quantized)
     init_file = ranks_folder / GRADIENT_INIT
+    begin = previous or start
     wrapped = adapters.attach(
         model,
         ranks,
         settings.lora_dropout,
-        start=adapters.read_pairs(previous) if previous else None,
-        gradient_init=load_file(init_file) if init_file.exists() and not previous else None,
+        start=adapters.read_pairs(begin) if begin else None,
+        gradient_init=load_file(init_file) if init_file.exists() and not begin else None,
     )
-    log = fit(wrapped, ranks, data, settings, evaluation, seed, span(ranks, settings, rounds))
+    part = span(ranks, settings, rounds)
+    log = fit(wrapped, ranks, data, settings, evaluation, seed, part, on_metric=on_metric, begun=bool(begin))
     adapters.save(wrapped, output, manifest.source)
     log.write(output)
     return log
@@ -149,6 +157,8 @@ def fit(
     seed: int,
     part: Span,
     on_step: Callable[[int], None] = lambda step: None,
+    on_metric: OnMetric = lambda name, step, value: None,
+    begun: bool = False,
 ) -> TrainingLog:
     """Train a PEFT model's adapters in place and leave the best ones in it.
 
@@ -161,6 +171,8 @@ def fit(
         seed: of reading order and dropout.
         part: which steps of the branch's schedule to train.
         on_step: called after every optimizer step with its number in this round.
+        on_metric: called with name, step of this round and value.
+        begun: whether the adapters are trained already, so that none of these steps may be the best.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -182,6 +194,7 @@ def fit(
         began = time.perf_counter()
         found = score(model, held_out, evaluation.batch_size, loss).loss
         evals.append((step, found))
+        on_metric("eval_loss_curve", step, found)
         if found < best["loss"]:
             best.update(loss=found, weights=adapters.pairs(model))
         paused += time.perf_counter() - began
@@ -197,6 +210,7 @@ def fit(
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" in logs:
                 losses.append((state.global_step, float(logs["loss"])))
+                on_metric("train_loss", *losses[-1])
 
     recompute = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto" and device() == "cuda"
@@ -232,7 +246,7 @@ def fit(
             callbacks=[Watch()],
         )
         trainer.remove_callback(PrinterCallback)
-        if part.start > 0:
+        if begun:
             evaluate(0)
         if device() == "cuda":
             torch.cuda.reset_peak_memory_stats()
