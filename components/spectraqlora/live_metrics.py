@@ -74,10 +74,16 @@ class LiveMetrics:
         except ServerAway as error:
             if self.away_since is None:
                 self.away_since = time.monotonic()
-                print(f"WARNING: MLflow does not answer ({error.why}); the metrics wait, the work goes on", flush=True)
+                print(
+                    f"WARNING: MLflow does not answer ({error.why}); the metrics wait, the work goes on",
+                    flush=True,
+                )
             return
         if self.away_since is not None:
-            print(f"MLflow is back after {time.monotonic() - self.away_since:.0f} s; metrics are sent", flush=True)
+            print(
+                f"MLflow is back after {time.monotonic() - self.away_since:.0f} s; metrics are sent",
+                flush=True,
+            )
             self.away_since = None
 
     def _work(self) -> None:

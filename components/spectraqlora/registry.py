@@ -242,7 +242,9 @@ class Registry:
             known = reigns[-1].version if reigns else None
             if present is not None and present.number != known and followed:
                 # Somebody set the alias in MLflow itself; the ledger takes note.
-                self._append(ledger, len(reigns) + 1, present.number, known, "set by hand", "alias set in MLflow")
+                self._append(
+                    ledger, len(reigns) + 1, present.number, known, "set by hand", "alias set in MLflow"
+                )
                 continue
             chosen = decide(present)
             if chosen is None:
@@ -257,7 +259,13 @@ class Registry:
     def _append(
         self, ledger: str, number: int, version: int, before: int | None, kind: str, reason: str
     ) -> bool:
-        entry = {"version": version, "before": before, "kind": kind, "reason": reason[:250], "at": time.time()}
+        entry = {
+            "version": version,
+            "before": before,
+            "kind": kind,
+            "reason": reason[:250],
+            "at": time.time(),
+        }
         text = json.dumps(entry)
         with self._asking():
             return write_once(self.client, ledger, _SLOT.format(number), text) == text

@@ -227,7 +227,10 @@ class PromoteSettings(_Section):
     def check_measured(self) -> None:
         """Refuse metrics that no run of this pipeline logs."""
         known = HIGHER_IS_BETTER | LOWER_IS_BETTER
-        for key, name in [("promote.metric", self.metric), *(("promote.guards", name) for name in self.guards)]:
+        for key, name in [
+            ("promote.metric", self.metric),
+            *(("promote.guards", name) for name in self.guards),
+        ]:
             if name not in known:
                 raise InputError(key, name, f"a metric that runs have, one of: {', '.join(sorted(known))}")
 

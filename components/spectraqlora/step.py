@@ -359,7 +359,11 @@ def run_register(
 
 @_step
 def run_promote(
-    tracking: dict[str, Any], settings: dict[str, Any], evaluate: dict[str, Any], registered: Any, decision: Any
+    tracking: dict[str, Any],
+    settings: dict[str, Any],
+    evaluate: dict[str, Any],
+    registered: Any,
+    decision: Any,
 ) -> None:
     from spectraqlora.promote.promotion import Promotion
     from spectraqlora.registry import CHAMPION, Registry
@@ -367,13 +371,14 @@ def run_promote(
     section = PromoteSettings(**settings)
     found = json.loads((Path(registered.path) / "registered.json").read_text())
     registry = Registry(TrackingSettings(**{**tracking, "registered_model": found["name"]}))
-    promotion = Promotion(
-        registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate)
-    )
+    promotion = Promotion(registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate))
     # A gate that is off still says what it would have said.
     outcome = promotion.run(dry_run=not section.enabled)
     print(f"version {outcome.version}: {outcome.decision}: {outcome.reason}", flush=True)
-    for name, value in (*outcome.challenger.items(), *((f"champion_{k}", v) for k, v in outcome.champion.items())):
+    for name, value in (
+        *outcome.challenger.items(),
+        *((f"champion_{k}", v) for k, v in outcome.champion.items()),
+    ):
         decision.log_metric(name, value)
     champion = registry.by_alias(CHAMPION)
     document = {**asdict(outcome), "enabled": section.enabled, "now": champion.number if champion else None}

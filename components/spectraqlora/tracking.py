@@ -80,7 +80,9 @@ class Tracker:
         return tags
 
     def _create(self, branch: str, name: str, tags: dict[str, str]) -> str:
-        run = self.client.create_run(self.experiment, run_name=name, tags={**self._tags(), BRANCH: branch, **tags})
+        run = self.client.create_run(
+            self.experiment, run_name=name, tags={**self._tags(), BRANCH: branch, **tags}
+        )
         return str(run.info.run_id)
 
     def _settle(self, branch: str, chosen: str) -> str:
@@ -90,7 +92,9 @@ class Tracker:
             if run.info.run_id != chosen:
                 self.client.delete_run(run.info.run_id)
         if self.step:
-            self.client.set_tag(chosen, f"image.{self.step}", os.environ.get(IMAGE) or "none, a local process")
+            self.client.set_tag(
+                chosen, f"image.{self.step}", os.environ.get(IMAGE) or "none, a local process"
+            )
         self._runs[branch] = chosen
         return chosen
 
@@ -209,9 +213,7 @@ class Tracker:
             if part.trained:
                 self.log_training(run_id, part.training, max_steps)
         self.log_metrics(run_id, metrics)
-        self.set_tags(
-            run_id, {"base_digest": evaluation.base_digest, "data_digest": evaluation.data_digest}
-        )
+        self.set_tags(run_id, {"base_digest": evaluation.base_digest, "data_digest": evaluation.data_digest})
 
     def log_file(self, run_id: str, path: Path, folder: str = "") -> None:
         """Keep a file among the run's artifacts."""

@@ -118,7 +118,10 @@ def cluster_arguments(name: str, settings: Settings) -> dict[str, Any]:
     """
     kind = checked(name)
     settings.promote.check_measured()
-    for key, value in (("model.base_model", settings.model.base_model), ("data.source", settings.data.source)):
+    for key, value in (
+        ("model.base_model", settings.model.base_model),
+        ("data.source", settings.data.source),
+    ):
         local = value == "sample" or value.startswith((".", "~"))
         if local or (not value.startswith("/") and Path(value).exists()):
             raise InputError(

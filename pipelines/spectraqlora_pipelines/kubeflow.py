@@ -271,9 +271,7 @@ def _content(run: Any) -> dict[str, Any]:
 
 def _named(name: str) -> str:
     """KFP's filter for a display name."""
-    return json.dumps(
-        {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-    )
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
 
 
 def _message(error: Any) -> str:

@@ -43,9 +43,7 @@ TokenFile = Annotated[
 CaFile = Annotated[
     str, typer.Option(envvar="SPECTRAQLORA_KFP_CA_FILE", help="Certificates that vouch for the host.")
 ]
-Pipeline = Annotated[
-    str, typer.Option(envvar="SPECTRAQLORA_PIPELINE", help="ablation or retraining.")
-]
+Pipeline = Annotated[str, typer.Option(envvar="SPECTRAQLORA_PIPELINE", help="ablation or retraining.")]
 PipelineName = Annotated[
     str, typer.Option(envvar="SPECTRAQLORA_PIPELINE_NAME", help="Name on the server; spectraqlora-PIPELINE.")
 ]
@@ -57,7 +55,8 @@ Package = Annotated[
     ),
 ]
 Config = Annotated[
-    Path | None, typer.Option(envvar="SPECTRAQLORA_CONFIG", help="YAML file of settings: the run's arguments.")
+    Path | None,
+    typer.Option(envvar="SPECTRAQLORA_CONFIG", help="YAML file of settings: the run's arguments."),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 Experiment = Annotated[

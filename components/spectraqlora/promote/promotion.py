@@ -201,7 +201,9 @@ def rollback(registry: Registry, reason: str, dry_run: bool = False) -> Outcome:
     entry, now = registry.change_champion(choose)
     if entry is None:
         raise InputError(
-            "rollback", champion.number, f"the champion; version {now.number if now else None} is it meanwhile"
+            "rollback",
+            champion.number,
+            f"the champion; version {now.number if now else None} is it meanwhile",
         )
     at = datetime.now(UTC).isoformat(timespec="seconds")
     for version, text in ((champion.number, "rolled back from"), (target, "rolled back to")):

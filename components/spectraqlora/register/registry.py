@@ -107,10 +107,14 @@ def _with_adapter(config: Any, adapter: Path) -> tuple[Any, str]:
     """The base with the adapter on it, and the base's folder where it is one: MLflow keeps a reference to it."""
     from peft import PeftModel
 
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]
     if "://" in base:
         raise InputError(
-            "tracking.registered_form", "adapter", f"merged; a reference to {base} cannot be loaded by transformers"
+            "tracking.registered_form",
+            "adapter",
+            f"merged; a reference to {base} cannot be loaded by transformers",
         )
     model = auto_class(config).from_pretrained(base, use_safetensors=True)
     return PeftModel.from_pretrained(model, adapter), base if Path(base).is_dir() else ""

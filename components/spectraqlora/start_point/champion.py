@@ -8,9 +8,7 @@ from pathlib import Path
 from spectraqlora.artifacts import RankMap
 
 
-def start_from(
-    found: tuple[int, Path] | None, ranks: Path, ranks_out: Path, adapter_out: Path
-) -> str:
+def start_from(found: tuple[int, Path] | None, ranks: Path, ranks_out: Path, adapter_out: Path) -> str:
     """Write the rank map and the adapter to start from; says in words which.
 
     Args:
