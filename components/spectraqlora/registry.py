@@ -186,7 +186,10 @@ class Registry:
     def _ledger(self) -> str:
         """Run that holds the ledger; elected like a pipeline's run, in an experiment of its own."""
         own = self.settings.model_copy(update={"experiment": f"{self.settings.experiment} champions"})
-        return Tracker(own, f"champions of {self.name}").pipeline_run()
+        tracker = Tracker(own, f"champions of {self.name}")
+        run = tracker.pipeline_run()
+        tracker.finish(run)
+        return run
 
     def history(self) -> list[Reign]:
         """The ledger, oldest first."""

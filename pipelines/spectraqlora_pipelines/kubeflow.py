@@ -128,7 +128,7 @@ class Kubeflow:
                 made = kfp_server_api.V2beta1Pipeline(
                     display_name=pipeline, name=pipeline, description=description, namespace=self.namespace
                 )
-                pipeline_id = self._client.pipelines.create_pipeline(made).pipeline_id
+                pipeline_id = self._client.pipelines.pipeline_service_create_pipeline(made).pipeline_id
             versions = self._client.list_pipeline_versions(pipeline_id, filter=_named(name)).pipeline_versions
             if versions:
                 return Uploaded(pipeline_id, versions[0].pipeline_version_id, name, False)

@@ -163,7 +163,7 @@ def _table(settings: Settings, versions: list[Version]) -> Table:
         cells: list[Any] = [number(version.metrics.get(metric)) for metric in columns]
         table.add_row(
             str(version.number),
-            ", ".join(f"[bold green]{a}[/]" if a == "champion" else a for a in version.aliases),
+            "\n".join(f"[bold green]{a}[/]" if a == "champion" else a for a in version.aliases),
             version.tags.get("method", ""),
             *cells,
             version.tags.get("promotion.decision", ""),

@@ -172,7 +172,10 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
 
 def _by_content(raw: Any, seed: int) -> Any:
     """Rows in the order of a digest of each: the first ones, which are held out, stay so as data grows."""
-    keys = [hashlib.sha256(f"{seed}{json.dumps(row, sort_keys=True, default=str)}".encode()).digest() for row in raw]
+    keys = [
+        hashlib.sha256(f"{seed}{json.dumps(row, sort_keys=True, default=str)}".encode()).digest()
+        for row in raw
+    ]
     return raw.select(sorted(range(len(keys)), key=keys.__getitem__))
 
 

@@ -77,7 +77,8 @@ class Promotion:
             choose(self.registry.by_alias("champion"))
             return last[0]
         self.registry.change_champion(choose)
-        self._record(last[0])
+        if last[0].decision != "is champion":
+            self._record(last[0])
         return last[0]
 
     def _outcome(self, champion: Version | None, force: str) -> Outcome:
