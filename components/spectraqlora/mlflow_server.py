@@ -13,7 +13,8 @@ from spectraqlora.settings import TrackingSettings
 
 _AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
 # MLflow's own retries would hold a step for four minutes before it could say that nobody answers.
-_REQUESTS = {
+_ENVIRONMENT = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -34,7 +35,7 @@ def connect(settings: TrackingSettings) -> Any:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name, value in _REQUESTS.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with refusals(settings):
         return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)

@@ -200,7 +200,7 @@ class Registry:
     def _read(self, ledger: str) -> tuple[list[Reign], bool]:
         """The ledger's entries, and whether the aliases followed the last one."""
         params = self.client.get_run(ledger).data.params
-        reigns = []
+        reigns: list[Reign] = []
         while (entry := params.get(_SLOT.format(len(reigns) + 1))) is not None:
             reigns.append(Reign(len(reigns) + 1, **json.loads(entry)))
         return reigns, not reigns or _DONE.format(len(reigns)) in params

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -147,5 +146,9 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     model, tokenizer = load_registered(tmp_path / str(second))
     assert perplexities[0] == pytest.approx(guard_perplexity(model, tokenizer, str(text), 3, 16), rel=1e-4)
     assert perplexities[0] != perplexities[1]
-    assert registry.version(second).tags["guard_digest"].endswith(":3")
-    assert json.loads(json.dumps(guarded.challenger))
+    assert "guard_digest" not in registry.version(second).tags, "a dry run writes nothing"
+    _gate(uri, "again", second, **given, guard_bound=100.0).run()
+    for version, measured in zip((second, first), perplexities, strict=True):
+        tags = registry.version(version).tags
+        assert tags["guard_digest"].endswith(":3")
+        assert float(tags["guard_perplexity"]) == pytest.approx(measured, rel=1e-6)

@@ -133,8 +133,6 @@ class Promotion:
             return {"guard_perplexity": version.metrics["guard_perplexity"]}
         if version.number not in self._guard:
             self._score(version, rows=False)
-            measured = f"{self._guard[version.number]:.9g}"
-            self.registry.tag(version.number, {"guard_perplexity": measured, "guard_digest": digest})
         return {"guard_perplexity": self._guard[version.number]}
 
     def _score(self, version: Version, rows: bool) -> None:
@@ -158,7 +156,12 @@ class Promotion:
                 )
 
     def _record(self, outcome: Outcome) -> None:
-        """The decision and its numbers as tags of the challenger."""
+        """The decision and its numbers as tags of the challenger; perplexities measured now, of both."""
+        from spectraqlora.promote.scoring import guard_digest
+
+        for number, value in self._guard.items():
+            digest = guard_digest(self.settings.guard_data, self.settings.guard_rows)
+            self.registry.tag(number, {"guard_perplexity": f"{value:.9g}", "guard_digest": digest})
         tags = {
             "decision": outcome.decision,
             "reason": outcome.reason,
