@@ -33,7 +33,7 @@ class Retraining:
         ]  # fmt: skip
 
     def __call__(self, *more: str) -> dict[str, Any]:
-        done = spectraqlora(*self._arguments, *more)
+        done = spectraqlora(*self._arguments, *more, timeout=3000)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads((self.workdir / "summary.json").read_text())
 
