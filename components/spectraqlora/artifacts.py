@@ -184,7 +184,8 @@ class TrainingLog(_Manifest):
     train_seconds: float
     train_tokens: int
     train_tokens_per_second: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int = Field(description="of one process, the highest")
+    processes: int = 1
     best_eval_loss: float
     loss_curve: list[tuple[int, float]]
     eval_curve: list[tuple[int, float]]

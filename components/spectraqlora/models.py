@@ -129,17 +129,27 @@ def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
         raise InputError(
             "model.base_model", folder, f"a language model that generates text ({first})"
         ) from None
-    modules = linear_modules(model)
+    return candidates(model, folder)
+
+
+def candidates(model: Any, source: object) -> list[LinearModule]:
+    """The linear modules that may get an adapter.
+
+    Raises:
+        InputError: there are none.
+    """
+    from spectraqlora.adapters import adaptable
+
+    modules = adaptable(model, linear_modules(model))
     if not modules:
         raise InputError(
-            "model.base_model", folder, "linear layers inside numbered decoder blocks; found none"
+            "model.base_model", source, "linear layers inside numbered decoder blocks; found none"
         )
     return modules
 
 
-def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
-    """The 4-bit model on the best device, evaluation mode, with its manifest."""
-    import bitsandbytes as bnb
+def load_quantized(folder: str | Path, on: str = "") -> tuple[Any, QuantizedModel]:
+    """The 4-bit model on a device, by default the best one, in evaluation mode, with its manifest."""
     import torch
     from transformers import AutoConfig
 
@@ -147,15 +157,23 @@ def load_quantized(folder: str | Path) -> tuple[Any, QuantizedModel]:
     path = Path(folder) / "model"
     with plain_linears(), quantizable_t5():
         model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
-            path, dtype=getattr(torch, manifest.compute_dtype), device_map={"": device()}
+            path, dtype=getattr(torch, manifest.compute_dtype), device_map={"": on or device()}
         )
-    for module in model.modules():
-        # In evaluation mode bitsandbytes repacks weights for its bfloat16 CPU kernel: it fails unless the
-        # input width is a multiple of 64, and the numbers would depend on the machine.
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    without_cpu_packing(model)
     model.eval()
     return model, manifest
+
+
+def without_cpu_packing(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights for its bfloat16 CPU kernel in evaluation mode.
+
+    It fails unless the input width is a multiple of 64, and the numbers would depend on the machine.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_plain(folder: Path, dtype: torch.dtype) -> Any:

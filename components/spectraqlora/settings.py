@@ -130,7 +130,7 @@ class SelectSettings(_Section):
 
 class TrainSettings(_Section):
     max_steps: int = Field(200, ge=1, description="Optimizer steps per round")
-    batch_size: int = Field(8, ge=1, description="Rows per forward pass")
+    batch_size: int = Field(8, ge=1, description="Rows per forward pass, of all processes together")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step")
     learning_rate: float = Field(2e-3, gt=0, description="Base learning rate")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps spent warming up")
@@ -149,6 +149,12 @@ class TrainSettings(_Section):
     evaluations: int = Field(5, ge=1, description="Evaluations during training; the best adapter is kept")
     gradient_checkpointing: Switch = Field(
         "auto", description="Recompute activations to save memory; auto is on for CUDA devices only"
+    )
+    processes: int = Field(
+        0, ge=0, description="Training processes; 0 is one per GPU, or one where there is none"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="With several processes: the 4-bit base whole in each, or its blocks sharded"
     )
 
 

@@ -146,33 +146,62 @@ def run_train(
 ) -> None:
     from spectraqlora.live_metrics import LiveMetrics
     from spectraqlora.tracking import Tracker
-    from spectraqlora.train.training import train
+    from spectraqlora.train import distributed
+    from spectraqlora.train.training import check_optimizer, nothing_left, train
 
-    tracker = Tracker(TrackingSettings(**tracking), run_key, "train")
-    method = RankMap.read(ranks.path).method
-    branch = tracker.branch_run(method)
     # KFP hands every number over as a float; the sections give them their types back.
     section, scoring = TrainSettings(**settings), EvaluateSettings(**evaluate)
+    rank_map = RankMap.read(ranks.path)
+    check_optimizer(section)
+    count = distributed.processes(section)
+    distributed.share(section, count)
+    begin = start.path if start is not None and any(Path(start.path).iterdir()) else None
+    if count > 1 and not distributed.launched() and not nothing_left(rank_map):
+        paths = {"quantized": quantized, "data": data, "ranks": ranks, "adapter": adapter}
+        distributed.launch(
+            count,
+            {
+                "run_key": run_key,
+                "rounds": rounds,
+                "settings": settings,
+                "evaluate": evaluate,
+                "tracking": tracking,
+                "seed": seed,
+                "previous": previous.path if previous is not None else None,
+                "start": begin,
+                **{name: artifact.path for name, artifact in paths.items()},
+            },
+        )
+        return
+    work = functools.partial(
+        train,
+        Path(quantized.path),
+        Path(data.path),
+        Path(ranks.path),
+        section,
+        scoring,
+        seed,
+        rounds,
+        previous=Path(previous.path) if previous is not None else None,
+        start=Path(begin) if begin is not None else None,
+    )
+    if not distributed.is_main():
+        work(output=Path(adapter.path))
+        return
+    tracker = Tracker(TrackingSettings(**tracking), run_key, "train")
+    branch = tracker.branch_run(rank_map.method)
     tracker.log_params(
         branch,
-        {"method": method, "seed": seed, "train": section.model_dump(), "evaluate": scoring.model_dump()},
+        {
+            "method": rank_map.method,
+            "seed": seed,
+            "train": section.model_dump(),
+            "evaluate": scoring.model_dump(),
+        },
     )
     tracker.log_data(branch, PreparedData.read(data.path))
-    given = RankMap.read(ranks.path).round
-    with LiveMetrics(tracker, branch, (given - 1) * section.max_steps) as live:
-        log: TrainingLog = train(
-            Path(quantized.path),
-            Path(data.path),
-            Path(ranks.path),
-            section,
-            scoring,
-            seed,
-            rounds,
-            _folder(adapter),
-            previous=Path(previous.path) if previous is not None else None,
-            start=Path(start.path) if start is not None and any(Path(start.path).iterdir()) else None,
-            on_metric=live,
-        )
+    with LiveMetrics(tracker, branch, (rank_map.round - 1) * section.max_steps) as live:
+        log: TrainingLog = work(output=_folder(adapter), on_metric=live)
 
     def send() -> None:
         tracker.log_training(branch, log, section.max_steps)

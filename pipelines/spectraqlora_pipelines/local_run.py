@@ -62,8 +62,10 @@ class _Lines(io.TextIOBase):
         """What a step said of its input; other steps may have gone on and written much after it."""
 
     def write(self, text: str) -> int:
-        self._file.write(_ANSI.sub("", text))
-        self._file.flush()
+        # On a full disk the log is cut short; what counts is what the step says.
+        with contextlib.suppress(OSError):
+            self._file.write(_ANSI.sub("", text))
+            self._file.flush()
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             clean = _ANSI.sub("", line).strip()
@@ -78,7 +80,8 @@ class _Lines(io.TextIOBase):
         return False
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         super().close()
 
 

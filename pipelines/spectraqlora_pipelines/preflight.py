@@ -15,7 +15,7 @@ MINIMUM_FREE_BYTES = 512 * 2**20
 
 
 def check(settings: Settings, base_model: str, source: str) -> None:
-    """Refuse bad data, bad model folders and ranks that do not fit."""
+    """Refuse bad data, bad model folders, and ranks and processes that do not fit."""
     from spectraqlora.prepare_data.source import check_source
 
     settings.promote.check_measured()
@@ -28,6 +28,10 @@ def check(settings: Settings, base_model: str, source: str) -> None:
 
         Registry(settings.tracking).versions()
     check_source(settings.data.model_copy(update={"source": source}))
+    if settings.train.processes > 1:
+        from spectraqlora.train.distributed import share
+
+        share(settings.train, settings.train.processes)
     folder = Path(base_model)
     if not folder.is_dir():
         looks_like_hub = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from spectraqlora.artifacts import QuantizedModel, folder_digest
 from spectraqlora.checkpoint import check_model_folder
-from spectraqlora.families import auto_class, plain_linears, quantizable_t5
-from spectraqlora.models import compute_dtype, device, linear_modules, load_tokenizer, resolve_base
+from spectraqlora.families import auto_class, check_computes, plain_linears, quantizable_t5
+from spectraqlora.models import (
+    candidates,
+    compute_dtype,
+    device,
+    load_tokenizer,
+    resolve_base,
+    without_cpu_packing,
+)
 from spectraqlora.settings import ModelSettings
 
 LOW_SHARE = 0.8
@@ -18,7 +25,8 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
     """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
 
     Raises:
-        InputError: the model folder is unreadable, holds pickles only, or needs remote code.
+        InputError: the model folder is unreadable, holds pickles only, or needs remote code; the model does
+            not compute in 4 bits, looks ahead, or has nothing to adapt.
     """
     import bitsandbytes as bnb
     import torch
@@ -45,7 +53,9 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
                 bnb_4bit_quant_storage=dtype,
             ),
         )
-    modules = linear_modules(model)
+    without_cpu_packing(model)
+    check_computes(model, settings.base_model)
+    modules = candidates(model, settings.base_model)
     model.save_pretrained(output / "model", safe_serialization=True)
     load_tokenizer(source).save_pretrained(output / "model")
 
@@ -74,6 +84,12 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
             f"WARNING: only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
             f"{four_bit / max(linear, 1):.0%} of the decoder's linear weights are, the rest is embeddings, "
             "norms or layers that bitsandbytes does not know"
+        )
+    experts = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
+    if experts:
+        print(
+            f"{experts} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: bitsandbytes "
+            "packs, and the rank map adapts, layers; their SNR is measured"
         )
     del model
     if torch.cuda.is_available():

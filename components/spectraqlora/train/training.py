@@ -19,8 +19,9 @@ from spectraqlora.head_loss import HeadLoss
 from spectraqlora.models import device, load_quantized, peak_memory_bytes
 from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
-from spectraqlora.scoring import score
 from spectraqlora.settings import EvaluateSettings, TrainSettings
+from spectraqlora.train import distributed
+from spectraqlora.train.activations import elementwise_remade
 
 OnMetric = Callable[[str, int, float], None]
 
@@ -61,7 +62,7 @@ def train(
     ranks = RankMap.read(ranks_folder)
     manifest = QuantizedModel.read(quantized)
     ranks.check_base(manifest.base_digest)
-    if previous is not None and ranks.method in FIXED_METHODS:
+    if previous is not None and nothing_left(ranks):
         print(f"round {ranks.round}: {ranks.method} keeps its rank map, so nothing is left to train")
         shutil.copytree(previous, output, dirs_exist_ok=True)
         log = TrainingLog.read(previous).model_copy(
@@ -78,7 +79,8 @@ def train(
 
     check_optimizer(settings)
     torch.manual_seed(seed)
-    model, _ = load_quantized(quantized)
+    sharded = distributed.world_size() > 1 and settings.parallel == "fsdp"
+    model, _ = load_quantized(quantized, "cpu" if sharded else "")
     init_file = ranks_folder / GRADIENT_INIT
     begin = previous or start
     wrapped = adapters.attach(
@@ -88,11 +90,19 @@ def train(
         start=adapters.read_pairs(begin) if begin else None,
         gradient_init=load_file(init_file) if init_file.exists() and not begin else None,
     )
+    if sharded:
+        distributed.shard_base(wrapped)
     part = span(ranks, settings, rounds)
     log = fit(wrapped, ranks, data, settings, evaluation, seed, part, on_metric=on_metric, begun=bool(begin))
-    adapters.save(wrapped, output, manifest.source)
-    log.write(output)
+    if distributed.is_main():
+        adapters.save(wrapped, output, manifest.source)
+        log.write(output)
     return log
+
+
+def nothing_left(ranks: RankMap) -> bool:
+    """Whether a round has nothing to train: the method spent the budget of all rounds in the first."""
+    return ranks.round > 1 and ranks.method in FIXED_METHODS
 
 
 @dataclass(frozen=True)
@@ -174,10 +184,11 @@ def fit(
         on_metric: called with name, step of this round and value.
         begun: whether the adapters are trained already, so that none of these steps may be the best.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
     rows, held_out = load_rows(data, "train"), load_rows(data, "eval")
     collate = Collator.of(model.config)
+    pass_rows, passes = distributed.share(settings, distributed.world_size())
     per_step = settings.batch_size * settings.gradient_accumulation
     places = order(len(rows), seed, part.start * per_step, part.stop * per_step)
     losses: list[tuple[int, float]] = []
@@ -192,7 +203,7 @@ def fit(
     def evaluate(step: int) -> None:
         nonlocal paused
         began = time.perf_counter()
-        found = score(model, held_out, evaluation.batch_size, loss).loss
+        found = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
         evals.append((step, found))
         on_metric("eval_loss_curve", step, found)
         if found < best["loss"]:
@@ -217,13 +228,13 @@ def fit(
     )
     optimizer = _optimizer(model, ranks, settings)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
+        trainer = distributed.trainer_class()(
             model=model,
             args=TrainingArguments(
                 output_dir=scratch,
                 max_steps=part.steps,
-                per_device_train_batch_size=settings.batch_size,
-                gradient_accumulation_steps=settings.gradient_accumulation,
+                per_device_train_batch_size=pass_rows,
+                gradient_accumulation_steps=passes,
                 max_grad_norm=settings.max_grad_norm,
                 activation_checkpointing=recompute,
                 activation_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
@@ -252,7 +263,7 @@ def fit(
             torch.cuda.reset_peak_memory_stats()
         paused = 0.0
         began = time.perf_counter()
-        with loss.hidden_states():
+        with loss.hidden_states(), elementwise_remade():
             trainer.train()
         seconds = time.perf_counter() - began - paused
     adapters.restore(model, best["weights"])
@@ -264,7 +275,8 @@ def fit(
         train_seconds=seconds,
         train_tokens=tokens,
         train_tokens_per_second=tokens / seconds,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=distributed.highest(peak_memory_bytes()),
+        processes=distributed.world_size(),
         best_eval_loss=best["loss"],
         loss_curve=losses,
         eval_curve=evals,
