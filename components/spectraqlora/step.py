@@ -142,7 +142,7 @@ def run_train(
     ranks: Any,
     adapter: Any,
     previous: Any,
-    start: Any,
+    start: Any = None,
 ) -> None:
     from spectraqlora.live_metrics import LiveMetrics
     from spectraqlora.tracking import Tracker
