@@ -52,6 +52,7 @@ def branch_of(name: str, rounds: int, retries: int, from_champion: bool = False)
         train_settings: dict,
         evaluate: dict,
         tracking: dict,
+        checkpoint: dict,
         quantized: dsl.Input[dsl.Model],
         data: dsl.Input[dsl.Dataset],
         table: dsl.Input[dsl.Dataset],
@@ -75,6 +76,7 @@ def branch_of(name: str, rounds: int, retries: int, from_champion: bool = False)
                 settings=train_settings,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 seed=seed,
                 quantized=quantized,
                 data=data,
@@ -118,6 +120,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         base_content: str = "",
         source: str = DEFAULTS["data"]["source"],
         source_content: str = "",
+        table_content: str = "",
         run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         seed: int = DEFAULTS["seed"],
         model: dict = DEFAULTS["model"],
@@ -128,6 +131,8 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         evaluate: dict = DEFAULTS["evaluate"],
         tracking: dict = DEFAULTS["tracking"],
         promote: dict = DEFAULTS["promote"],
+        checkpoint: dict = DEFAULTS["checkpoint"],
+        export: dict = DEFAULTS["export"],
     ):
         quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
         named(quantized, "quantize-load", retries)
@@ -136,7 +141,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
             source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
         )
         named(prepared, "prepare-data", retries)
-        measured = snr_analyze(settings=snr, quantized=four_bit)
+        measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
         named(measured, "snr-analyze", retries)
         results: dict[str, Any] = {}
         for method, branch in branches.items():
@@ -149,6 +154,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
                 train_settings=train,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 quantized=four_bit,
                 data=prepared.outputs["data"],
                 table=measured.outputs["table"],
@@ -159,7 +165,16 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
         named(compared, "compare", retries)
         hand_over(
-            run_key, evaluate, tracking, promote, {}, four_bit, prepared, compared.outputs["winner"], retries
+            run_key=run_key,
+            evaluate=evaluate,
+            tracking=tracking,
+            promote=promote,
+            export=export,
+            origin={},
+            four_bit=four_bit,
+            prepared=prepared,
+            winner=compared.outputs["winner"],
+            retries=retries,
         )
 
     return ablation
@@ -170,6 +185,7 @@ def hand_over(
     evaluate: Any,
     tracking: Any,
     promote: Any,
+    export: Any,
     origin: Any,
     four_bit: Any,
     prepared: Any,
@@ -178,7 +194,7 @@ def hand_over(
 ) -> None:
     """The end of every pipeline: merge-export, register, promote."""
     data = prepared.outputs["data"]
-    exported = merge_export(settings=evaluate, quantized=four_bit, data=data, winner=winner)
+    exported = merge_export(settings=evaluate, export=export, quantized=four_bit, data=data, winner=winner)
     named(exported, "merge-export", retries)
     registered = register(
         run_key=run_key,

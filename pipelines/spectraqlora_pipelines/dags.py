@@ -11,7 +11,18 @@ from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings, digest
 
 Dag = Literal["ablation", "retraining"]
-_SECTIONS = ("model", "data", "snr", "select", "train", "evaluate", "tracking", "promote")
+_SECTIONS = (
+    "model",
+    "data",
+    "snr",
+    "select",
+    "train",
+    "evaluate",
+    "tracking",
+    "promote",
+    "checkpoint",
+    "export",
+)
 _RECIPE = ("model", "data", "snr", "select", "train", "retrain")
 _DESCRIPTIONS: dict[Dag, str] = {
     "ablation": "QLoRA and Spectrum ablations, from base to registry",
@@ -95,6 +106,8 @@ def arguments(
         "seed": settings.seed,
         **{key: sections[key] for key in _SECTIONS},
     }
+    if "snr_table" in contents:
+        given["table_content"] = contents["snr_table"]
     if "base_model" in contents:
         given["base_content"] = contents["base_model"]
     if name == "retraining":

@@ -32,6 +32,7 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
         base_model: str = DEFAULTS["model"]["base_model"],
         base_content: str = "",
         source: str = DEFAULTS["data"]["source"],
+        table_content: str = "",
         recipe: str = "",
         run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         seed: int = DEFAULTS["seed"],
@@ -43,6 +44,8 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
         evaluate: dict = DEFAULTS["evaluate"],
         tracking: dict = DEFAULTS["tracking"],
         promote: dict = DEFAULTS["promote"],
+        checkpoint: dict = DEFAULTS["checkpoint"],
+        export: dict = DEFAULTS["export"],
     ):
         looked = detect_changes(source=source, settings=data, tracking=tracking, recipe=recipe)
         named(looked, "detect-changes", retries).set_caching_options(False)
@@ -55,7 +58,7 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
                 source=source, content=digest, settings=data, seed=seed, tokenizer=four_bit
             )
             named(prepared, "prepare-data", retries)
-            measured = snr_analyze(settings=snr, quantized=four_bit)
+            measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
             named(measured, "snr-analyze", retries)
             outcome = branch(
                 method=method,
@@ -66,6 +69,7 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
                 train_settings=train,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 quantized=four_bit,
                 data=prepared.outputs["data"],
                 table=measured.outputs["table"],
@@ -78,9 +82,17 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
                 **{method: outcome.outputs["evaluation"], f"{method}_adapter": outcome.outputs["adapter"]},
             )
             named(compared, "compare", retries)
-            origin = {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe}
             hand_over(
-                run_key, evaluate, tracking, promote, origin, four_bit, prepared, compared.outputs["winner"], retries
-            )  # fmt: skip
+                run_key=run_key,
+                evaluate=evaluate,
+                tracking=tracking,
+                promote=promote,
+                export=export,
+                origin={SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe},
+                four_bit=four_bit,
+                prepared=prepared,
+                winner=compared.outputs["winner"],
+                retries=retries,
+            )
 
     return retraining

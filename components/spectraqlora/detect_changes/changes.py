@@ -9,7 +9,7 @@ from pathlib import Path
 from spectraqlora.artifacts import file_digest, folder_digest
 from spectraqlora.errors import InputError
 from spectraqlora.registry import CHAMPION, Version
-from spectraqlora.settings import DataSettings
+from spectraqlora.settings import DataSettings, is_address
 
 UNCHANGED = "unchanged"
 SOURCE_DIGEST, RECIPE_DIGEST = "source_digest", "recipe_digest"
@@ -31,6 +31,10 @@ def source_digest(settings: DataSettings) -> str:
     Raises:
         InputError: it is not there, or its hub does not answer.
     """
+    if is_address(settings.source):
+        from spectraqlora import storage
+
+        return storage.content_digest(storage.parse_address(settings.source, "data.source"))
     path = Path(settings.source)
     if path.is_file():
         return file_digest(path)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import yaml
 
-from spectraqlora.artifacts import file_digest, folder_digest
+from spectraqlora.artifacts import file_digest
 from spectraqlora.errors import InputError
 from spectraqlora.models import compute_dtype, load_plain, load_tokenizer, resolve_base
 from spectraqlora.scoring import accuracy, score
-from spectraqlora.settings import EvaluateSettings
+from spectraqlora.settings import EvaluateSettings, is_address
 
 GUARD_TOKENS = 512
 _KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -52,16 +52,22 @@ def score_again(
 
 def guard_file(source: str) -> Path:
     """The file of general text; refuses what is missing or of unknown kind."""
-    path = Path(source)
+    if is_address(source):
+        from spectraqlora import storage
+
+        path = storage.local_copy(storage.parse_address(source, "promote.guard_data"), "")
+    else:
+        path = Path(source)
     if not path.is_file() or path.suffix not in _KINDS or path.stat().st_size == 0:
-        raise InputError("promote.guard_data", source, f"an existing file: {', '.join(_KINDS)}")
+        raise InputError(
+            "promote.guard_data", source, f"an existing file, here or at s3://: {', '.join(_KINDS)}"
+        )
     return path
 
 
 def guard_digest(source: str, rows: int) -> str:
     """Digest of the general text as it is used."""
-    path = guard_file(source)
-    return f"{file_digest(path) if path.is_file() else folder_digest(path)}:{rows}"
+    return f"{file_digest(guard_file(source))}:{rows}"
 
 
 def guard_perplexity(model: Any, tokenizer: Any, source: str, limit: int, batch_size: int) -> float:

@@ -22,6 +22,7 @@ def train(
     adapter: dsl.Output[dsl.Model],
     previous: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 - the KFP compiler reads this form
     start: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+    checkpoint: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Train the rank map's adapters on the frozen 4-bit model.
 
@@ -39,9 +40,22 @@ def train(
         adapter: PEFT adapter with training log.
         previous: adapter carried over from the round before.
         start: adapter to start the first round from; an empty one is none.
+        checkpoint: the `checkpoint` section.
     """
     from spectraqlora.step import run_train
 
     run_train(
-        run_key, rounds, settings, evaluate, tracking, seed, quantized, data, ranks, adapter, previous, start
+        run_key,
+        rounds,
+        settings,
+        evaluate,
+        tracking,
+        seed,
+        quantized,
+        data,
+        ranks,
+        adapter,
+        previous,
+        checkpoint,
+        start,
     )
