@@ -103,6 +103,13 @@ def run(
         "runs/sample"
     ),
     runner: Annotated[str, typer.Option(help="subprocess, or docker with the step images.")] = "subprocess",
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Docker network of the steps. Default on Linux: host, so that S3 and MLflow on this machine "
+            "are reached at their usual addresses; elsewhere bridge, where they are at host.docker.internal."
+        ),
+    ] = None,
 ) -> None:
     """Run the whole DAG on this machine and show which method won.
 
@@ -125,11 +132,15 @@ def run(
     )
     if runner not in ("subprocess", "docker"):
         raise InputError("--runner", runner, "subprocess or docker")
+    if network and runner != "docker":
+        raise InputError("--network", network, "the docker runner; processes use this machine's network")
     from spectraqlora_pipelines import preflight
-    from spectraqlora_pipelines.local_run import check_images, collect, run_locally
+    from spectraqlora_pipelines.local_run import collect, run_locally
 
     if runner == "docker":
-        check_images()
+        from spectraqlora_pipelines import step_containers
+
+        step_containers.check_images(network := network or step_containers.DEFAULT_NETWORK)
 
     base, source = _resolve_sample(settings)
     base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))
@@ -155,6 +166,9 @@ def run(
             for name in ("model", "data", "snr", "select", "train", "evaluate", "tracking")
         },
     }
+    containers = None
+    if network:
+        containers = step_containers.surroundings(settings, workdir, [base, source], network)
     steps = 6 + len(settings.methods) * (1 + 2 * settings.rounds)
     with _bars() as bars:
         whole = bars.add_task("starting", total=steps)
@@ -177,7 +191,7 @@ def run(
                 inner = bars.add_task(label, total=total)
             bars.update(inner, completed=now, total=total, description=label)
 
-        run_locally(settings, arguments, workdir, runner, on_task, on_progress)
+        run_locally(settings, arguments, workdir, containers, on_task, on_progress)
         bars.update(whole, completed=steps, description="done")
     summary = collect(settings, workdir)
     _show(summary)

@@ -1,0 +1,98 @@
+"""Write the images' lock files: every package pinned with its hashes, one version across all images.
+
+Run by `make lock`. Bounds come from pyproject.toml; each image's lock lists what it adds to the base it stands
+on. PyPI's torch for Linux brings the CUDA libraries; the CPU wheel is published on TORCH_INDEX instead, or
+lies in a folder that pip's find-links names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+IMAGES = Path(__file__).parent
+BASE = IMAGES / "base"
+PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
+HEADER = "# Written by images/lock.py (make lock) from {}.\n"
+_CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton$)")
+_NAME = re.compile(r"^([a-zA-Z0-9._-]+)")
+
+
+def compile_(*arguments: str | Path) -> str:
+    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+    target = ["--python-platform", PLATFORM, "--python-version", PYTHON]
+    done = subprocess.run(
+        [*command, *target, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+def names(text: str) -> list[str]:
+    """Names of the packages in a requirements text, in order."""
+    found = (_NAME.match(line) for line in text.splitlines())
+    return [match[1].lower() for match in found if match]
+
+
+def bounds() -> str:
+    """The project's own bounds as constraints; images carry mlflow without its server."""
+    project = tomllib.loads((IMAGES.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    return "".join(f"{line.replace('mlflow>', 'mlflow-skinny>')}\n" for line in project)
+
+
+def without(packages: Iterable[str]) -> list[str]:
+    return [part for name in sorted(packages) for part in ("--no-emit-package", name)]
+
+
+def cpu_torch_digest(folder: Path, version: str) -> str:
+    index = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1"),
+            *("--extra-index-url", index, "--dest", str(folder), f"torch=={version}+cpu"),
+        ],
+        check=True,
+    )
+    (wheel,) = folder.glob("torch-*.whl")
+    with open(wheel, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        constraints = Path(scratch) / "bounds.txt"
+        constraints.write_text(bounds())
+        inputs = [*sorted(BASE.glob("*.in")), *sorted(IMAGES.glob("*/requirements.in"))]
+        pins = Path(scratch) / "pins.txt"
+        pins.write_text(compile_(*inputs, "-c", constraints))
+
+        def lock(source: Path, target: Path, *arguments: str) -> list[str]:
+            text = compile_(source, "-c", pins, "--generate-hashes", *arguments)
+            target.write_text(HEADER.format(source.name) + text)
+            return names(text)
+
+        common = lock(BASE / "requirements.in", BASE / "requirements.lock")
+        for alone in ("kfp", "pip"):
+            lock(BASE / f"{alone}.in", BASE / f"{alone}.lock", "--no-deps")
+        cuda = lock(BASE / "torch.in", BASE / "torch-cuda.lock", *without(common))
+        cpu_only = [name for name in cuda if not _CUDA_ONLY.match(name)]
+        dropped = [name for name in cuda if name not in cpu_only]
+        lock(BASE / "torch.in", BASE / "torch-cpu.lock", *without([*common, *dropped, "torch"]))
+        (version,) = re.findall(r"^torch==(.*)$", pins.read_text(), re.MULTILINE)
+        with open(BASE / "torch-cpu.lock", "a", encoding="utf-8") as stream:
+            digest = cpu_torch_digest(Path(scratch), version)
+            stream.write(f"torch=={version} \\\n    --hash=sha256:{digest}\n")
+        for source in sorted(IMAGES.glob("*/requirements.in")):
+            if source.parent != BASE:
+                stands_on = common if source.parent.name == "light" else [*common, *cuda]
+                lock(source, source.with_suffix(".lock"), *without(stands_on))
+
+
+if __name__ == "__main__":
+    main()
