@@ -6,6 +6,7 @@ The command line, the config file, the pipeline's parameters and the README's re
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 from typing import Annotated, Any, Literal
@@ -203,8 +204,12 @@ def parse(values: dict[str, Any]) -> Settings:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            known = ", ".join(name for name, _, _ in reference())
-            raise InputError(key, fault["input"], f"a known setting, one of: {known}") from None
+            known = [name for name, _, _ in reference()]
+            close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"such as {', '.join(close)}; " if close else ""
+            raise InputError(
+                key, fault["input"], f"a known setting, {hint}`spectraqlora settings` lists them"
+            ) from None
         message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise InputError(key, fault["input"], message) from None
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COMPILED = Path(__file__).resolve().parents[1] / "ablation.yaml"
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 _LAYERS = re.compile(r"(?=\b\d+\.)")
 
 app = typer.Typer(
@@ -459,9 +459,11 @@ def main() -> None:
             raise
         errors.print(f"error: disk: {error.filename!r}: expected free space; it is full", markup=False)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        errors.print("interrupted; run, and snr with --output, go on where they stopped")
-        sys.exit(130)
+    except SystemExit as ended:
+        # Typer ends on Ctrl-C with this code and without a word.
+        if ended.code == INTERRUPTED:
+            errors.print("interrupted; run, and snr with --output, go on where they stopped")
+        raise
 
 
 @app.callback(invoke_without_command=True)

@@ -61,6 +61,8 @@ class _Lines(io.TextIOBase):
         self._file = open(log, "a", encoding="utf-8")  # noqa: SIM115 - closed with the stream
         self._listen, self._rest = listen, ""
         self.tail: list[str] = []
+        self.refusal: str | None = None
+        """What a step said of its input; other steps may have gone on and written much after it."""
 
     def write(self, text: str) -> int:
         self._file.write(_ANSI.sub("", text))
@@ -70,6 +72,8 @@ class _Lines(io.TextIOBase):
             clean = _ANSI.sub("", line).strip()
             if clean:
                 self.tail = [*self.tail[-60:], clean]
+                if clean.startswith(ERROR_PREFIX):
+                    self.refusal = clean.removeprefix(ERROR_PREFIX)
                 self._listen(clean)
         return len(text)
 
@@ -151,9 +155,8 @@ def run_locally(
             warnings.simplefilter("ignore")
             pipeline(**arguments)
     except Exception as error:
-        for line in reversed(lines.tail):
-            if line.startswith(ERROR_PREFIX):
-                raise _Relayed(line.removeprefix(ERROR_PREFIX)) from None
+        if lines.refusal is not None:
+            raise _Relayed(lines.refusal) from None
         raise StepFailed(f"{_ANSI.sub('', str(error))} Last line: {_last(lines.tail)} Read {log}") from error
     finally:
         lines.close()

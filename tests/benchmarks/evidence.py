@@ -11,20 +11,20 @@ come out: equal rank, and equal trainable parameters (those of plain QLoRA at ra
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (4e-3, 8e-3, 1.6e-2)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0
 RANK = 16
@@ -44,8 +44,7 @@ class Arm:
 def arms() -> dict[str, list[Arm]]:
     """Arms by table: `equal rank` and `equal parameters`."""
     equal_rank = [Arm("qlora", "qlora", "qlora")]
-    signals = ("spectrum", "energy", "gradient_snr", "combined")
-    for signal in signals:
+    for signal in ("spectrum", "energy", "combined"):
         equal_rank.append(Arm(f"hybrid-50 {signal}", "hybrid", "hybrid-50", {"signal": signal}))
     for signal in ("spectrum", "energy"):
         equal_rank += [
@@ -55,12 +54,6 @@ def arms() -> dict[str, list[Arm]]:
         ]
     equal_rank += [
         Arm("hybrid-50 energy, all types", "hybrid", "hybrid-50", {"signal": "energy", "scope": "all"}),
-        Arm(
-            "hybrid-50 energy, random start",
-            "hybrid",
-            "hybrid-50",
-            {"signal": "energy", "gradient_init": "off"},
-        ),
         Arm("hybrid-50 spectrum, gradient start", "hybrid", "hybrid-50", {"gradient_init": "on"}),
         Arm("qlora, gradient start", "qlora", "qlora", {"gradient_init": "on"}),
         Arm("random-50", "random", "hybrid-50"),
@@ -69,9 +62,7 @@ def arms() -> dict[str, list[Arm]]:
     equal_parameters = [
         Arm(f"{a.name}, budget 1", a.method, a.tuned_as, {**a.select, "budget": 1.0})
         for a in equal_rank
-        if a.method != "qlora"
-        and a.select.get("signal") not in ("gradient_snr", "combined")
-        and "gradient_init" not in a.select
+        if a.method != "qlora" and a.select.get("signal") != "combined" and "gradient_init" not in a.select
     ]
     return {"equal rank": equal_rank, "equal parameters": [equal_rank[0], *equal_parameters]}
 
@@ -165,38 +156,52 @@ class Study:
         rank_map("hybrid", manifest.modules, scores, everything, manifest.base_digest, seed).write(output)
 
 
+Key = tuple[str, float, int, str]
+"""Arm, learning rate, seed and split of a run."""
+
+
+def _begin_worker() -> None:
+    """One thread, and no word, from each worker."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
 class Runs:
     """Finished runs in a JSON-lines file, and workers that add the missing ones."""
 
-    def __init__(self, study: Study, jobs: int, arguments: list[str]) -> None:
-        self.study, self.jobs, self.arguments = study, jobs, arguments
+    def __init__(self, study: Study, jobs: int) -> None:
+        self.study, self.jobs = study, jobs
         self.path = study.work / "runs.jsonl"
 
-    def read(self) -> dict[tuple[str, float, int, str], dict[str, Any]]:
-        """Results by (arm, rate, seed, split)."""
+    def read(self) -> dict[Key, dict[str, Any]]:
+        """Results by key."""
         if not self.path.exists():
             return {}
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
         return {(r["arm"], r["rate"], r["seed"], r["split"]): r for r in rows}
 
-    def complete(self, wanted: list[tuple[str, float, int, str]]) -> None:
+    def complete(self, wanted: list[Key], by_name: dict[str, Arm]) -> None:
         """Run what is missing, `jobs` processes of one thread each at a time."""
         known = self.read()
         missing = [key for key in dict.fromkeys(wanted) if key not in known]
-        running: list[subprocess.Popen[str]] = []
         began = time.monotonic()
-        for done, key in enumerate(missing):
-            while len(running) == self.jobs:
-                time.sleep(0.5)
-                running = [p for p in running if p.poll() is None]
-            left = (time.monotonic() - began) / max(done - self.jobs, 1) * (len(missing) - done)
-            print(f"[{done + 1}/{len(missing)}] {key}, about {left / 60:.0f} min left", flush=True)
-            command = [sys.executable, "-m", "tests.benchmarks.evidence", *self.arguments]
-            running.append(subprocess.Popen([*command, "--one", json.dumps(key)], text=True))
-        failed = [p.args for p in running if p.wait() != 0]
-        absent = set(wanted) - self.read().keys()
-        if failed or absent:
-            raise SystemExit(f"{len(absent)} runs failed, the first: {sorted(absent)[:1]}")
+        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), _begin_worker) as pool:
+            pending = [
+                pool.submit(self.study.run, by_name[name], rate, seed, split)
+                for name, rate, seed, split in missing
+            ]
+            for done, finished in enumerate(as_completed(pending), 1):
+                row = finished.result()
+                with open(self.path, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+                left = (time.monotonic() - began) / done * (len(missing) - done)
+                print(
+                    f"[{done}/{len(missing)}] {row['arm']}, rate {row['rate']:g}, seed {row['seed']}: "
+                    f"{row['eval_loss']:.4f}; about {left / 60:.0f} min left",
+                    flush=True,
+                )
 
 
 def agreement(work: Path) -> str:
@@ -251,29 +256,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000, help="rows of each of both splits")
     parser.add_argument("--eval-rows", type=int, default=128)
     parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     study = Study(options.base_model, options.output, options.steps, options.batch_size, options.max_length)
     tables = arms()
     by_name = {arm.name: arm for members in tables.values() for arm in members}
-    runs = Runs(study, options.jobs, sys.argv[1:])
-    if options.one:
-        import torch
-
-        torch.set_num_threads(1)
-        name, rate, seed, split = json.loads(options.one)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            result = study.run(by_name[name], rate, seed, split)
-        with open(runs.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(result) + "\n")
-        return
-
+    runs = Runs(study, options.jobs)
     study.prepare(options.data, options.rows, options.eval_rows)
     representatives = {arm.tuned_as: arm.name for arm in reversed(tables["equal rank"])}
     tuning = [
         (name, rate, TUNING_SEED, "tuning") for name in representatives.values() for rate in LEARNING_RATES
     ]
-    runs.complete(tuning)
+    runs.complete(tuning, by_name)
     known = runs.read()
     rates = {
         tuned_as: min(LEARNING_RATES, key=lambda r: known[name, r, TUNING_SEED, "tuning"]["eval_loss"])
@@ -281,7 +274,7 @@ def main() -> None:
     }
     print("learning rates:", rates, flush=True)
     wanted = [(arm.name, rates[arm.tuned_as], seed, "study") for seed in SEEDS for arm in by_name.values()]
-    runs.complete(wanted)
+    runs.complete(wanted, by_name)
     known = runs.read()
     results = [known[key] for key in wanted]
 
