@@ -22,6 +22,8 @@ BASE = IMAGES / "base"
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
 HEADER = "# Written by images/lock.py (make lock) from {}.\n"
 _CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton$)")
+LEFT_OUT = ("databricks-sdk", "google-auth", "pyasn1", "pyasn1-modules")
+"""What MLflow asks for to talk to Databricks' own servers, which no step does."""
 _NAME = re.compile(r"^([a-zA-Z0-9._-]+)")
 
 
@@ -91,7 +93,7 @@ def main() -> None:
         for source in sorted(IMAGES.glob("*/requirements.in")):
             if source.parent != BASE:
                 stands_on = common if source.parent.name == "light" else [*common, *cuda]
-                lock(source, source.with_suffix(".lock"), *without(stands_on))
+                lock(source, source.with_suffix(".lock"), *without([*stands_on, *LEFT_OUT]))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,17 @@ if [ -d "$site/botocore/data" ]; then
     find "$site/botocore/data" -mindepth 1 -maxdepth 1 -type d \
         -not -name s3 -not -name signin -not -name 'sso*' -not -name sts -exec rm -rf {} +
 fi
-# Arrow's network server and query plans.
-rm -f "$site"/pyarrow/*flight* "$site"/pyarrow/*substrait*
+# Arrow's network server; fonts are only read by matplotlib, not made.
+rm -rf "$site"/pyarrow/*flight*
+[ ! -d "$site/fontTools" ] || find "$site/fontTools" -mindepth 1 -maxdepth 1 -type d -not -name misc -exec rm -rf {} +
+# MLflow looks for parts of this package, which is left out of the locks, and expects the folder.
+[ ! -d "$site/mlflow" ] || mkdir -p "$site/databricks"
 # Templates of transformers' authors; and where there is no torch, models, which nothing could run there.
 if [ -d "$site/transformers/models" ]; then
     find "$site/transformers/models" -name 'modular_*' -delete
-    [ -d "$site/torch" ] || find "$site/transformers/models" -path '*/models/auto' -prune -o -type f \
-        \( -name 'modeling_*' -o -name 'image_processing_*' -o -name 'video_processing_*' \) -exec rm -f {} +
+    if [ ! -d "$site/torch" ]; then
+        find "$site/transformers/models" -path '*/models/auto' -prune -o -type f \
+            \( -name 'modeling_*' -o -name 'image_processing_*' -o -name 'video_processing_*' \) -exec rm -f {} +
+        find "$site/transformers/models" -name __pycache__ -exec rm -rf {} +
+    fi
 fi

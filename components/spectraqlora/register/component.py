@@ -5,7 +5,7 @@ from kfp import dsl
 from spectraqlora.step_images import image
 
 
-@dsl.component(base_image=image("light"), install_kfp_package=False)
+@dsl.component(base_image=image("re-evaluate"), install_kfp_package=False)
 def register(
     run_key: str,
     tracking: dict,
