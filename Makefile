@@ -28,8 +28,10 @@ lint: install
 test: lint
 	$(BIN)/pytest
 
+# Images are built where a Docker engine answers.
 e2e: install
-	$(BIN)/pytest -m e2e
+	sh images/for-tests.sh
+	$(BIN)/pytest -m e2e -rs
 
 VARIANT ?= cpu
 WHEELS := build/wheels/.$(VARIANT)
