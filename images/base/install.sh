@@ -1,12 +1,14 @@
 #!/bin/sh
 # Install locked packages from /wheels into the images' environment, without network; then drop what no step
-# reads. Arguments: lock files.
+# reads. Arguments: lock files. IMPORTS: modules; where given, only what they load is compiled to bytecode.
 set -eu
 site=/opt/venv/lib/python3.11/site-packages
 pip=$(echo /wheels/pip-*.whl)
+imports=${IMPORTS:-}
 for lock in "$@"; do
     /opt/venv/bin/python "$pip/pip" install --quiet --no-index --find-links /wheels --no-deps --require-hashes \
-        --no-cache-dir --disable-pip-version-check --root-user-action ignore --requirement "$lock"
+        --no-cache-dir --disable-pip-version-check --root-user-action ignore ${imports:+--no-compile} \
+        --requirement "$lock"
 done
 
 # Test suites, headers, type stubs.
@@ -31,6 +33,8 @@ if [ -d "$site/transformers/models" ]; then
     if [ ! -d "$site/torch" ]; then
         find "$site/transformers/models" -path '*/models/auto' -prune -o -type f \
             \( -name 'modeling_*' -o -name 'image_processing_*' -o -name 'video_processing_*' \) -exec rm -f {} +
-        find "$site/transformers/models" -name __pycache__ -exec rm -rf {} +
     fi
 fi
+for module in $imports; do
+    env -u PYTHONDONTWRITEBYTECODE /opt/venv/bin/python -c "import $module"
+done

@@ -110,12 +110,29 @@ class Surroundings:
         ]
 
     def prepare(self) -> None:
-        """Make the folders that steps write to, and give them to the steps' user where that is another."""
+        """Make the folders that steps write to, and give them to the steps' user where that is another.
+
+        Raises:
+            InputError: that user may not read an input.
+        """
+        if self.user != os.getuid():
+            for given in self.readable:
+                for path in (given, *given.rglob("*")):
+                    if path.exists() and not _readable_by_image_user(path):
+                        raise InputError(
+                            "file", path, f"a file that user {self.user} may read: chmod -R a+rX {given}"
+                        )
         for folder in (self.workdir / "artifacts", self.scratch, self.cache / "spectraqlora", self.hub):
             folder.mkdir(parents=True, exist_ok=True)
         if self.user != os.getuid():
             for path in (self.workdir, *self.workdir.rglob("*")):
                 os.chown(path, self.user, 0, follow_symlinks=False)
+
+
+def _readable_by_image_user(path: Path) -> bool:
+    found = path.stat()
+    bits = 0o5 if path.is_dir() else 0o4
+    return found.st_mode & bits == bits or (found.st_gid == 0 and (found.st_mode >> 3) & bits == bits)
 
 
 def connect() -> docker.DockerClient:

@@ -1,6 +1,5 @@
 """A step container that fails fails the run, every time; one that is stopped leaves nothing behind."""
 
-from __future__ import annotations
 
 import signal
 import subprocess
