@@ -154,6 +154,8 @@ def run_locally(
         with _steps_end_with_us(), in_containers, _captured(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipeline(**arguments)
+    except InputError:
+        raise
     except Exception as error:
         if lines.refusal is not None:
             raise _Relayed(lines.refusal) from None
