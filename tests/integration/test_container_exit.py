@@ -1,6 +1,5 @@
 """A step container that fails fails the run, every time; one that is stopped leaves nothing behind."""
 
-
 import signal
 import subprocess
 import time
