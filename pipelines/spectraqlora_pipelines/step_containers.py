@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,6 +266,7 @@ def replace_kfps(surroundings: Surroundings) -> Iterator[None]:
         yield
     finally:
         docker_task_handler.run_docker_container = kfps
+        shutil.rmtree(surroundings.scratch, ignore_errors=True)
 
 
 def surroundings(settings: Settings, workdir: Path, inputs: Sequence[str], network: str) -> Surroundings:
