@@ -1,6 +1,7 @@
 # The step images for users of buildx, as images/build.sh builds them; `make image-wheels` comes first.
 #
-#   make image-wheels && VERSION=0.1.0 TAG=0.1.0 REVISION=$(git rev-parse HEAD) docker buildx bake -f images/docker-bake.hcl
+#   make image-wheels
+#   VERSION=0.1.0 TAG=0.1.0 REVISION=$(git rev-parse HEAD) docker buildx bake -f images/docker-bake.hcl
 #
 # CUDA: make image-wheels VARIANT=cuda, and VARIANT=cuda for bake.
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import docker
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
+from requests.exceptions import RequestException
 from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings
 from spectraqlora.step_images import image
@@ -233,7 +234,7 @@ def run_container(
 
 def _end(container: Any) -> None:
     """Let the step end by itself for a while; a shell that waits for it does not pass signals on."""
-    with contextlib.suppress(APIError, DockerException):
+    with contextlib.suppress(DockerException, RequestException):
         container.exec_run(["sh", "-c", "kill -TERM -1"])
         container.wait(timeout=GRACE_S)
 
