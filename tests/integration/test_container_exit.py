@@ -76,6 +76,15 @@ def test_a_step_without_its_output_fails_and_one_with_it_does_not(
     assert (Path(done.outputs["left"].path) / "manifest.json").exists()
 
 
+def test_an_unknown_network_is_refused(docker: Any, tmp_path: Path) -> None:
+    refused = spectraqlora(
+        "run", "--runner", "docker", "--network", "none-such", "--workdir", str(tmp_path / "w")
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --network: 'none-such': expected a Docker network, one of ")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_container_and_goes_on_where_it_was(
     number: signal.Signals, docker: Any, tiny_model: Path, tiny_rows: Path, tmp_path: Path

@@ -1,9 +1,11 @@
 """What step containers see of this machine, and when a step counts as done."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from spectraqlora.errors import InputError
 from spectraqlora.settings import parse
 from spectraqlora_pipelines.step_containers import Surroundings, missing_outputs, surroundings
 
@@ -63,6 +65,16 @@ def test_an_input_inside_the_workdir_needs_no_mount_of_its_own(tmp_path: Path) -
     inside = tmp_path / "work" / "model"
     inside.mkdir(parents=True)
     assert str(inside) not in mounted(Surroundings(tmp_path / "work", readable=[inside]))
+
+
+def test_an_input_that_the_steps_user_may_not_read_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"")
+    (model / "model.safetensors").chmod(0o600)
+    with pytest.raises(InputError, match=f"may read: chmod -R a\\+rX {model}"):
+        Surroundings(tmp_path / "work", readable=[model], user=os.getuid() + 1).prepare()
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("left", ["nothing", "no result", "empty folder", "all"])
