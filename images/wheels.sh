@@ -12,7 +12,7 @@ platforms=$(for minor in $(seq 5 28); do echo "--platform manylinux_2_${minor}_x
 
 fetch() {
     # shellcheck disable=SC2086
-    "${PYTHON:-python3}" -m pip download --quiet --only-binary :all: --no-deps --require-hashes --dest build/wheels \
+    "${PYTHON:-python3}" -m pip download --quiet --quiet --only-binary :all: --no-deps --require-hashes --dest build/wheels \
         --python-version 3.11 --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 \
         --platform manylinux1_x86_64 $platforms "$@"
 }
