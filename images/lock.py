@@ -82,17 +82,19 @@ def main() -> None:
         common = lock(BASE / "requirements.in", BASE / "requirements.lock")
         for alone in ("kfp", "pip"):
             lock(BASE / f"{alone}.in", BASE / f"{alone}.lock", "--no-deps")
-        cuda = lock(BASE / "torch.in", BASE / "torch-cuda.lock", *without(common))
-        cpu_only = [name for name in cuda if not _CUDA_ONLY.match(name)]
-        dropped = [name for name in cuda if name not in cpu_only]
-        lock(BASE / "torch.in", BASE / "torch-cpu.lock", *without([*common, *dropped, "torch"]))
+        # torch itself, and what only its CUDA build brings, apart from what both variants share.
+        above = names(compile_(BASE / "torch.in", "-c", pins, *without(common)))
+        variant = [name for name in above if name == "torch" or _CUDA_ONLY.match(name)]
+        shared = lock(BASE / "torch.in", BASE / "torch.lock", *without([*common, *variant]))
+        lock(BASE / "torch.in", BASE / "torch-cuda.lock", *without([*common, *shared]))
         (version,) = re.findall(r"^torch==(.*)$", pins.read_text(), re.MULTILINE)
-        with open(BASE / "torch-cpu.lock", "a", encoding="utf-8") as stream:
-            digest = cpu_torch_digest(Path(scratch), version)
-            stream.write(f"torch=={version} \\\n    --hash=sha256:{digest}\n")
+        digest = cpu_torch_digest(Path(scratch), version)
+        (BASE / "torch-cpu.lock").write_text(
+            HEADER.format("torch.in") + f"torch=={version} \\\n    --hash=sha256:{digest}\n"
+        )
         for source in sorted(IMAGES.glob("*/requirements.in")):
             if source.parent != BASE:
-                stands_on = common if source.parent.name == "light" else [*common, *cuda]
+                stands_on = common if source.parent.name == "light" else [*common, *above]
                 lock(source, source.with_suffix(".lock"), *without([*stands_on, *LEFT_OUT]))
 
 

@@ -18,9 +18,8 @@ fetch() {
 }
 
 set --
-for lock in images/base/requirements.lock images/base/kfp.lock images/base/pip.lock images/*/requirements.lock; do
-    set -- "$@" --requirement "$lock"
-done
+for name in kfp pip requirements torch; do set -- "$@" --requirement "images/base/$name.lock"; done
+for lock in images/*/requirements.lock; do set -- "$@" --requirement "$lock"; done
 fetch "$@"
 if [ "$VARIANT" = cpu ]; then
     fetch --requirement images/base/torch-cpu.lock --retries 1 \

@@ -26,7 +26,7 @@ def pins(*locks: Path) -> dict[str, str]:
 
 def locks_of(image: str) -> list[Path]:
     own = [path for path in [IMAGES / image / "requirements.lock"] if path.exists()]
-    below = ["requirements", "kfp"] + ([] if image == "light" else ["torch-cpu"])
+    below = ["requirements", "kfp"] + ([] if image == "light" else ["torch", "torch-cpu"])
     return [IMAGES / "base" / f"{name}.lock" for name in below] + own
 
 
@@ -83,9 +83,9 @@ def test_one_version_of_a_package_across_all_images() -> None:
 def test_what_an_image_asks_for_is_locked() -> None:
     for source in IMAGES.glob("*/*.in"):
         asked = [line for line in source.read_text().splitlines() if line and not line.startswith("#")]
-        locks = (
-            [IMAGES / "base" / "torch-cpu.lock"] if source.stem == "torch" else [source.with_suffix(".lock")]
-        )
+        locks = [source.with_suffix(".lock")]
+        if source.stem == "torch":
+            locks.append(IMAGES / "base" / "torch-cpu.lock")
         below = [] if source.parent.name == "base" else locks_of(source.parent.name)
         assert set(asked) <= pins(*locks, *below, IMAGES / "base" / "requirements.lock").keys(), source
 
