@@ -13,18 +13,19 @@ def _llama_like(name: str, config_name: str = "", **extra: Any) -> Callable[[int
     def build(vocabulary: int) -> Any:
         import transformers
 
+        sizes = {
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
         config = getattr(transformers, config_name or f"{name}Config")(
-            vocab_size=vocabulary,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            **extra,
+            vocab_size=vocabulary, **(sizes | extra)
         )
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
@@ -107,6 +108,22 @@ def _t5(vocabulary: int) -> Any:
     )
 
 
+def _named(name: str, **sizes: Any) -> Callable[[int], Any]:
+    """A model whose config calls things by other names; `sizes` are all of it but the vocabulary."""
+
+    def build(vocabulary: int) -> Any:
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes
+        )
+        kinds = ("ForConditionalGeneration",) if config.is_encoder_decoder else ("ForCausalLM", "ForMaskedLM")
+        model = next(found for kind in kinds if (found := getattr(transformers, name + kind, None)))
+        return model(config)
+
+    return build
+
+
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "llama": _llama_like("Llama"),
     "mistral": _llama_like("Mistral", sliding_window=64),
@@ -123,6 +140,60 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 }
 
 
+UNFORESEEN: dict[str, Callable[[int], Any]] = {
+    "bloom": _named("Bloom", hidden_size=WIDTH, n_layer=LAYERS, n_head=4),
+    "gpt-neox": _llama_like("GPTNeoX"),
+    "phi3": _llama_like("Phi3"),
+    "cohere": _llama_like("Cohere"),
+    "gpt-j": _named("GPTJ", n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=128, rotary_dim=8),
+    "mpt": _named("Mpt", d_model=WIDTH, n_layers=LAYERS, n_heads=4, max_seq_len=128),
+    "bart": _named(
+        "Bart",
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=128,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    ),
+    "mixtral": _llama_like("Mixtral", num_local_experts=4),
+    "gpt-oss": _llama_like(
+        "GptOss",
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * LAYERS,
+    ),
+    "deepseek-v3": _llama_like(
+        "DeepseekV3",
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+}
+"""Families that nothing in the code knows of."""
+
+REFUSED: dict[str, Callable[[int], Any]] = {
+    "bert": _named(
+        "Bert", hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4
+    ),
+    "mamba": _named("Mamba", hidden_size=WIDTH, state_size=8, num_hidden_layers=LAYERS),
+}
+
+
 def write_family(name: str, folder: Path) -> Path:
     """A toy model of a family with a tokenizer in `folder`, as safetensors."""
     import torch
@@ -130,7 +201,7 @@ def write_family(name: str, folder: Path) -> Path:
 
     tokenizer = make._tokenizer(world.corpus(world.people(0, 12), 0, 300))
     torch.manual_seed(0)
-    model = FAMILIES[name](len(tokenizer))
+    model = (FAMILIES | UNFORESEEN | REFUSED)[name](len(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

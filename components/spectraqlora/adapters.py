@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spectraqlora.artifacts import ModuleRank, RankMap
+from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
 
 _ADAPTER = "default"
 
@@ -46,6 +46,30 @@ def lora_layers(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def adaptable(model: Any, modules: list[LinearModule]) -> list[LinearModule]:
+    """The modules to which PEFT attaches LoRA when they are named; the others are printed with PEFT's reason.
+
+    PEFT refuses some (Mamba's out_proj, which its kernels read past the layer), and takes some names of
+    mixtures of experts for those of fused expert tensors. What it does is tried, one module type at a time.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    found: set[str] = set()
+    for kind in dict.fromkeys(m.type for m in modules):
+        names = [m.module for m in modules if m.type == kind]
+        reason = "PEFT takes the name for another one"
+        try:
+            wrapped = get_peft_model(model, LoraConfig(r=1, target_modules=names))
+            reached = set(lora_layers(wrapped)) & set(names)
+            model = wrapped.unload()
+        except ValueError as error:
+            reached, reason = set(), str(error).splitlines()[0]
+        if len(reached) < len(names):
+            print(f"{kind}: {len(names) - len(reached)} matrices stay frozen without an adapter: {reason}")
+        found |= reached
+    return [m for m in modules if m.module in found]
 
 
 def attach(

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from spectraqlora.errors import InputError
+
 
 def auto_class(config: Any) -> Any:
     """The transformers class that loads a model with its language-model head."""
@@ -47,3 +49,36 @@ def decoder_start(config: Any) -> int | None:
         return None
     start = config.decoder_start_token_id
     return int(start if start is not None else config.pad_token_id or 0)
+
+
+def check_computes(model: Any, source: object) -> None:
+    """Refuse a 4-bit model that does not compute, or whose predictions see the tokens that come after them.
+
+    State-space models read some weights past their layers, which packed ones do not bear; encoders such as BERT
+    load as language models but look ahead.
+
+    Raises:
+        InputError: a forward pass fails, or changing later tokens changes earlier logits.
+    """
+    import torch
+
+    if model.config.is_encoder_decoder:
+        return
+    half = model.config.get_text_config().vocab_size // 2
+    ids = torch.arange(16, device=model.device)[None] % half
+    other = ids.clone()
+    other[0, 8:] += half
+    try:
+        with torch.no_grad():
+            before, after = (model(input_ids=each).logits[0, :8].float() for each in (ids, other))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(
+            "model.base_model", source, f"a model that computes from 4-bit weights; this one fails ({first})"
+        ) from None
+    # Rounding may differ a little where kernels group rows, as with experts.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
+    if float((before - after).abs().max()) > tolerance * float(before.abs().max()):
+        raise InputError(
+            "model.base_model", source, "a model that predicts from what comes before; this one looks ahead"
+        )

@@ -11,13 +11,50 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from spectraqlora.rows import IGNORED
 
 CHUNK_BYTES = 16 * 2**20
 _TOLERANCE = 1e-3
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Cross-entropy of states (positions x width) through a frozen head, `size` positions at a time.
+
+    The gradient of one position's loss with respect to its state is (softmax(logits) - onehot) W, which is
+    known as soon as the logits are: it is computed with them, and the backward pass only scales its rows.
+    Nothing of the vocabulary's width outlives its chunk, and no logits are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        size: int,
+    ) -> torch.Tensor:
+        slopes = torch.empty_like(states) if states.requires_grad else None
+        losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            logits = linear(states[part], weight, bias).float()
+            losses[part] = cross_entropy(logits, targets[part], reduction="none")
+            if slopes is not None:
+                slope = logits.softmax(1)
+                slope[torch.arange(len(slope), device=slope.device), targets[part]] -= 1
+                slopes[part] = slope.to(weight.dtype) @ weight
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(slopes.dtype), None, None, None, None
 
 
 class HeadLoss:
@@ -29,13 +66,12 @@ class HeadLoss:
     Args:
         model: transformers model, PEFT-wrapped or not.
         probe: a small batch with labels.
-        sharded: the head's weights may lie on other devices; logits are then the model's own too.
     """
 
-    def __init__(self, model: Any, probe: dict[str, torch.Tensor], sharded: bool = False) -> None:
+    def __init__(self, model: Any, probe: dict[str, torch.Tensor]) -> None:
         self.shift = not model.config.is_encoder_decoder
         self.head = model.get_output_embeddings()
-        self.from_hidden = isinstance(self.head, torch.nn.Linear) and not sharded
+        self.from_hidden = isinstance(self.head, torch.nn.Linear)
         self.from_hidden = self.from_hidden and self._fits(model, probe)
 
     @contextlib.contextmanager
@@ -63,15 +99,17 @@ class HeadLoss:
 
     def losses(self, kept: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of every position that counts (nats)."""
+        size = max(1, CHUNK_BYTES // (4 * int(self.head.weight.shape[0])))
+        if self.from_hidden:
+            losses: torch.Tensor = _FrozenHead.apply(kept, labels, self.head.weight, self.head.bias, size)
+            return losses
 
-        def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logits = type(self.head).forward(self.head, states) if self.from_hidden else states
+        def part(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return cross_entropy(logits.float(), targets, reduction="none")
 
-        size = max(1, CHUNK_BYTES // (4 * int(self.head.weight.shape[0])))
         if len(labels) <= size:
             return part(kept, labels)
-        # Recomputed in the backward pass, so that the logits of one chunk at a time exist.
+        # Recomputed in the backward pass, so that float32 logits exist for one chunk at a time.
         chunks = zip(kept.split(size), labels.split(size), strict=True)
         return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks])
 
@@ -91,6 +129,9 @@ class HeadLoss:
             inputs = {key: value for key, value in probe.items() if key != "labels"}
             with self.hidden_states():
                 ours = float(self(model(**inputs), probe["labels"]))
+        except RuntimeError:
+            # Something of the vocabulary's width follows the head, such as BART's bias.
+            return False
         finally:
             model.train(training)
         return abs(own - ours) <= _TOLERANCE * max(abs(own), 1.0)

@@ -26,6 +26,7 @@ from spectraqlora.step import ERROR_PREFIX, LAUNCHER_PID
 if TYPE_CHECKING:
     from spectraqlora_pipelines.step_containers import Surroundings
 
+_GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _TASK = re.compile(r"(?:Executing task|Task) '?([a-z0-9-]+)'?")
 
@@ -35,9 +36,15 @@ def _steps_end_with_us() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the running step first; a step whose command line is killed ends itself."""
 
     def stop(number: int, frame: object) -> None:
-        for child in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
+        # Training ends after its current step and a checkpoint, everything else at once.
+        _, alive = psutil.wait_procs(children, timeout=_GRACE_S)
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         raise KeyboardInterrupt
 
     os.environ[LAUNCHER_PID] = str(os.getpid())
@@ -65,8 +72,10 @@ class _Lines(io.TextIOBase):
         """What a step said of its input; other steps may have gone on and written much after it."""
 
     def write(self, text: str) -> int:
-        self._file.write(_ANSI.sub("", text))
-        self._file.flush()
+        # On a full disk the log is cut short; what counts is what the step says.
+        with contextlib.suppress(OSError):
+            self._file.write(_ANSI.sub("", text))
+            self._file.flush()
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             clean = _ANSI.sub("", line).strip()
@@ -81,7 +90,8 @@ class _Lines(io.TextIOBase):
         return False
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         super().close()
 
 
@@ -223,6 +233,7 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "adapter": str(workdir / "adapter"),
         "merged_into": merged.merged_into,
         "merged_eval_loss": merged.verified_eval_loss,
+        "published": merged.published,
         "registered": registered,
     }
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))

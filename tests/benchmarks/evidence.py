@@ -76,6 +76,7 @@ class Study:
     steps: int
     batch_size: int
     max_length: int
+    compute_dtype: str
 
     def prepare(self, data: Path, rows: int, eval_rows: int) -> None:
         """Quantize, measure SNR, and prepare the tuning rows and the study's rows, none in both."""
@@ -91,7 +92,10 @@ class Study:
         for name in ("quantized", "table", "quantized-table", "tuning", "study"):
             shutil.rmtree(self.work / name, ignore_errors=True)
             (self.work / name).mkdir(parents=True)
-        quantize(ModelSettings(base_model=self.base), self.work / "quantized")
+        quantize(
+            ModelSettings.model_validate({"base_model": self.base, "compute_dtype": self.compute_dtype}),
+            self.work / "quantized",
+        )
         analyze(SnrSettings(), self.work / "quantized", self.work / "table")
         analyze(SnrSettings(source="quantized"), self.work / "quantized", self.work / "quantized-table")
         for name, part in (("tuning", lines[:cut]), ("study", lines[cut:])):
@@ -122,7 +126,7 @@ class Study:
                 data,
                 ranks,
                 TrainSettings(
-                    max_steps=self.steps, batch_size=self.batch_size, learning_rate=rate, evaluations=2
+                    max_steps=self.steps, batch_size=self.batch_size, learning_rate=rate, evaluations=1
                 ),
                 EvaluateSettings(batch_size=32),
                 seed,
@@ -255,9 +259,17 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, help="tokens; longer rows are dropped")
     parser.add_argument("--rows", type=int, default=4000, help="rows of each of both splits")
     parser.add_argument("--eval-rows", type=int, default=128)
+    parser.add_argument("--compute-dtype", default="auto", help="bfloat16 is faster on CPUs with AMX")
     parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
     options = parser.parse_args()
-    study = Study(options.base_model, options.output, options.steps, options.batch_size, options.max_length)
+    study = Study(
+        options.base_model,
+        options.output,
+        options.steps,
+        options.batch_size,
+        options.max_length,
+        options.compute_dtype,
+    )
     tables = arms()
     by_name = {arm.name: arm for members in tables.values() for arm in members}
     runs = Runs(study, options.jobs)

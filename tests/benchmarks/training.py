@@ -1,11 +1,15 @@
 """Speed and memory of training part of the layers, against plain PEFT QLoRA on all of them.
 
-    python -m tests.benchmarks.training [--steps N] [--layers N --width N ...]
+    python -m tests.benchmarks.training [--steps N] [--repeats N] [--layers N --width N ...]
 
 Both sides train the same 4-bit Llama of random weights on the same random rows with transformers.Trainer,
 each in a process of its own. The peer is what people write by hand: `prepare_model_for_kbit_training`
-with its defaults, LoRA on all linear layers, the model's own loss. Memory is the peak during training above
-what the process held once the model was loaded: resident memory on the CPU, allocated on a GPU.
+with its defaults, LoRA on all linear layers, the model's own loss.
+
+Speed: the sides take turns; a ratio is that of two neighbours in time, and the table gives the median and the
+range of `--repeats` of them, by the clock and by processor seconds, which other work on the machine moves less.
+Memory: the peak during training above what the process held once model and libraries were loaded; resident
+memory on the CPU, in runs of their own in which the allocator returns what is freed; allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +33,7 @@ SIDES = {
     "qlora": {"method": "qlora"},
     "hybrid-50": {"method": "hybrid", "percent": 50},
     "hybrid-25": {"method": "hybrid", "percent": 25},
+    "hybrid-50, recomputing": {"method": "hybrid", "percent": 50, "recompute": "on"},
     "hybrid-25, recomputing": {"method": "hybrid", "percent": 25, "recompute": "on"},
 }
 
@@ -83,8 +90,10 @@ class Meter:
 
     def __init__(self) -> None:
         import accelerate  # noqa: F401
+        import datasets  # noqa: F401
         import torch
         from peft import get_peft_model  # noqa: F401
+        from spectraqlora.train import training  # noqa: F401
         from transformers import Trainer  # noqa: F401
 
         # Libraries are imported by now: their code is no memory of the training.
@@ -95,21 +104,21 @@ class Meter:
         else:
             Path("/proc/self/clear_refs").write_text("5")
             self.start = resident_peak()
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def tick(self) -> None:
         import torch
 
         if self.cuda:
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
 
-    def result(self, tokens_per_step: int) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         import torch
 
         peak = torch.cuda.max_memory_allocated() if self.cuda else resident_peak()
-        seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-        return {"memory": peak - self.start, "tokens_per_second": tokens_per_step / seconds}
+        wall, cpu = ((self.times[-1][i] - self.times[0][i]) / (len(self.times) - 1) for i in (0, 1))
+        return {"memory": peak - self.start, "seconds": wall, "cpu_seconds": cpu}
 
 
 def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -150,7 +159,7 @@ def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
             data_collator=Collator.of(model.config),
             callbacks=[Tick()],
         ).train()
-    return {**meter.result(options.batch * options.tokens), "trainable": _trainable(model)}
+    return {**meter.result(), "trainable": _trainable(model)}
 
 
 def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, float]:
@@ -169,7 +178,7 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     settings = SelectSettings(rank=16, percent=side.get("percent", 100))
     scores = weight_scores(read_table(folder / "table"))
     ranks = rank_map(side["method"], manifest.modules, scores, settings, manifest.base_digest, 0)
-    data = folder / f"data-{side['method']}-{side.get('percent')}-{side.get('recompute')}"
+    data = Path(tempfile.mkdtemp(dir=folder))
     Dataset.from_list(rows(options, options.batch * options.steps)).save_to_disk(str(data / "train"))
     Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "eval"))
     model, _ = load_quantized(folder / "quantized")
@@ -192,7 +201,7 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
         training.span(ranks, plan, 1),
         on_step=lambda _: meter.tick(),
     )
-    return {**meter.result(options.batch * options.tokens), "trainable": trainable}
+    return {**meter.result(), "trainable": trainable}
 
 
 def _trainable(model: Any) -> int:
@@ -208,7 +217,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs behind each speed")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -224,26 +233,47 @@ def main() -> None:
         print(
             f"Llama of {parameters / 1e6:.0f}M parameters, {options.batch} x {options.tokens} tokens a step"
         )
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+        memory = {name: _process(name, scratch, RETURN_FREED) for name in SIDES}
+        speed: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
         for _ in range(options.repeats):
             for name in SIDES:
-                command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:]]
-                command += ["--side", name, "--folder", scratch]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    median = {
-        name: {key: sorted(r[key] for r in found)[len(found) // 2] for key in found[0]}
-        for name, found in results.items()
-    }
-    peer = median[PEER]
-    print("| side | trained parameters | tokens/s | against peer | memory above model, MiB | against peer |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, found in median.items():
+                peer = _process(PEER, scratch) if name != PEER else {}
+                found = _process(name, scratch)
+                speed[name].append(found | {f"peer {key}": value for key, value in peer.items()})
+    tokens = options.batch * options.tokens
+    print("| side | trained parameters | tokens/s | speed, x peer | by cpu time | MiB | x peer |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, found in speed.items():
+        middle = tokens / statistics.median(run["seconds"] for run in found)
+        used = memory[name]["memory"]
         print(
-            f"| {name} | {found['trainable']:,} | {found['tokens_per_second']:,.0f} | "
-            f"{found['tokens_per_second'] / peer['tokens_per_second']:.2f}x | {found['memory'] / 2**20:,.0f} | "
-            f"{found['memory'] / peer['memory']:.2f}x |"
+            f"| {name} | {found[0]['trainable']:,} | {middle:,.0f} | {_ratio(found, 'seconds')} | "
+            f"{_ratio(found, 'cpu_seconds')} | {used / 2**20:,.0f} | {used / memory[PEER]['memory']:.2f} |"
         )
+
+
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""glibc: whatever is larger than this many bytes lies in pages of its own, given back when it is freed."""
+
+
+def _process(side: str, folder: str, environment: dict[str, str] | None = None) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:]]
+    command += ["--side", side, "--folder", folder]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | (environment or {})
+    )
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _ratio(runs: list[dict[str, float]], key: str) -> str:
+    """Median and range of how many times faster than the peer beside it."""
+    ratios = sorted(run[f"peer {key}"] / run[key] for run in runs if f"peer {key}" in run)
+    if not ratios:
+        return "1"
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 if __name__ == "__main__":

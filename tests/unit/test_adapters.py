@@ -115,6 +115,16 @@ def test_learning_rates_follow_the_map(quantized: Path) -> None:
     assert [g["lr"] for g in groups] == pytest.approx([1e-3, 3e-3])
 
 
+def test_lora_plus_gives_b_a_rate_of_its_own(quantized: Path) -> None:
+    ranks = rank_map(quantized, {Q0: 4})
+    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    groups = adapters.parameter_groups(wrapped, ranks, 1e-3, lora_plus_ratio=16)
+    layer = adapters.lora_layers(wrapped)[Q0]
+    rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    assert rates[id(layer.lora_A["default"].weight)] == pytest.approx(1e-3)
+    assert rates[id(layer.lora_B["default"].weight)] == pytest.approx(1.6e-2)
+
+
 def test_frozen_tiers_do_not_train(quantized: Path) -> None:
     ranks = rank_map(quantized, {Q0: 4, DOWN: 4})
     ranks.modules = [m.model_copy(update={"tier": "frozen"}) if m.module == Q0 else m for m in ranks.modules]

@@ -59,6 +59,20 @@ def test_alors_doubles_full_ranks_takes_back_idle_ones_and_keeps_the_rest() -> N
     assert after.changes[1].endswith("its update uses all 2 directions, rank 2 to 4")
 
 
+def test_alors_follows_the_snr_of_the_updated_weights_first() -> None:
+    before = _map("alors")
+    scores = SCORES | {MODULES[9].module: (100.0, 0.0), MODULES[0].module: (0.0, 0.0)}
+    after = next_rank_map(before, MODULES, scores, FULL, SETTINGS)
+    tiers = [m.tier for m in after.modules]
+    assert (tiers[9], after.modules[9].rank) == ("high", 4)
+    assert (tiers[0], after.modules[0].rank) == ("frozen", 4)
+    assert f"{MODULES[9].module}: SNR moves it from low to high" in after.changes
+    assert f"{MODULES[0].module}: SNR moves it from high to low, its adapter stays frozen" in after.changes
+    trained = [m for m in after.active() if m.tier != "frozen"]
+    mean = sum(m.rank * m.lr_scale for m in trained) / sum(m.rank for m in trained)
+    assert mean == pytest.approx(1)
+
+
 def test_alors_never_doubles_beyond_its_ceiling_or_the_matrix() -> None:
     settings = SelectSettings(rank=4, rank_high=16, rank_low=2)
     after = next_rank_map(_map("alors", settings), MODULES, SCORES, {}, settings)

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora.artifacts import LinearModule, QuantizedModel
+from safetensors.torch import load_file
+from spectraqlora.artifacts import GRADIENT_INIT, LinearModule, QuantizedModel, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.gradients import GradientSketch, sketch_gradients
 from spectraqlora.models import dequantized_weight, load_quantized
 from spectraqlora.rows import Collator, load_rows
 from spectraqlora.select_layers.grouping import group_by_similarity
-from spectraqlora.selection import check_rank, rank_map
-from spectraqlora.settings import SelectSettings
+from spectraqlora.select_layers.select import select
+from spectraqlora.selection import check_rank, cost, rank_map
+from spectraqlora.settings import SelectSettings, SnrSettings
+from spectraqlora.signals import combined, task_scores
+from spectraqlora.snr_analyze.analyze import analyze
 
 MODULES = [
     LinearModule(module=f"m.{i}.{t}", type=t, layer=i, out_features=32, in_features=32, four_bit=True)
@@ -40,6 +44,71 @@ def test_alors_tiers_ranks_and_mean_learning_rate() -> None:
     cost = sum(m.rank for m in found.active())
     assert sum(m.rank * m.lr_scale for m in found.active()) / cost == pytest.approx(1)
     assert found.modules[7].lr_scale == pytest.approx(2 * found.modules[3].lr_scale)
+
+
+MIXED = [
+    LinearModule(module=f"m.{i}.{t}", type=t, layer=i, out_features=out, in_features=32, four_bit=True)
+    for t, out in (("q", 32), ("up", 96))
+    for i in range(8)
+]
+
+
+def _spent(found: RankMap, groups: list[list[str]] | None = None) -> int:
+    """Trainable parameters; a group's pair once."""
+    seconds = {name for group in groups or [] for name in group[1:]}
+    sides = {m.module: cost(m) for m in MIXED}
+    return sum(m.rank * sides[m.module] for m in found.active() if m.module not in seconds)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_budget_is_spent_and_not_overspent(share: float) -> None:
+    settings = SelectSettings(rank=8, rank_high=8, rank_low=4, budget=share)
+    total = _spent(rank_map("qlora", MIXED, {}, SelectSettings(rank=8), "d", 1))
+    scores = {m.module: (1.0 + m.layer, 1.0 + m.layer) for m in MIXED}
+    for method in ("qlora", "hybrid", "alors"):
+        spent = _spent(rank_map(method, MIXED, scores, settings, "d", 1))
+        # One rank for all leaves up to a rank's worth over; alors spends to the last whole rank of a module.
+        left = total / 8 if method != "alors" else max(map(cost, MIXED))
+        assert share * total - left < spent <= share * total
+
+
+def test_alors_shares_a_budget_in_proportion_to_the_signal() -> None:
+    settings = SelectSettings(rank=8, budget=0.5, high_percent=50, medium_percent=50)
+    scores = {m.module: (0.0, 1.0 + m.layer) for m in MIXED}
+    ranks = {m.module: m.rank for m in rank_map("alors", MIXED, scores, settings, "d", 1).modules}
+    for kind in ("q", "up"):
+        shares = [ranks[f"m.{i}.{kind}"] / (1 + i) for i in range(8)]
+        middle = sum(ranks.values()) / sum(1.0 + m.layer for m in MIXED)
+        assert all(abs(one - middle) <= 1 / (1 + i) for i, one in enumerate(shares))
+
+
+def test_a_group_pays_for_its_pair_once() -> None:
+    names = [m.module for m in MIXED if m.type == "q"]
+    settings = SelectSettings(rank=8, percent=100, budget=0.5)
+    scores = {m.module: (1.0, 0.0) for m in MIXED}
+    groups = [names, *([m.module] for m in MIXED if m.type == "up")]
+    alone = rank_map("sgm", MIXED, scores, settings, "d", 1)
+    shared = rank_map("sgm", MIXED, scores, settings, "d", 1, groups)
+    assert max(m.rank for m in shared.modules) > max(m.rank for m in alone.modules)
+    total = _spent(rank_map("qlora", MIXED, {}, SelectSettings(rank=8), "d", 1))
+    assert _spent(shared, groups) <= 0.5 * total
+
+
+def test_task_scores_by_hand() -> None:
+    # Singular values 3, 2, 1: the two largest squares are 13, over 2 x (32 + 32) parameters.
+    sketch = GradientSketch(torch.eye(3), torch.diag(torch.tensor([3.0, 1.0, 2.0])), 7.0)
+    name = MODULES[0].module
+    energy = task_scores("energy", MODULES[:2], {name: sketch}, 2)
+    assert energy == {name: (pytest.approx(13 / 128), 7.0)}
+    assert task_scores("gradient_snr", MODULES[:2], {name: sketch}, 2)[name][0] == 7.0
+
+
+def test_the_combined_signal_is_the_mean_place() -> None:
+    one = {"a": (1.0, 0.0), "b": (2.0, 0.0), "c": (3.0, 0.0)}
+    two = {"a": (9.0, 0.0), "b": (8.0, 0.0), "c": (1.0, 0.0), "d": (0.0, 0.0)}
+    # Places of the first: a 0, b 1/2, c 1; of the second: d 0, c 1/3, b 2/3, a 1.
+    found = {name: score for name, (score, _) in combined(one, two).items()}
+    assert found == pytest.approx({"a": 1 / 2, "b": 7 / 12, "c": 2 / 3})
 
 
 def test_modules_without_a_score_are_never_selected() -> None:
@@ -81,6 +150,60 @@ def test_sketched_cosines_agree_with_full_gradients(quantized: Path, prepared: P
             true = torch.cosine_similarity(exact[a.module].flatten(), exact[b.module].flatten(), dim=0)
             left, right = sketches[a.module].sketch.flatten(), sketches[b.module].sketch.flatten()
             assert abs(float(torch.cosine_similarity(left, right, dim=0) - true)) < 0.05
+
+
+def test_gradient_snr_and_energy_are_those_of_the_full_gradients(quantized: Path, prepared: Path) -> None:
+    model, _ = load_quantized(quantized)
+    (info,) = [m for m in QuantizedModel.read(quantized).modules if m.module.endswith("1.self_attn.q_proj")]
+    few = list(Collator(0, None).batches(load_rows(prepared, "train"), 4, limit=4))
+    sketch = sketch_gradients(model, [info], few, 64, seed=1)[info.module]
+    full = model.dequantize().float()
+    weight = dict(full.named_modules())[info.module].weight
+    weight.requires_grad_(True)
+    exact = torch.stack([torch.autograd.grad(full(**batch).loss, weight)[0] for batch in few])
+    mean = exact.mean(0)
+    assert sketch.energy(4) == pytest.approx(float((torch.linalg.svdvals(mean)[:4] ** 2).sum()), rel=1e-3)
+    expected = float((mean**2).sum() / exact.var(0).sum())
+    assert sketch.gradient_snr == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_starts_from_the_leading_gradient_directions_of_its_group(
+    quantized: Path, prepared: Path, tmp_path: Path
+) -> None:
+    analyze(SnrSettings(), quantized, tmp_path / "table")
+    settings = SelectSettings(
+        rank=4, sketch_size=256, calibration_batches=2, similarity=-1.0, percent=100.0, gradient_init="on"
+    )
+    (tmp_path / "ranks").mkdir()
+    found = select("sgm", quantized, prepared, tmp_path / "table", settings, 1, tmp_path / "ranks")
+    starts = load_file(tmp_path / "ranks" / GRADIENT_INIT)
+    # With every cosine allowed, all modules of a type share one pair.
+    groups = {m.group for m in found.active()}
+    assert len(starts) == len(groups) == 7
+    members = [m.module for m in found.active() if m.type == "self_attn.q_proj"]
+    model, _ = load_quantized(quantized)
+    batches = Collator(0, None).batches(
+        load_rows(prepared, "train").shuffle(seed=1), settings.calibration_rows, limit=2
+    )
+    full = model.dequantize().float()
+    weights = [dict(full.named_modules())[name].weight.requires_grad_(True) for name in members]
+    mean = torch.stack(
+        [torch.stack(torch.autograd.grad(full(**batch).loss, weights)).mean(0) for batch in batches]
+    ).mean(0)
+    leading = torch.linalg.svd(mean).Vh[:4]
+    a = starts[members[0]]
+    cosines = torch.linalg.svdvals(a / a.norm(dim=1, keepdim=True) @ leading.T)
+    assert cosines.min() > 0.999
+
+
+def test_groups_are_complete_linkage() -> None:
+    # Neighbours are 25 degrees apart: a chain would join all three, but the ends have a cosine of 0.64.
+    angles = torch.tensor([0.0, 25.0, 50.0]).deg2rad()
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    candidates = [m for m in MODULES if m.type == "q"][:3]
+    sketches = {m.module: GradientSketch(v, v, 1.0) for m, v in zip(candidates, vectors, strict=True)}
+    assert sorted(map(len, group_by_similarity(candidates, sketches, 0.9).groups)) == [1, 2]
+    assert sorted(map(len, group_by_similarity(candidates, sketches, 0.64).groups)) == [3]
 
 
 def test_groups_hold_only_similar_modules_of_one_type() -> None:

@@ -20,8 +20,9 @@ from spectraqlora.artifacts import QuantizedModel
 from spectraqlora.checkpoint import Checkpoint
 from spectraqlora.models import dequantized_weight, load_quantized
 from spectraqlora.settings import SnrSettings
+from spectraqlora.snr import workers
 from spectraqlora.snr.finished import FinishedRows
-from spectraqlora.snr.marchenko_pastur import from_singular_values
+from spectraqlora.snr.marchenko_pastur import SnrStatistics, from_singular_values, statistics
 from spectraqlora.snr.scan import scan, scan_tensors
 from spectraqlora.snr.table import read_table, top_modules
 from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
@@ -195,6 +196,34 @@ def test_a_killed_scan_goes_on_where_it_was(slow_model: Path, tmp_path: Path) ->
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     pd.testing.assert_frame_equal(pd.read_parquet(output), table)
     assert not partial.exists()
+
+
+def test_an_interrupted_step_goes_on_where_it_was(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(weight: torch.Tensor) -> SnrStatistics:
+        if len(done) == 5:
+            raise Interrupted
+        done.append(weight)
+        return statistics(weight)
+
+    done: list[torch.Tensor] = []
+    monkeypatch.setattr(workers, "statistics", stop)
+    with pytest.raises(Interrupted):
+        analyze(SnrSettings(), quantized, tmp_path / "first")
+    (kept,) = (tmp_path / "cache" / "spectraqlora" / "snr").iterdir()
+    rows = kept.read_text().count('"module"')
+    assert 1 <= rows <= 5
+    done.clear()
+    monkeypatch.setattr(workers, "statistics", lambda weight: done.append(weight) or statistics(weight))
+    analyze(SnrSettings(), quantized, tmp_path / "second")
+    assert len(done) == 28 - rows
+    assert not kept.exists() and len(read_table(tmp_path / "second")) == 28
 
 
 def test_rows_of_another_checkpoint_are_not_used(tmp_path: Path) -> None:

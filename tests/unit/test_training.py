@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from spectraqlora import adapters
 from spectraqlora.artifacts import TrainingLog
+from spectraqlora.errors import InputError
+from spectraqlora.models import load_quantized
 from spectraqlora.settings import EvaluateSettings, TrainSettings
-from spectraqlora.train.training import train
+from spectraqlora.train.training import check_optimizer, train
 
 from tests.unit.test_adapters import DOWN, Q0, rank_map
 
@@ -32,3 +35,17 @@ def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path)
     assert logs[0].loss_curve == logs[1].loss_curve != logs[2].loss_curve
     assert logs[0].best_eval_loss == min(loss for _, loss in logs[0].eval_curve)
     assert TrainingLog.read(tmp_path / "a") == logs[0]
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these run on GPUs")
+def test_optimizers_that_need_a_gpu_are_refused_without_one(name: str) -> None:
+    with pytest.raises(InputError, match=rf"train\.optimizer: '{name}'.*need a CUDA device"):
+        check_optimizer(TrainSettings(optimizer=name))
+
+
+def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quantized: Path) -> None:
+    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {DOWN: 4}))
+    hidden = model(input_ids=torch.arange(3, 23)[None], output_hidden_states=True).hidden_states
+    # The embedding and the outputs of blocks 0 and 1, then that of block 2, which holds the adapter.
+    assert [states.requires_grad for states in hidden] == [False, False, False, True, True]

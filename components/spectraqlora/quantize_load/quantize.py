@@ -7,24 +7,41 @@ from pathlib import Path
 
 from spectraqlora.artifacts import QuantizedModel, folder_digest
 from spectraqlora.checkpoint import check_model_folder
-from spectraqlora.families import auto_class, plain_linears, quantizable_t5
-from spectraqlora.models import compute_dtype, device, linear_modules, load_tokenizer, resolve_base
-from spectraqlora.settings import ModelSettings
+from spectraqlora.families import auto_class, check_computes, plain_linears, quantizable_t5
+from spectraqlora.models import (
+    candidates,
+    compute_dtype,
+    device,
+    load_tokenizer,
+    resolve_base,
+    without_cpu_packing,
+)
+from spectraqlora.settings import ModelSettings, is_address
+from spectraqlora.storage import content_digest, parse_address
 
 LOW_SHARE = 0.8
 
 
-def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
+def quantize(settings: ModelSettings, output: Path, content: str = "") -> QuantizedModel:
     """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
 
+    Args:
+        settings: the `model` section.
+        output: the artifact's folder.
+        content: what an s3:// address must hold, as `storage.content_digest` says it; empty takes what is there.
+
     Raises:
-        InputError: the model folder is unreadable, holds pickles only, or needs remote code.
+        InputError: the model folder is unreadable, holds pickles only, or needs remote code; the model does
+            not compute in 4 bits, looks ahead, or has nothing to adapt.
     """
     import bitsandbytes as bnb
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    source = resolve_base(settings.base_model, settings.revision)
+    remote = is_address(settings.base_model)
+    if remote and not content:
+        content = content_digest(parse_address(settings.base_model, "model.base_model"))
+    source = resolve_base(settings.base_model, settings.revision, content)
     check_model_folder(source, settings.trust_remote_code)
     dtype = compute_dtype(settings.compute_dtype)
     trust = settings.trust_remote_code
@@ -45,7 +62,9 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
                 bnb_4bit_quant_storage=dtype,
             ),
         )
-    modules = linear_modules(model)
+    without_cpu_packing(model)
+    check_computes(model, settings.base_model)
+    modules = candidates(model, settings.base_model)
     model.save_pretrained(output / "model", safe_serialization=True)
     load_tokenizer(source).save_pretrained(output / "model")
 
@@ -58,6 +77,7 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
         source=settings.base_model,
         revision=settings.revision,
         source_path=str(source.resolve()),
+        source_content=content if remote else "",
         base_digest=folder_digest(source),
         compute_dtype=str(dtype).removeprefix("torch."),
         parameters=total,
@@ -74,6 +94,12 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
             f"WARNING: only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
             f"{four_bit / max(linear, 1):.0%} of the decoder's linear weights are, the rest is embeddings, "
             "norms or layers that bitsandbytes does not know"
+        )
+    experts = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
+    if experts:
+        print(
+            f"{experts} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: bitsandbytes "
+            "packs, and the rank map adapts, layers; their SNR is measured"
         )
     del model
     if torch.cuda.is_available():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spectraqlora.cache import cache_folder
 from spectraqlora.sample.world import corpus, people, questions
 
 VERSION = 1
@@ -23,7 +24,7 @@ LEARNING_RATE = 4e-3
 
 def ensure_sample(cache: Path | None = None, progress: Callable[[int, int], None] | None = None) -> Path:
     """The sample's folder (`model/`, `data.jsonl`), made on first use in the user's cache."""
-    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectraqlora"
+    root = cache or cache_folder()
     folder = root / f"sample-v{VERSION}"
     if not (folder / "data.jsonl").exists():
         root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,68 @@
+"""Activations that cost a matrix product are kept for the backward pass; elementwise ones are made again.
+
+A gated MLP computes down(act(gate) * up). Autograd keeps gate, up, act(gate) and, under an adapter of down,
+the product. The last two follow from the first two by one cheap operation each, so they are not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import gelu, silu
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+@dataclass(frozen=True)
+class _Remade:
+    """A tensor as the autograd node that computed it.
+
+    The node still has its inputs when the tensor is asked for: a backward pass reaches a tensor's users
+    before its maker.
+    """
+
+    node: Any
+    shape: torch.Size
+
+    def tensor(self) -> torch.Tensor:
+        name = self.node.name()
+        if name == "SiluBackward0":
+            found = silu(self.node._saved_self)
+        elif name == "GeluBackward0":
+            found = gelu(self.node._saved_self, approximate=self.node._saved_approximate)
+        else:
+            found = self.node._saved_self * self.node._saved_other
+        return found.view(self.shape)
+
+
+def _pack(tensor: torch.Tensor) -> torch.Tensor | _Remade:
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    if node is None:
+        return tensor
+    name = node.name()
+    # A product keeps both factors only where both need gradients.
+    both = name == "MulBackward0" and all(after is not None for after, _ in node.next_functions)
+    if both or name in ("SiluBackward0", "GeluBackward0"):
+        return _Remade(node, tensor.shape)
+    return tensor
+
+
+def _unpack(packed: torch.Tensor | _Remade) -> torch.Tensor:
+    with torch.no_grad():
+        return packed.tensor() if isinstance(packed, _Remade) else packed
+
+
+@contextlib.contextmanager
+def elementwise_remade() -> Iterator[None]:
+    """Inside, activation functions and products of two activations are not kept for the backward pass.
+
+    Gradients are the same numbers: the same operation runs again on the same inputs.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        yield

@@ -1,0 +1,42 @@
+"""One of several training processes: `torchrun --nproc-per-node N -m spectraqlora.train.worker REQUEST.json`.
+
+The request holds the arguments of `spectraqlora.step.run_train`, artifacts as paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ARTIFACTS = ("quantized", "data", "ranks", "adapter", "previous")
+
+
+def main() -> None:
+    """Train as the step would, together with the other processes; only the first one prints its progress."""
+    from torch import distributed
+
+    from spectraqlora.step import run_train
+    from spectraqlora.train.distributed import is_main, start
+
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for name in ARTIFACTS:
+        if request[name] is not None:
+            request[name] = SimpleNamespace(path=request[name])
+    start()
+    printed = io.StringIO()
+    try:
+        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(printed):
+            run_train(**request)
+    except SystemExit:
+        # The line that says why; the first process may be stopped before it can print the same.
+        print(*printed.getvalue().splitlines()[-1:], flush=True)
+        raise
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

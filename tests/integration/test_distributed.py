@@ -1,0 +1,140 @@
+"""Training in two processes: the numbers of one process, whether the base is whole in each or sharded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from spectraqlora import adapters
+from spectraqlora.artifacts import TrainingLog
+from spectraqlora.errors import InputError
+from spectraqlora.models import load_quantized
+from spectraqlora.settings import EvaluateSettings, TrackingSettings, TrainSettings
+from spectraqlora.step import run_train
+from spectraqlora.train import distributed
+
+from tests.unit.test_adapters import DOWN, Q0, Q1, logits, randomize, rank_map
+
+
+def _train(
+    processes: int, ranks: Path, quantized: Path, prepared: Path, work: Path, **settings: Any
+) -> TrainingLog:
+    """The train step, as the pipeline calls it."""
+    output = work / f"adapter-{processes}"
+    plan = TrainSettings(max_steps=4, evaluations=2, processes=processes, **settings)
+    run_train(
+        "key",
+        1,
+        plan.model_dump(),
+        EvaluateSettings(batch_size=2).model_dump(),
+        TrackingSettings(uri=f"sqlite:///{work}/mlflow.db").model_dump(),
+        1,
+        *(SimpleNamespace(path=str(path)) for path in (quantized, prepared, ranks, output)),
+        None,
+    )
+    return TrainingLog.read(output)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"parallel": "ddp", "batch_size": 2, "gradient_accumulation": 2}, id="ddp"),
+        pytest.param({"parallel": "fsdp", "batch_size": 4, "gradient_checkpointing": "on"}, id="fsdp"),
+    ],
+)
+def test_two_processes_train_as_one_does(
+    settings: dict[str, Any], quantized: Path, prepared: Path, tmp_path: Path
+) -> None:
+    # Two modules of different blocks share a pair, one has a rank of its own.
+    rank_map(quantized, {Q0: 4, Q1: 4, DOWN: 2}, {Q0: 0, Q1: 0}).write(tmp_path / "ranks")
+    one, two = (
+        _train(count, tmp_path / "ranks", quantized, prepared, tmp_path, **settings) for count in (1, 2)
+    )
+    assert (one.processes, two.processes) == (1, 2)
+    assert [step for step, _ in two.loss_curve] == [1, 2, 3, 4]
+    for kind in ("loss_curve", "eval_curve"):
+        losses = [[loss for _, loss in getattr(log, kind)] for log in (one, two)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert one.loss_curve[0][1] > one.loss_curve[-1][1]
+    assert two.train_tokens == one.train_tokens
+    assert two.trainable_parameters == one.trainable_parameters
+    first, second = (adapters.read_pairs(tmp_path / f"adapter-{count}") for count in (1, 2))
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-5)
+    assert torch.equal(second[f"{Q0}.lora_B"], second[f"{Q1}.lora_B"])
+    assert second[f"{Q0}.lora_B"].abs().max() > 0
+
+
+def test_what_a_process_refuses_ends_the_step_with_its_code(
+    quantized: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks = rank_map(quantized, {Q0: 4}).model_copy(update={"base_digest": "0" * 64})
+    ranks.write(tmp_path / "ranks")
+    with pytest.raises(SystemExit) as ended:
+        _train(2, tmp_path / "ranks", quantized, prepared, tmp_path)
+    assert ended.value.code == 2
+    assert "error: rank map base_digest" in capfd.readouterr().out
+    assert not (tmp_path / "adapter-2" / TrainingLog.filename()).exists()
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_sharding_takes_the_blocks_weights_and_leaves_adapters_and_numbers(quantized: Path) -> None:
+    from torch.distributed.tensor import DTensor
+
+    wrapped = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 2, DOWN: 4}))
+    randomize(wrapped)
+    wrapped.eval()
+    before = logits(wrapped)
+    distributed.shard_base(wrapped)
+    sharded = {name for name, p in wrapped.named_parameters() if isinstance(p, DTensor)}
+    in_blocks = {name for name, _ in wrapped.named_parameters() if ".layers." in name and "lora_" not in name}
+    assert sharded == in_blocks and len(sharded) == 4 * 9
+    assert torch.equal(logits(wrapped), before)
+    assert all(not isinstance(weight, DTensor) for weight in adapters.pairs(wrapped).values())
+
+
+def test_blocks_are_the_outermost_numbered_modules() -> None:
+    def stack() -> torch.nn.Module:
+        return torch.nn.ModuleList(
+            torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(2, 2)])}) for _ in range(2)
+        )
+
+    model = torch.nn.ModuleDict({"encoder": stack(), "decoder": stack(), "head": torch.nn.Linear(2, 2)})
+    names = {module: name for name, module in model.named_modules()}
+    assert [names[block] for block in distributed.blocks(model)] == [
+        "encoder.0",
+        "encoder.1",
+        "decoder.0",
+        "decoder.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes", "expected"),
+    [(8, 1, 1, (8, 1)), (8, 1, 4, (2, 1)), (2, 4, 2, (2, 2)), (4, 2, 8, (1, 1)), (3, 4, 4, (3, 1))],
+)
+def test_processes_share_a_steps_rows(
+    batch_size: int, accumulation: int, processes: int, expected: tuple[int, int]
+) -> None:
+    settings = TrainSettings(batch_size=batch_size, gradient_accumulation=accumulation)
+    rows, passes = distributed.share(settings, processes)
+    assert (rows, passes) == expected
+    assert rows * passes * processes == batch_size * accumulation
+
+
+def test_rows_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(InputError, match=r"train\.batch_size: '3'.*a multiple of 2"):
+        distributed.share(TrainSettings(batch_size=3), 2)
+    with pytest.raises(InputError, match=r"train\.batch_size"):
+        distributed.share(TrainSettings(batch_size=2), 8)

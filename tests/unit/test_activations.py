@@ -1,0 +1,54 @@
+"""What the backward pass keeps: activation functions and products are made again, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from spectraqlora import adapters
+from spectraqlora.models import load_quantized
+from spectraqlora.train import activations
+from spectraqlora.train.activations import elementwise_remade
+
+from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
+
+
+def _backward(model: torch.nn.Module) -> list[torch.Tensor]:
+    ids = torch.arange(3, 23)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def test_gradients_of_a_model_stay_the_same_to_the_bit(quantized: Path) -> None:
+    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 4, DOWN: 4}))
+    randomize(model)
+    plain = _backward(model)
+    with elementwise_remade():
+        remade = _backward(model)
+    assert len(plain) == 4
+    assert all(torch.equal(one, other) for one, other in zip(plain, remade, strict=True))
+
+
+@pytest.mark.parametrize("function", ["silu", "gelu"])
+def test_a_gated_layer_keeps_its_input_and_two_matrix_products_alone(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, up, down = (torch.randn(size, requires_grad=True) for size in ((8, 4), (8, 4), (4, 8)))
+    inputs = torch.randn(3, 4)
+    kept: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> object:
+        packed = activations._pack(tensor)
+        if isinstance(packed, torch.Tensor):
+            kept.add(packed.untyped_storage().data_ptr())
+        return packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, activations._unpack):
+        opened, carried = inputs @ gate.T, inputs @ up.T
+        product = getattr(torch.nn.functional, function)(opened) * carried
+        loss = (product.view(1, 3, 8) @ down.T).sum()
+    weights = {weight.data_ptr() for weight in (gate, up, down)}
+    assert kept - weights == {tensor.data_ptr() for tensor in (inputs, opened, carried)}
+    loss.backward()
+    assert all(weight.grad is not None for weight in (gate, up, down))
