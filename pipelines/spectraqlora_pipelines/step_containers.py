@@ -105,10 +105,7 @@ class Surroundings:
         return [
             Mount(str(path), str(path), type="bind", read_only=read_only)
             for path, read_only in wanted.items()
-            if not any(
-                other in path.parents and (read_only or not other_read_only)
-                for other, other_read_only in wanted.items()
-            )
+            if next((wanted[above] for above in path.parents if above in wanted), None) is not read_only
         ]
 
     def prepare(self) -> None:

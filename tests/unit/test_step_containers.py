@@ -61,10 +61,11 @@ def test_files_behind_links_and_files_that_variables_name_come_along(tmp_path: P
     assert "/none/config" not in found
 
 
-def test_an_input_inside_the_workdir_needs_no_mount_of_its_own(tmp_path: Path) -> None:
-    inside = tmp_path / "work" / "model"
-    inside.mkdir(parents=True)
-    assert str(inside) not in mounted(Surroundings(tmp_path / "work", readable=[inside]))
+def test_what_lies_inside_another_mount_is_mounted_only_where_it_is_more_or_less_open(tmp_path: Path) -> None:
+    inside, shard = tmp_path / "work" / "model", tmp_path / "work" / "model" / "shard"
+    shard.mkdir(parents=True)
+    found = mounted(Surroundings(tmp_path / "work", readable=[inside, shard], user=4321))
+    assert found == {str(tmp_path / "work"): False, str(inside): True}
 
 
 def test_an_input_that_the_steps_user_may_not_read_is_refused_with_the_remedy(tmp_path: Path) -> None:
