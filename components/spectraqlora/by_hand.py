@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings
+from spectraqlora.step_images import images
 
 PACKAGE = Path(__file__).parent
-IMAGE_STEPS = "SPECTRAQLORA_STEPS"
-"""Environment variable in which an image names its steps, separated by commas."""
+IMAGE = "SPECTRAQLORA_IMAGE"
+"""Environment variable in which an image has its name."""
 _DEFAULTS: dict[str, Any] = {
     "content": "",
     "round": 1,
@@ -50,10 +51,9 @@ class Option(NamedTuple):
 
 def steps() -> list[str]:
     """All steps, or those of the image that this runs in."""
-    named = os.environ.get(IMAGE_STEPS)
-    if named:
-        return [name.strip() for name in named.split(",")]
-    return sorted(path.parent.name.replace("_", "-") for path in PACKAGE.glob("*/component.py"))
+    known = images()
+    here = os.environ.get(IMAGE)
+    return known[here] if here else sorted(step for steps in known.values() for step in steps)
 
 
 def component(step: str) -> Callable[..., None]:

@@ -23,11 +23,8 @@ from docker.types import DeviceRequest, Mount
 from requests.exceptions import RequestException
 from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings
-from spectraqlora.step_images import image
+from spectraqlora.step_images import image, images
 
-STEP_IMAGES = (
-    "light", "quantize-load", "snr-analyze", "select-layers", "train", "re-evaluate", "merge-export",
-)  # fmt: skip
 IMAGE_USER = 10001
 """User of the images; steps of a run that root starts run as this one, others as who starts the run."""
 DEFAULT_NETWORK = "host" if sys.platform == "linux" else "bridge"
@@ -154,7 +151,7 @@ def connect() -> docker.DockerClient:
 def check_images(network: str) -> None:
     """Refuse the docker runner where the engine, a step image or the network is missing."""
     client = connect()
-    for name in STEP_IMAGES:
+    for name in images():
         try:
             client.images.get(image(name))
         except ImageNotFound:

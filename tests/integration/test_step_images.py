@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spectraqlora import __version__, by_hand
+from spectraqlora import __version__
 from spectraqlora.artifacts import RankMap, TrainingLog
-from spectraqlora.step_images import image
-from spectraqlora_pipelines.step_containers import IMAGE_USER, STEP_IMAGES
+from spectraqlora.step_images import image, images
+from spectraqlora_pipelines.step_containers import IMAGE_USER
 
 from tests.containers import contained, engine
 
 pytestmark = pytest.mark.e2e
 LIMIT_BYTES = {"light": 600e6, "train": 2.0e9}
 IMPORTS = """
-import importlib, os, sys
-for step in os.environ["SPECTRAQLORA_STEPS"].split(", "):
+import importlib.util, os, sys
+from spectraqlora.by_hand import steps
+for step in steps():
     package = "spectraqlora." + step.replace("-", "_")
     folder = importlib.import_module(package).__path__[0]
     for name in sorted(os.listdir(folder)):
@@ -35,7 +36,7 @@ def docker() -> Any:
     return engine()
 
 
-@pytest.mark.parametrize("name", STEP_IMAGES)
+@pytest.mark.parametrize("name", images())
 def test_labels_user_and_size(docker: Any, name: str) -> None:
     found = docker.images.get(image(name))
     config = found.attrs["Config"]
@@ -49,7 +50,7 @@ def test_labels_user_and_size(docker: Any, name: str) -> None:
     assert found.attrs["Size"] < LIMIT_BYTES.get(name, 2.0e9)
 
 
-@pytest.mark.parametrize("name", STEP_IMAGES)
+@pytest.mark.parametrize("name", images())
 def test_no_compiler_no_cache_no_installer_and_nothing_of_the_build_machine(docker: Any, name: str) -> None:
     script = r"""
 for program in gcc cc g++ clang make ld pip pip3 git curl; do command -v $program && echo found; done
@@ -67,24 +68,21 @@ ls /usr/local/share/ca-certificates
     assert not re.search(r"secret|token=|password|PIP_|https?://", history, re.IGNORECASE)
 
 
-@pytest.mark.parametrize("name", STEP_IMAGES)
+@pytest.mark.parametrize("name", images())
 def test_an_image_loads_its_steps_and_only_the_light_one_lacks_torch(docker: Any, name: str) -> None:
     code, said = contained(docker, name, "python3", "-c", IMPORTS)
     assert code == 0, said
     assert said.splitlines()[-1] == str(name != "light")
 
 
-@pytest.mark.parametrize("name", STEP_IMAGES)
+@pytest.mark.parametrize("name", images())
 def test_an_image_explains_its_steps(docker: Any, name: str) -> None:
     code, said = contained(docker, name, "--help")
-    named = docker.images.get(image(name)).attrs["Config"]["Env"]
-    (steps,) = [
-        value.partition("=")[2].split(", ") for value in named if value.startswith(by_hand.IMAGE_STEPS)
-    ]
     assert code == 0
-    for step in steps:
-        code, said = contained(docker, name, step, "--help")
-        assert code == 0 and f"usage: {step}" in said and "Example: " in said
+    for step in images()[name]:
+        assert step in said
+        code, shown = contained(docker, name, step, "--help")
+        assert code == 0 and f"usage: {step}" in shown and "Example: " in shown
 
 
 def test_steps_run_by_hand_with_plain_arguments(

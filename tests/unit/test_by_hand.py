@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 from spectraqlora import by_hand
+from spectraqlora.step_images import images
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(*arguments: str, steps: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, in the image of the named steps."""
+def call(*arguments: str, image: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, in the named image."""
     environment = {
-        by_hand.IMAGE_STEPS: steps,
+        by_hand.IMAGE: image,
         "PYTHONPATH": str(ROOT / "components"),
         "PATH": "/usr/bin:/bin",
     }
@@ -39,21 +40,24 @@ def test_every_parameter_of_a_component_is_an_option_with_its_meaning(step: str)
 
 
 def test_an_image_explains_its_steps_and_runs_only_those() -> None:
-    shown = call("--help", steps="prepare-data, compare")
+    shown = call("--help", image="light")
     assert shown.returncode == 0
     assert "prepare-data" in shown.stdout and "compare" in shown.stdout and "train" not in shown.stdout
-    refused = call("train", steps="prepare-data, compare")
+    refused = call("train", image="light")
     assert refused.returncode == 2
-    assert refused.stderr == "error: STEP: 'train': expected one of prepare-data, compare, or a program\n"
+    assert (
+        refused.stderr
+        == f"error: STEP: 'train': expected one of {', '.join(images()['light'])}, or a program\n"
+    )
 
 
 def test_an_image_of_one_step_needs_no_name() -> None:
-    shown = call("--help", steps="train")
+    shown = call("--help", image="train")
     assert "--quantized DIR" in shown.stdout and "Example: train --quantized quantized" in shown.stdout
 
 
 def test_another_program_is_passed_on_with_its_exit_code() -> None:
-    done = call("sh", "-ec", 'echo "$0 $1"; exit 3', "a", "b", steps="train")
+    done = call("sh", "-ec", 'echo "$0 $1"; exit 3', "a", "b", image="train")
     assert (done.stdout, done.returncode) == ("a b\n", 3)
 
 

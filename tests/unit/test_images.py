@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from spectraqlora import by_hand
-from spectraqlora_pipelines.step_containers import STEP_IMAGES
+from spectraqlora.step_images import images
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"
@@ -30,29 +30,20 @@ def locks_of(image: str) -> list[Path]:
     return [IMAGES / "base" / f"{name}.lock" for name in below] + own
 
 
-def images_of_steps() -> dict[str, str]:
-    """Step to the image that its component names."""
-    found = {}
-    for path in PACKAGE.glob("*/component.py"):
-        (name,) = re.findall(r'image\("([a-z-]+)"\)', path.read_text())
-        found[path.parent.name.replace("_", "-")] = name
-    return found
-
-
-def test_every_image_has_a_folder_and_names_the_steps_that_run_in_it() -> None:
+def test_every_image_that_a_component_names_has_a_folder_and_its_own_name() -> None:
     folders = {path.parent.name for path in IMAGES.glob("*/Dockerfile")} - {"base"}
-    assert folders == set(STEP_IMAGES)
-    for image in folders:
-        text = (IMAGES / image / "Dockerfile").read_text()
-        named = re.findall(r'SPECTRAQLORA_STEPS="(.*)"', text)[0].split(", ")
-        assert set(named) == {step for step, where in images_of_steps().items() if where == image}
-    assert set(images_of_steps()) == set(by_hand.steps())
+    assert folders == set(images())
+    for name in folders:
+        assert f"ENV SPECTRAQLORA_IMAGE={name}\n" in (IMAGES / name / "Dockerfile").read_text()
+    assert set(by_hand.steps()) == {
+        path.parent.name.replace("_", "-") for path in PACKAGE.glob("*/component.py")
+    }
 
 
 def test_the_bake_file_builds_the_same_images() -> None:
     text = (IMAGES / "docker-bake.hcl").read_text()
     (matrix,) = re.findall(r"step = \[(.*?)\]", text)
-    assert sorted([*re.findall(r'"([a-z-]+)"', matrix), "light"]) == sorted(STEP_IMAGES)
+    assert sorted([*re.findall(r'"([a-z-]+)"', matrix), "light"]) == sorted(images())
     used = set(re.findall(r"^ARG (\w+)", "".join(p.read_text() for p in IMAGES.glob("*/Dockerfile")), re.M))
     given = set(re.findall(r"(\w+) = ", "".join(re.findall(r"args\s+= \{(.*)\}", text))))
     assert given == used
@@ -128,7 +119,7 @@ def test_an_image_holds_what_its_steps_import(step: str) -> None:
             waiting |= own
             needed |= others
     needed -= {*sys.stdlib_module_names, "spectraqlora"}
-    image = images_of_steps()[step]
+    (image,) = [name for name, steps in images().items() if step in steps]
     held = pins(*locks_of(image)).keys()
     missing = {name for name in needed if DISTRIBUTIONS.get(name, name.replace("_", "-")) not in held}
     assert missing == set(), f"the image {image} lacks {missing}; add them to its requirements.in, make lock"
