@@ -118,10 +118,17 @@ class Surroundings:
                         raise InputError(
                             "file", path, f"a file that user {self.user} may read: chmod -R a+rX {given}"
                         )
-        for folder in (self.workdir / "artifacts", self.scratch, self.cache / "spectraqlora", self.hub):
+        given = [folder for folder in self.writable if not folder.exists()]
+        for folder in (
+            *given,
+            self.workdir / "artifacts",
+            self.scratch,
+            self.cache / "spectraqlora",
+            self.hub,
+        ):
             folder.mkdir(parents=True, exist_ok=True)
         if self.user != os.getuid():
-            for path in (self.workdir, *self.workdir.rglob("*")):
+            for path in (*given, self.workdir, *self.workdir.rglob("*")):
                 os.chown(path, self.user, 0, follow_symlinks=False)
 
 
@@ -265,7 +272,7 @@ def replace_kfps(surroundings: Surroundings) -> Iterator[None]:
 
 
 def surroundings(settings: Settings, workdir: Path, inputs: Sequence[str], network: str) -> Surroundings:
-    """What the steps of a run need of this machine: its inputs where they are local, and MLflow's SQLite.
+    """What the steps of a run need of this machine: inputs, checkpoints and MLflow's SQLite where they are local.
 
     Args:
         settings: of the run.
@@ -274,10 +281,12 @@ def surroundings(settings: Settings, workdir: Path, inputs: Sequence[str], netwo
         network: a Docker network.
     """
     given = [*inputs, settings.snr.table]
-    database = settings.tracking.uri.removeprefix("sqlite:///")
+    writable = [settings.checkpoint.folder] if settings.checkpoint.folder else []
+    if settings.tracking.uri.startswith("sqlite:///"):
+        writable.append(os.path.dirname(settings.tracking.uri.removeprefix("sqlite:///")))
     return Surroundings(
         workdir,
         readable=[Path(place).absolute() for place in given if place and Path(place).exists()],
-        writable=[Path(database).absolute().parent] if database != settings.tracking.uri else [],
+        writable=[Path(folder).absolute() for folder in writable],
         network=network,
     )

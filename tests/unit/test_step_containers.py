@@ -37,10 +37,16 @@ def test_inputs_are_mounted_read_only_and_the_workdir_to_be_written(tmp_path: Pa
     model, rows, work = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "work"
     model.mkdir()
     rows.write_text("{}")
-    settings = parse({"tracking": {"uri": f"sqlite:///{tmp_path}/elsewhere/mlflow.db"}})
+    settings = parse(
+        {
+            "tracking": {"uri": f"sqlite:///{tmp_path}/elsewhere/mlflow.db"},
+            "checkpoint": {"folder": str(tmp_path / "checkpoints")},
+        }
+    )
     found = mounted(surroundings(settings, work, [str(model), str(rows)], "host"))
     assert found[str(model)] and found[str(rows)]
-    assert not found[str(work)] and not found[str(tmp_path / "elsewhere")]
+    for folder in (work, tmp_path / "elsewhere", tmp_path / "checkpoints"):
+        assert not found[str(folder)]
     remote = mounted(surroundings(parse({}), work, ["owner/name", "s3://bucket/rows"], "host"))
     assert not any(remote.values())
 
