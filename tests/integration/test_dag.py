@@ -172,6 +172,7 @@ def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
         (["--data", "none.jsonl"], "data.source"),
         (["--base-model", "./none"], "model.base_model"),
         (["--config", "none.yaml"], "--config"),
+        (["--network", "host"], "--network"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
