@@ -7,12 +7,14 @@ from kfp import compiler, dsl
 from spectraqlora.compare.component import compare
 from spectraqlora.merge_export.component import merge_export
 from spectraqlora.prepare_data.component import prepare_data
+from spectraqlora.promote.component import promote as promote_step
 from spectraqlora.quantize_load.component import quantize_load
 from spectraqlora.re_evaluate.component import re_evaluate
 from spectraqlora.register.component import register
 from spectraqlora.select_layers.component import select_layers
 from spectraqlora.settings import Settings
 from spectraqlora.snr_analyze.component import snr_analyze
+from spectraqlora.start_point.component import start_point
 from spectraqlora.train.component import train
 
 from spectraqlora_pipelines.placement import Placement
@@ -25,7 +27,16 @@ class Branch(NamedTuple):
     adapter: dsl.Model
 
 
-def _branch(name: str, rounds: int, place: Placement) -> Any:
+def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = False) -> Any:
+    """The nested pipeline of one method: select-layers, then train and re-evaluate for every round.
+
+    Args:
+        name: the method.
+        rounds: unrolled.
+        place: names and places the tasks.
+        from_champion: whether the first round starts from the champion's adapter where it fits.
+    """
+
     @dsl.pipeline(name=f"branch-{name}", description=f"select-layers, train and re-evaluate for {name}")
     def branch(
         method: str,
@@ -47,6 +58,10 @@ def _branch(name: str, rounds: int, place: Placement) -> Any:
         place(chosen, f"select-layers ({name})")
         ranks: Any = chosen.outputs["ranks"]
         carried: dict[str, Any] = {}
+        if from_champion:
+            begun = start_point(tracking=tracking, ranks=ranks)
+            place(begun, f"start-point ({name})")
+            ranks, carried = begun.outputs["start_ranks"], {"start": begun.outputs["start_adapter"]}
         judged: Any = None
         for number in range(1, rounds + 1):
             trained = train(
@@ -85,9 +100,9 @@ def _branch(name: str, rounds: int, place: Placement) -> Any:
     return branch
 
 
-def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -> Any:
+def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = Placement()) -> Any:
     """The pipeline with a static branch for each method and its rounds unrolled, its tasks placed by `place`."""
-    branches = {method: _branch(method, rounds, place) for method in methods}
+    branches = {method: branch_of(method, rounds, place) for method in methods}
 
     @dsl.pipeline(
         name="spectraqlora-ablation",
@@ -109,6 +124,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
         train: dict = DEFAULTS["train"],
         evaluate: dict = DEFAULTS["evaluate"],
         tracking: dict = DEFAULTS["tracking"],
+        promote: dict = DEFAULTS["promote"],
         checkpoint: dict = DEFAULTS["checkpoint"],
         export: dict = DEFAULTS["export"],
     ):
@@ -142,32 +158,61 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement) -
             results[f"{method}_adapter"] = outcome.outputs["adapter"]
         compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
         place(compared, "compare")
-        exported = merge_export(
-            settings=evaluate,
-            export=export,
-            quantized=four_bit,
-            data=prepared.outputs["data"],
-            winner=compared.outputs["winner"],
-        )
-        place(exported, "merge-export")
-        registered = register(
+        hand_over(
             run_key=run_key,
+            evaluate=evaluate,
             tracking=tracking,
+            promote=promote,
+            export=export,
+            origin={},
+            four_bit=four_bit,
+            prepared=prepared,
             winner=compared.outputs["winner"],
-            exported=exported.outputs["exported"],
+            place=place,
         )
-        place(registered, "register")
 
     return ablation
 
 
-def compile_pipeline(
-    path: Path, methods: tuple[str, ...], rounds: int, place: Placement = Placement()
+def hand_over(
+    run_key: Any,
+    evaluate: Any,
+    tracking: Any,
+    promote: Any,
+    export: Any,
+    origin: Any,
+    four_bit: Any,
+    prepared: Any,
+    winner: Any,
+    place: Placement,
 ) -> None:
-    """Write the pipeline YAML, the same text every time.
+    """The end of every pipeline: merge-export, register, promote."""
+    data = prepared.outputs["data"]
+    exported = merge_export(settings=evaluate, export=export, quantized=four_bit, data=data, winner=winner)
+    place(exported, "merge-export")
+    registered = register(
+        run_key=run_key,
+        tracking=tracking,
+        origin=origin,
+        data=data,
+        winner=winner,
+        exported=exported.outputs["exported"],
+    )
+    place(registered, "register")
+    promoted = promote_step(
+        tracking=tracking,
+        settings=promote,
+        evaluate=evaluate,
+        registered=registered.outputs["registered"],
+    )
+    place(promoted, "promote")
+
+
+def write_yaml(pipeline: Any, path: Path) -> None:
+    """Write a pipeline's YAML, the same text every time.
 
     The compiler's leading comments list dict defaults in random order; they go, the IR says the same.
     """
-    compiler.Compiler().compile(ablation_pipeline(methods, rounds, place), str(path))
+    compiler.Compiler().compile(pipeline, str(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("#")), encoding="utf-8")

@@ -26,8 +26,8 @@ from pydantic import (
 )
 from spectraqlora.errors import InputError
 
-NEVER_CACHED = frozenset({"register", "promote"})
-"""Steps whose work is a change elsewhere: taking an old result for it would leave the change out."""
+NEVER_CACHED = frozenset({"detect-changes", "start-point", "register", "promote"})
+"""Steps that read or change what lies elsewhere: an old result would miss what happened there since."""
 
 _SUFFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _SUFFIXES |= {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTPE", 1)}
@@ -283,7 +283,7 @@ class ClusterValues(_Part):
     def _steps_are_whole(self) -> ClusterValues:
         for name, own in self.steps.items():
             if name in NEVER_CACHED and "caching" in own.model_fields_set and own.caching:
-                raise _At(("steps", name, "caching"), True, "false: the step changes the registry")
+                raise _At(("steps", name, "caching"), True, "false: the step reads or changes the registry")
             try:
                 self.step(name)
             except ValidationError as error:

@@ -13,16 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CLI = [str(Path(sys.executable).parent / "spectraqlora")]
 
 
-def spectraqlora(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=560, check=False)
+def spectraqlora(*arguments: str, timeout: float = 560) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "ablation.yaml"
     probe = (
-        "import sys; from pathlib import Path; from spectraqlora_pipelines.ablation import compile_pipeline;"
-        f"compile_pipeline(Path({str(path)!r}), {METHODS!r}, 1); assert 'torch' not in sys.modules"
+        "import sys; from pathlib import Path; from spectraqlora_pipelines.ablation import ablation_pipeline, write_yaml;"
+        f"write_yaml(ablation_pipeline({METHODS!r}, 1), Path({str(path)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", probe], check=True)
     return path
@@ -174,6 +174,7 @@ def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
         (["--data", "none.jsonl"], "data.source"),
         (["--base-model", "./none"], "model.base_model"),
         (["--config", "none.yaml"], "--config"),
+        (["--network", "host"], "--network"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ARTIFACTS = ("quantized", "data", "ranks", "adapter", "previous")
+ARTIFACTS = ("quantized", "data", "ranks", "adapter", "previous", "start")
 
 
 def main() -> None:
