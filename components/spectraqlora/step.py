@@ -138,6 +138,7 @@ def run_train(
     adapter: Any,
     previous: Any,
 ) -> None:
+    arguments = dict(locals())
     from spectraqlora.tracking import Tracker
     from spectraqlora.train import distributed
     from spectraqlora.train.training import check_optimizer, nothing_left, train
@@ -149,20 +150,7 @@ def run_train(
     count = distributed.processes(section)
     distributed.share(section, count)
     if count > 1 and not distributed.launched() and not nothing_left(rank_map):
-        paths = {"quantized": quantized, "data": data, "ranks": ranks, "adapter": adapter}
-        distributed.launch(
-            count,
-            {
-                "run_key": run_key,
-                "rounds": rounds,
-                "settings": settings,
-                "evaluate": evaluate,
-                "tracking": tracking,
-                "seed": seed,
-                "previous": previous.path if previous is not None else None,
-                **{name: artifact.path for name, artifact in paths.items()},
-            },
-        )
+        distributed.launch(count, arguments)
         return
     work = functools.partial(
         train,
