@@ -92,6 +92,7 @@ class QuantizedModel(_Manifest):
     source: str
     revision: str
     source_path: str
+    source_content: str = Field("", description="what the s3:// address held, by version or ETags")
     base_digest: str
     compute_dtype: str
     quant_type: str = "nf4"
@@ -175,6 +176,14 @@ class Similarity(_Manifest):
         return "similarity.json"
 
 
+class TrainingCheckpoint(_Manifest):
+    """A training between two steps: written last, with the SHA-256 of the files beside it."""
+
+    identity: str = Field(description="digest of everything that the training depends on")
+    step: int = Field(ge=1, description="optimizer steps of this round that are done")
+    files: dict[str, str] = Field(description="SHA-256 by name")
+
+
 class TrainingLog(_Manifest):
     """What training did: curves, cost and the count of trained parameters."""
 
@@ -238,7 +247,7 @@ class Evaluation(_Manifest):
 
 
 class MergedModel(_Manifest):
-    """The exported winner: `merged/` and `adapter/` beside this manifest."""
+    """The exported winner: `merged/` and `adapter/` beside this manifest, which is written last."""
 
     method: str
     base_digest: str
@@ -247,3 +256,6 @@ class MergedModel(_Manifest):
     eval_loss_quantized: float
     eval_loss_original: float
     verified_eval_loss: float
+    published: dict[str, str] = Field(
+        default_factory=dict, description="s3:// addresses of the plain files, by folder"
+    )

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import struct
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,39 +52,53 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def check_model_files(
+    place: object, names: Collection[str], config: str | None, trust_remote_code: bool = False
+) -> None:
+    """Refuse a model folder by the names of its files and the text of its `config.json`.
+
+    Raises:
+        InputError: no config or weights, pickles only, or remote code needed.
+    """
+    field = "model.base_model"
+    if config is None:
+        raise InputError(field, place, "a model folder; it has no config.json")
+    try:
+        document = json.loads(config)
+        own_code = document.get("auto_map")
+    except (ValueError, AttributeError):
+        raise InputError(field, f"{place}/config.json", "valid JSON") from None
+    if own_code and not trust_remote_code:
+        raise InputError(
+            field,
+            place,
+            "a model without code of its own; model.trust_remote_code=true runs it, if you trust it",
+        )
+    suffixes = {Path(name).suffix for name in names}
+    if ".safetensors" in suffixes:
+        return
+    if suffixes & {".bin", ".pt", ".pth"}:
+        raise InputError(
+            field,
+            place,
+            "safetensors; it holds pickled weights only, which can run code. Convert them where you trust "
+            "them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW)",
+        )
+    raise InputError(field, place, "a model folder; it has no *.safetensors weights")
+
+
 def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
     """Refuse a model folder that cannot be loaded safely; no weights are read.
 
     Raises:
         InputError: no folder, config or weights; pickle-only or truncated weights; remote code needed.
     """
-    field = "model.base_model"
     if not folder.is_dir():
-        raise InputError(field, folder, "an existing folder")
+        raise InputError("model.base_model", folder, "an existing folder")
     config = folder / "config.json"
-    if not config.exists():
-        raise InputError(field, folder, "a model folder; it has no config.json")
-    try:
-        document = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(field, config, "valid JSON") from None
-    if document.get("auto_map") and not trust_remote_code:
-        raise InputError(
-            field,
-            folder,
-            "a model without code of its own; model.trust_remote_code=true runs it, if you trust it",
-        )
-    shards = _shards(folder)
-    if not shards:
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            raise InputError(
-                field,
-                folder,
-                "safetensors; it holds pickled weights only, which can run code. Convert them where you trust "
-                "them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW)",
-            )
-        raise InputError(field, folder, "a model folder; it has no *.safetensors weights")
-    for shard in shards:
+    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
+    check_model_files(folder, [path.name for path in folder.iterdir()], text, trust_remote_code)
+    for shard in _shards(folder):
         _header(shard)
 
 
@@ -90,39 +106,33 @@ _PACKED_STATE = ".quant_state.bitsandbytes__"
 """Beside a packed 4-bit tensor lies its shape and type, under the tensor's name, this and nf4 or fp4."""
 
 
-class Checkpoint:
-    """Tensors of a folder's safetensors shards, memory-mapped, one at a time.
+class Tensors(ABC):
+    """Tensors of a model's safetensors shards, one at a time, wherever the shards are.
 
     A tensor that bitsandbytes packed in 4 bits counts as the matrix that it stands for; the scales, code and
-    state that transformers saves beside it are no tensors of their own. `digest` changes with the shards'
-    names, sizes, times and headers; no weights are read for it.
+    state that transformers saves beside it are no tensors of their own.
+
+    Args:
+        entries: the shards' headers together: `shape`, `dtype` and `data_offsets` by tensor.
+        digest: changes with the shards' names, content and headers.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._where: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._bytes: dict[str, int] = {}
-        digest = hashlib.sha256()
-        for shard in _shards(folder):
-            stat = shard.stat()
-            header = _header(shard)
-            digest.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns, header]).encode())
-            for name, entry in header.items():
-                self._where[name] = shard
-                self._shapes[name] = tuple(entry["shape"])
-                start, end = entry["data_offsets"]
-                self._bytes[name] = end - start
-        self.digest = digest.hexdigest()
-        states = {name.partition(_PACKED_STATE)[0]: name for name in self._where if _PACKED_STATE in name}
-        self._packed = {
-            owner: [name for name in self._where if name.startswith(owner + ".")] for owner in states
-        }
+    def __init__(self, entries: dict[str, dict[str, Any]], digest: str) -> None:
+        self.digest = digest
+        self._shapes: dict[str, tuple[int, ...]] = {name: tuple(e["shape"]) for name, e in entries.items()}
+        self._bytes = {name: e["data_offsets"][1] - e["data_offsets"][0] for name, e in entries.items()}
+        states = {name.partition(_PACKED_STATE)[0]: name for name in entries if _PACKED_STATE in name}
+        self._packed = {owner: [name for name in entries if name.startswith(owner + ".")] for owner in states}
         for owner, parts in self._packed.items():
             state = json.loads(bytes(self._raw(states[owner]).tolist()))
             self._shapes[owner] = tuple(state["shape"])
             self._bytes[owner] = math.prod(state["shape"]) * (4 if state["dtype"] == "float32" else 2)
             for part in parts:
                 del self._shapes[part]
+
+    @abstractmethod
+    def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor as it is stored, or one slice of its first axis."""
 
     @property
     def packed(self) -> bool:
@@ -142,26 +152,10 @@ class Checkpoint:
         return self._bytes[name] // (self.shape(name)[0] if len(self.shape(name)) == 3 else 1)
 
     def load(self, name: str, index: int | None = None) -> torch.Tensor:
-        """One tensor, or one slice of its first axis, as a view of the mapped file; packed ones dequantized.
-
-        The map, and the resident pages that it counts for, go with the last reference to the tensor.
-        """
-        from safetensors import safe_open
-
+        """One tensor, or one slice of its first axis; packed ones dequantized."""
         if name in self._packed:
             return self._dequantized(name) if index is None else self._dequantized(name)[index]
-        if index is None:
-            return self._raw(name)
-        with safe_open(self._where[name], framework="pt") as shard:
-            part: torch.Tensor = shard.get_slice(name)[index]
-        return part
-
-    def _raw(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self._where[name], framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name)
-        return tensor
+        return self._raw(name, index)
 
     def _dequantized(self, name: str) -> torch.Tensor:
         import torch
@@ -169,3 +163,30 @@ class Checkpoint:
 
         parts = {part: self._raw(part) for part in self._packed[name]}
         return dequantize_4bit(self._raw(name), QuantState.from_dict(parts, device=torch.device("cpu")))
+
+
+class Checkpoint(Tensors):
+    """Tensors of a local folder's shards, memory-mapped.
+
+    The map, and the resident pages that it counts for, go with the last reference to a loaded tensor.
+    `digest` takes the shards' sizes and times for their content; no weights are read for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._where: dict[str, Path] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        digest = hashlib.sha256()
+        for shard in _shards(folder):
+            stat = shard.stat()
+            header = _header(shard)
+            digest.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns, header]).encode())
+            entries |= header
+            self._where |= dict.fromkeys(header, shard)
+        super().__init__(entries, digest.hexdigest())
+
+    def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._where[name], framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name) if index is None else shard.get_slice(name)[index]
+        return tensor

@@ -1,4 +1,4 @@
-"""The one error a user is expected to read."""
+"""The errors a user is expected to read."""
 
 
 class InputError(Exception):
@@ -9,3 +9,11 @@ class InputError(Exception):
         if len(shown) > 200:
             shown = shown[:197] + "..."
         super().__init__(f"{field}: {shown!r}: expected {expected}".replace("\n", " "))
+
+
+class Stopped(Exception):
+    """A signal ended the work where it can be taken up again."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import LinearModule, QuantizedModel
+from spectraqlora.checkpoint import Checkpoint, Tensors
 from spectraqlora.errors import InputError
 from spectraqlora.families import auto_class, plain_linears, quantizable_t5
+from spectraqlora.settings import is_address
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +66,15 @@ def module_identity(name: str) -> tuple[int, str] | None:
     return int(match.group(1)), stack + name[match.end() :]
 
 
-def resolve_base(source: str, revision: str) -> Path:
-    """Local folder of a base model: the folder itself, or the hub's snapshot (safetensors only)."""
+def resolve_base(source: str, revision: str, content: str = "") -> Path:
+    """Local folder of a base model: the folder itself, or a copy from the hub or an s3:// address.
+
+    `content` is what the address must still hold, as `storage.content_digest` says it.
+    """
+    if is_address(source):
+        from spectraqlora.storage import local_copy, parse_address
+
+        return local_copy(parse_address(source, "model.base_model"), content)
     path = Path(source)
     if path.is_dir():
         return path
@@ -81,6 +90,31 @@ def resolve_base(source: str, revision: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise InputError("model.base_model", source, f"a folder or a reachable hub model ({first})") from None
+
+
+def original_folder(manifest: QuantizedModel) -> Path:
+    """Local folder of the model that was quantized; fetched again where another machine did that."""
+    here = not is_address(manifest.source) and Path(manifest.source_path).is_dir()
+    source = manifest.source_path if here else manifest.source
+    return resolve_base(source, manifest.revision, manifest.source_content)
+
+
+def original_tensors(manifest: QuantizedModel) -> Tensors:
+    """Tensors of the model that was quantized; those at an s3:// address are read where they are.
+
+    Raises:
+        InputError: the original is not there any more, or is another one.
+    """
+    if not is_address(manifest.source):
+        return Checkpoint(original_folder(manifest))
+    from spectraqlora.storage import ObjectChanged, S3Checkpoint, content_digest, parse_address
+
+    address = parse_address(manifest.source, "model.base_model")
+    if content_digest(address) != manifest.source_content:
+        raise ObjectChanged(
+            "model.base_model", address, "the content that was quantized; it was replaced since"
+        )
+    return S3Checkpoint(address)
 
 
 def linear_modules(model: torch.nn.Module) -> list[LinearModule]:

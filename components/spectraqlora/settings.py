@@ -11,7 +11,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from spectraqlora.errors import InputError
 
@@ -32,7 +40,9 @@ class _Section(BaseModel):
 
 
 class ModelSettings(_Section):
-    base_model: str = Field("sample", description="Hub id, folder, or `sample` for the built-in model")
+    base_model: str = Field(
+        "sample", description="Hub id, folder, s3:// address, or `sample` for the built-in model"
+    )
     revision: str = Field("main", description="Hub revision of the base model")
     trust_remote_code: bool = Field(
         False, description="Run code shipped with the model; off unless you trust it"
@@ -44,7 +54,9 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    source: str = Field("sample", description="Hub id, .jsonl, .json, .csv, .parquet, folder, or `sample`")
+    source: str = Field(
+        "sample", description="Hub id, .jsonl, .json, .csv, .parquet, folder, s3:// address, or `sample`"
+    )
     split: str = Field("train", description="Split to read from a hub data set")
     eval_fraction: float = Field(0.2, gt=0, lt=1, description="Share of the rows held out for evaluation")
     max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
@@ -70,7 +82,9 @@ class SnrSettings(_Section):
         "original", description="Measure the original weights, or the 4-bit weights dequantized"
     )
     table: str = Field(
-        "", description="Take this table instead of measuring: Spectrum's JSON, or Parquet as `snr` writes it"
+        "",
+        description="Take this table instead of measuring: Spectrum's JSON, or Parquet as `snr` writes it; "
+        "a path or an s3:// address",
     )
 
 
@@ -79,9 +93,10 @@ class SelectSettings(_Section):
         50.0, gt=0, le=100, description="Share of the matrices (scope all: of their adapters' cost) selected"
     )
     signal: Literal["spectrum", "energy", "gradient_snr", "combined"] = Field(
-        "spectrum",
-        description="What ranks modules: weight SNR (Spectrum), the task's low-rank gradient energy per "
-        "adapter parameter, the gradient's signal-to-noise ratio over batches, or weight SNR and energy combined",
+        "energy",
+        description="What ranks modules: weight SNR alone (`spectrum`, as published), the task's low-rank gradient "
+        "energy per adapter parameter, the gradient's signal-to-noise ratio over batches, or weight SNR and energy "
+        "combined",
     )
     scope: Literal["type", "all"] = Field(
         "type", description="Rank modules within their module type, as Spectrum does, or across all types"
@@ -162,6 +177,39 @@ class EvaluateSettings(_Section):
     energy: float = Field(0.95, gt=0, le=1, description="Share of an update's energy that its rank must hold")
 
 
+def is_address(place: str) -> bool:
+    """True for what is meant as an address of object storage, and no path or hub id."""
+    return place.startswith("s3://")
+
+
+def _address(value: str) -> str:
+    if value and not is_address(value):
+        raise ValueError("an address such as s3://bucket/prefix, or nothing")
+    return value
+
+
+AddressOrNothing = Annotated[str, AfterValidator(_address)]
+
+
+class CheckpointSettings(_Section):
+    destination: AddressOrNothing = Field(
+        "", description="s3:// address for training checkpoints, so that they outlive the pod"
+    )
+    folder: str = Field(
+        "",
+        description="Local folder of training checkpoints; empty is the work directory, or a pod's scratch",
+    )
+    every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0 goes by time alone")
+    every_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints; 0 goes by steps alone")
+    keep: int = Field(2, ge=1, description="How many of a training's newest checkpoints are kept")
+
+
+class ExportSettings(_Section):
+    destination: AddressOrNothing = Field(
+        "", description="s3:// address where the winner is published, as the folders merged and adapter"
+    )
+
+
 class TrackingSettings(_Section):
     uri: str = Field("", description="MLflow tracking URI; empty is SQLite in the work directory")
     experiment: str = Field("spectraqlora", description="MLflow experiment")
@@ -187,6 +235,8 @@ class Settings(_Section):
     select: SelectSettings = SelectSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    export: ExportSettings = ExportSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @field_validator("methods", mode="before")

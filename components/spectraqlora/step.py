@@ -25,11 +25,13 @@ from spectraqlora.artifacts import (
     folder_digest,
     write_text,
 )
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, Stopped
 from spectraqlora.quiet import hush
 from spectraqlora.settings import (
+    CheckpointSettings,
     DataSettings,
     EvaluateSettings,
+    ExportSettings,
     ModelSettings,
     SelectSettings,
     SnrSettings,
@@ -68,6 +70,9 @@ def _step(function: Callable[P, None]) -> Callable[P, None]:
         except InputError as error:
             print(f"{ERROR_PREFIX}{error}", flush=True)
             sys.exit(2)
+        except Stopped as stop:
+            print(stop, flush=True)
+            sys.exit(stop.exit_code)
         except OSError as error:
             if error.errno != 28:
                 raise
@@ -86,19 +91,22 @@ def _folder(artifact: Any) -> Path:
 
 
 @_step
-def run_prepare_data(source: str, settings: dict[str, Any], seed: int, tokenizer: Any, data: Any) -> None:
+def run_prepare_data(
+    source: str, content: str, settings: dict[str, Any], seed: int, tokenizer: Any, data: Any
+) -> None:
     from spectraqlora.prepare_data.prepare import prepare
 
     section = DataSettings(**{**settings, "source": source})
-    result = prepare(section, str(Path(tokenizer.path) / "model"), seed, _folder(data))
+    result = prepare(section, str(Path(tokenizer.path) / "model"), seed, _folder(data), content)
     data.metadata.update(digest=result.digest, train_rows=result.train_rows, eval_rows=result.eval_rows)
 
 
 @_step
-def run_quantize_load(base_model: str, settings: dict[str, Any], quantized: Any) -> None:
+def run_quantize_load(base_model: str, content: str, settings: dict[str, Any], quantized: Any) -> None:
     from spectraqlora.quantize_load.quantize import quantize
 
-    result = quantize(ModelSettings(**{**settings, "base_model": base_model}), _folder(quantized))
+    section = ModelSettings(**{**settings, "base_model": base_model})
+    result = quantize(section, _folder(quantized), content)
     quantized.metadata.update(
         digest=result.base_digest, four_bit_share=result.four_bit_parameters / result.parameters
     )
@@ -137,6 +145,7 @@ def run_train(
     ranks: Any,
     adapter: Any,
     previous: Any,
+    checkpoint: dict[str, Any],
 ) -> None:
     arguments = dict(locals())
     from spectraqlora.tracking import Tracker
@@ -162,6 +171,7 @@ def run_train(
         seed,
         rounds,
         previous=Path(previous.path) if previous is not None else None,
+        checkpoint=CheckpointSettings(**checkpoint),
     )
     if not distributed.is_main():
         work(output=Path(adapter.path))
@@ -285,7 +295,9 @@ def run_compare(
 
 
 @_step
-def run_merge_export(settings: dict[str, Any], quantized: Any, data: Any, winner: Any, exported: Any) -> None:
+def run_merge_export(
+    settings: dict[str, Any], export: dict[str, Any], quantized: Any, data: Any, winner: Any, exported: Any
+) -> None:
     from spectraqlora.merge_export.merge import merge_export
 
     chosen = Path(winner.path)
@@ -296,8 +308,9 @@ def run_merge_export(settings: dict[str, Any], quantized: Any, data: Any, winner
         Evaluation.read(chosen),
         EvaluateSettings(**settings),
         _folder(exported),
+        ExportSettings(**export),
     )
-    exported.metadata.update(method=result.method, merged_into=result.merged_into)
+    exported.metadata.update(method=result.method, merged_into=result.merged_into, **result.published)
 
 
 @_step

@@ -40,6 +40,7 @@ def _branch(name: str, rounds: int, retries: int) -> Any:
         train_settings: dict,
         evaluate: dict,
         tracking: dict,
+        checkpoint: dict,
         quantized: dsl.Input[dsl.Model],
         data: dsl.Input[dsl.Dataset],
         table: dsl.Input[dsl.Dataset],
@@ -59,6 +60,7 @@ def _branch(name: str, rounds: int, retries: int) -> Any:
                 settings=train_settings,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 seed=seed,
                 quantized=quantized,
                 data=data,
@@ -102,6 +104,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         base_content: str = "",
         source: str = DEFAULTS["data"]["source"],
         source_content: str = "",
+        table_content: str = "",
         run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         seed: int = DEFAULTS["seed"],
         model: dict = DEFAULTS["model"],
@@ -111,6 +114,8 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         train: dict = DEFAULTS["train"],
         evaluate: dict = DEFAULTS["evaluate"],
         tracking: dict = DEFAULTS["tracking"],
+        checkpoint: dict = DEFAULTS["checkpoint"],
+        export: dict = DEFAULTS["export"],
     ):
         quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
         _named(quantized, "quantize-load", retries)
@@ -119,7 +124,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
             source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
         )
         _named(prepared, "prepare-data", retries)
-        measured = snr_analyze(settings=snr, quantized=four_bit)
+        measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
         _named(measured, "snr-analyze", retries)
         results: dict[str, Any] = {}
         for method, branch in branches.items():
@@ -132,6 +137,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
                 train_settings=train,
                 evaluate=evaluate,
                 tracking=tracking,
+                checkpoint=checkpoint,
                 quantized=four_bit,
                 data=prepared.outputs["data"],
                 table=measured.outputs["table"],
@@ -143,6 +149,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         _named(compared, "compare", retries)
         exported = merge_export(
             settings=evaluate,
+            export=export,
             quantized=four_bit,
             data=prepared.outputs["data"],
             winner=compared.outputs["winner"],

@@ -25,10 +25,11 @@ from rich.table import Table
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
-from spectraqlora.settings import Settings, digest, parse, reference, with_overrides
+from spectraqlora.settings import Settings, digest, is_address, parse, reference, with_overrides
 
 if TYPE_CHECKING:
     import pandas as pd
+    from spectraqlora.checkpoint import Tensors
 
 COMPILED = Path(__file__).resolve().parents[1] / "ablation.yaml"
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -82,15 +83,21 @@ def _load(config: Path | None, overrides: dict[str, Any], assignments: list[str]
 @app.command(epilog=_SETTINGS_HELP)
 def run(
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of safetensors. Default: the offline sample.")
+        str | None,
+        typer.Option(help="Hub id, folder of safetensors or s3:// address. Default: the offline sample."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Hub id, .jsonl, .json, .csv, .parquet or folder. Default: the offline sample."),
+        typer.Option(
+            help="Hub id, .jsonl, .json, .csv, .parquet, folder or s3:// address. Default: the offline sample."
+        ),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Branches: qlora, hybrid, alors, sgm, random.")] = None,
     snr_table: Annotated[
-        Path | None, typer.Option(help="SNR table to take instead of measuring: Spectrum's JSON, or Parquet.")
+        str | None,
+        typer.Option(
+            help="SNR table to take instead of measuring: Spectrum's JSON, or Parquet; a path or s3:// address."
+        ),
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of train and re-evaluate.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps per round.")] = None,
@@ -116,7 +123,9 @@ def run(
             "model.base_model": base_model,
             "data.source": data,
             "methods": methods,
-            "snr.table": str(snr_table.resolve()) if snr_table else None,
+            "snr.table": snr_table
+            if not snr_table or is_address(snr_table)
+            else str(Path(snr_table).resolve()),
             "rounds": rounds,
             "train.max_steps": max_steps,
             "seed": seed,
@@ -143,17 +152,18 @@ def run(
     sections = settings.model_dump(mode="json")
     if not settings.tracking.uri:
         sections["tracking"]["uri"] = f"sqlite:///{workdir}/mlflow.db"
+    if not settings.checkpoint.folder:
+        # Below the root that every runner's steps see.
+        sections["checkpoint"]["folder"] = str(workdir / "artifacts" / "checkpoints")
     arguments = {
         "base_model": base,
         "base_content": contents["base_model"],
         "source": source,
         "source_content": contents["data"],
+        "table_content": contents.get("snr_table", ""),
         "run_key": f"{workdir.name}-{digest(settings)[:12]}",
         "seed": settings.seed,
-        **{
-            name: sections[name]
-            for name in ("model", "data", "snr", "select", "train", "evaluate", "tracking")
-        },
+        **{name: section for name, section in sections.items() if isinstance(section, dict)},
     }
     steps = 6 + len(settings.methods) * (1 + 2 * settings.rounds)
     with _bars() as bars:
@@ -183,6 +193,8 @@ def run(
     _show(summary)
     console.print(f"Report: {workdir / 'report.html'}", soft_wrap=True)
     console.print(f"Merged model: {workdir / 'merged'}   Adapter: {workdir / 'adapter'}", soft_wrap=True)
+    for name, address in summary["published"].items():
+        console.print(f"Published {name}: {address}", soft_wrap=True)
     console.print(f"Runs: mlflow ui --backend-store-uri {sections['tracking']['uri']}", soft_wrap=True)
 
 
@@ -208,7 +220,9 @@ def compile_(
 
 @app.command()
 def snr(
-    model: Annotated[str, typer.Argument(help="Folder of safetensors (4-bit ones too), or hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of safetensors (4-bit ones too), hub id, or s3:// address.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -221,22 +235,21 @@ def snr(
         Path | None, typer.Option(help="Write the unfrozen-parameters file that Axolotl and Spectrum read.")
     ] = None,
 ) -> None:
-    """Show the signal-to-noise ratio of every weight matrix of a checkpoint."""
+    """Show the signal-to-noise ratio of every weight matrix of a checkpoint.
+
+    A checkpoint at an s3:// address is read where it is, a matrix at a time, without a copy on disk.
+
+    Example: spectraqlora snr s3://models/llama --percent 25 --unfrozen-yaml unfrozen.yaml
+    """
     if not 0 < percent <= 100:
         raise InputError("--percent", percent, "a number above 0 and at most 100")
-    from spectraqlora.checkpoint import Checkpoint, check_model_folder
-    from spectraqlora.models import resolve_base
     from spectraqlora.snr.finished import FinishedRows
     from spectraqlora.snr.scan import scan
     from spectraqlora.snr.spectrum_format import spectrum_json as to_json
     from spectraqlora.snr.spectrum_format import unfrozen_yaml as to_yaml
     from spectraqlora.snr.table import top_modules
 
-    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/"))):
-        raise InputError("MODEL", model, "an existing folder or a hub id such as owner/name")
-    folder = resolve_base(model, "main")
-    check_model_folder(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = _open_checkpoint(model)
     finished = None
     if output:
         finished = FinishedRows(output.with_name(output.name + ".partial.jsonl"), checkpoint.digest)
@@ -322,6 +335,23 @@ def _resolve_sample(settings: Settings) -> tuple[str, str]:
         str(folder / "model") if base == "sample" else base,
         str(folder / "data.jsonl") if source == "sample" else source,
     )
+
+
+def _open_checkpoint(model: str) -> Tensors:
+    from spectraqlora.checkpoint import Checkpoint, check_model_folder
+    from spectraqlora.models import resolve_base
+
+    if is_address(model):
+        from spectraqlora.storage import S3Checkpoint, parse_address
+
+        return S3Checkpoint(parse_address(model, "MODEL"))
+    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/"))):
+        raise InputError(
+            "MODEL", model, "an existing folder, a hub id such as owner/name, or an s3:// address"
+        )
+    folder = resolve_base(model, "main")
+    check_model_folder(folder)
+    return Checkpoint(folder)
 
 
 def _bars(bar_width: int = 40, speed_estimate_period: float = 30.0) -> Progress:

@@ -23,6 +23,7 @@ from spectraqlora.progress import PREFIX
 from spectraqlora.settings import Settings
 from spectraqlora.step import ERROR_PREFIX, LAUNCHER_PID
 
+_GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _TASK = re.compile(r"(?:Executing task|Task) '?([a-z0-9-]+)'?")
 
@@ -32,9 +33,15 @@ def _steps_end_with_us() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the running step first; a step whose command line is killed ends itself."""
 
     def stop(number: int, frame: object) -> None:
-        for child in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
+        # Training ends after its current step and a checkpoint, everything else at once.
+        _, alive = psutil.wait_procs(children, timeout=_GRACE_S)
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         raise KeyboardInterrupt
 
     os.environ[LAUNCHER_PID] = str(os.getpid())
@@ -233,6 +240,7 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "adapter": str(workdir / "adapter"),
         "merged_into": merged.merged_into,
         "merged_eval_loss": merged.verified_eval_loss,
+        "published": merged.published,
         "registered": registered,
     }
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import file_digest, folder_digest, write_text
 from spectraqlora.errors import InputError
-from spectraqlora.settings import Settings
+from spectraqlora.settings import Settings, is_address
 
 MINIMUM_FREE_BYTES = 512 * 2**20
 
@@ -18,11 +21,18 @@ def check(settings: Settings, base_model: str, source: str) -> None:
     """Refuse bad data, bad model folders, and ranks and processes that do not fit."""
     from spectraqlora.prepare_data.source import check_source
 
-    check_source(settings.data.model_copy(update={"source": source}))
+    _check_destinations(settings)
     if settings.train.processes > 1:
         from spectraqlora.train.distributed import share
 
         share(settings.train, settings.train.processes)
+    with _silence():
+        check_source(settings.data.model_copy(update={"source": source}))
+    if is_address(base_model):
+        with tempfile.TemporaryDirectory() as scratch:
+            _fetch_outline(base_model, Path(scratch) / "model", settings.model.trust_remote_code)
+            _check_fit(settings, Path(scratch) / "model")
+        return
     folder = Path(base_model)
     if not folder.is_dir():
         looks_like_hub = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
@@ -34,6 +44,11 @@ def check(settings: Settings, base_model: str, source: str) -> None:
     from spectraqlora.checkpoint import check_model_folder
 
     check_model_folder(folder, settings.model.trust_remote_code)
+    _check_fit(settings, folder)
+
+
+def _check_fit(settings: Settings, folder: Path) -> None:
+    """Refuse ranks and tables that do not fit the model; its config alone is read."""
     from spectraqlora.models import model_outline
     from spectraqlora.selection import check_rank
 
@@ -41,12 +56,47 @@ def check(settings: Settings, base_model: str, source: str) -> None:
     check_rank(modules, settings.select, settings.methods)
     if settings.snr.table:
         from spectraqlora.snr.table import read_given
+        from spectraqlora.snr_analyze.analyze import given_table
 
-        read_given(Path(settings.snr.table), modules)
+        with _silence():
+            read_given(given_table(settings.snr.table), modules)
+
+
+def _check_destinations(settings: Settings) -> None:
+    from spectraqlora.storage import check_writable, parse_address
+
+    for section in ("checkpoint", "export"):
+        destination = getattr(settings, section).destination
+        if destination:
+            check_writable(parse_address(destination, f"{section}.destination"))
+
+
+def _fetch_outline(base_model: str, folder: Path, trust_remote_code: bool) -> None:
+    """Bring what describes a model to disk, after its shards' headers were read where they are."""
+    from spectraqlora.checkpoint import check_model_files
+    from spectraqlora.storage import S3Checkpoint, download_folder, list_files, parse_address
+
+    address = parse_address(base_model, "model.base_model")
+    names = list_files(address)
+    with _silence():
+        download_folder(address, folder, wanted=lambda name: name.endswith((".json", ".py")))
+    config = folder / "config.json"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
+    check_model_files(base_model, names, text, trust_remote_code)
+    S3Checkpoint(address)
+
+
+def _silence() -> contextlib.AbstractContextManager[object]:
+    """Progress lines of small transfers are not worth the screen."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def content_digest(path: str) -> str:
-    """Digest of a local file or folder; empty for hub ids, whose revision says what they are."""
+    """Digest of a file or folder, local or at an s3:// address; empty for hub ids, which have a revision."""
+    if is_address(path):
+        from spectraqlora import storage
+
+        return storage.content_digest(storage.parse_address(path))
     local = Path(path)
     if local.is_file():
         return file_digest(local)

@@ -39,7 +39,7 @@ def test_the_snr_after_training_is_that_of_the_updated_weights(
         eval_curve=[],
     ).write(folders[1])
     settings = EvaluateSettings(accuracy_rows=0, energy=1.0)
-    select = SelectSettings(rank=4, rank_high=4, rank_low=2)
+    select = SelectSettings(signal="spectrum", rank=4, rank_high=4, rank_low=2)
     result = re_evaluate(
         quantized, prepared, folders[0], folders[1], settings, select, SnrSettings(), 1, *folders[2:]
     )

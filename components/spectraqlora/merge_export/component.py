@@ -12,6 +12,7 @@ def merge_export(
     data: dsl.Input[dsl.Dataset],
     winner: dsl.Input[dsl.Model],
     exported: dsl.Output[dsl.Model],
+    export: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Merge into dequantized and original weights, export the better one, verify the export.
 
@@ -21,7 +22,8 @@ def merge_export(
         data: prepared data, for the eval rows.
         winner: the winner's adapter and evaluation.
         exported: `merged/` and `adapter/`.
+        export: the `export` section.
     """
     from spectraqlora.step import run_merge_export
 
-    run_merge_export(settings, quantized, data, winner, exported)
+    run_merge_export(settings, export, quantized, data, winner, exported)

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel, write_text
-from spectraqlora.models import load_plain, load_quantized, load_tokenizer, resolve_base
+from spectraqlora.models import load_plain, load_quantized, load_tokenizer, original_folder
 from spectraqlora.rows import load_rows
 from spectraqlora.scoring import score
-from spectraqlora.settings import EvaluateSettings
+from spectraqlora.settings import EvaluateSettings, ExportSettings, is_address
+from spectraqlora.storage import parse_address, upload_folder
+
+FOLDERS = ("merged", "adapter")
 
 
 def _merged(model: Any, adapter: Path) -> Any:
@@ -22,7 +25,7 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 
 def _original(manifest: QuantizedModel, dtype: Any) -> Any:
-    return load_plain(resolve_base(manifest.source_path, manifest.revision), dtype)
+    return load_plain(original_folder(manifest), dtype)
 
 
 def merge_export(
@@ -32,8 +35,9 @@ def merge_export(
     evaluation: Evaluation,
     settings: EvaluateSettings,
     output: Path,
+    export: ExportSettings | None = None,
 ) -> MergedModel:
-    """Write `merged/`, `adapter/` and the manifest; the better of both merges is exported.
+    """Write `merged/`, `adapter/` and the manifest; the better of both merges is exported, and published.
 
     The adapter was trained against the dequantized 4-bit weights; the original weights are the better
     base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
@@ -81,10 +85,13 @@ def merge_export(
         eval_loss_original=original_loss,
         verified_eval_loss=verified,
     )
-    result.write(output)
     card = model_card(result, evaluation, manifest)
-    write_text(output / "merged" / "README.md", card)
-    write_text(output / "adapter" / "README.md", card)
+    for name in FOLDERS:
+        write_text(output / name / "README.md", card)
+    if export and export.destination:
+        address = parse_address(export.destination, "export.destination")
+        result.published = {name: upload_folder(output / name, address.child(name)) for name in FOLDERS}
+    result.write(output)
     return result
 
 
@@ -92,7 +99,9 @@ def model_card(result: MergedModel, evaluation: Evaluation, manifest: QuantizedM
     """The card beside the exported model and adapter, with both merges' numbers."""
     accuracy = "not scored" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
     base_accuracy = "not scored" if evaluation.base_accuracy is None else f"{evaluation.base_accuracy:.1%}"
-    source = Path(manifest.source).name if Path(manifest.source).is_absolute() else manifest.source
+    # Where paths and buckets are is nobody's business but their owner's.
+    private = Path(manifest.source).is_absolute() or is_address(manifest.source)
+    source = Path(manifest.source).name if private else manifest.source
     return f"""---
 library_name: transformers
 tags: [qlora, spectrum, spectraqlora]

@@ -17,8 +17,8 @@ def prepare_data(
     """Load, recognise, tokenize and split a data set.
 
     Args:
-        source: hub id, file or folder.
-        content: digest of a local source, so that changed files are not taken from the cache.
+        source: hub id, file, folder or s3:// address.
+        content: digest of the source's files, so that changed ones are not taken from the cache.
         settings: the `data` section.
         seed: of the split.
         tokenizer: 4-bit model artifact, for its tokenizer.
@@ -26,4 +26,4 @@ def prepare_data(
     """
     from spectraqlora.step import run_prepare_data
 
-    run_prepare_data(source, settings, seed, tokenizer, data)
+    run_prepare_data(source, content, settings, seed, tokenizer, data)

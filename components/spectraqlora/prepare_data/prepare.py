@@ -11,7 +11,14 @@ from spectraqlora.artifacts import PreparedData
 from spectraqlora.errors import InputError
 from spectraqlora.models import load_tokenizer
 from spectraqlora.prepare_data.layouts import Layout, messages_of, recognise
-from spectraqlora.prepare_data.source import LOADERS, check_source, files_of, is_hub_id, split_sizes
+from spectraqlora.prepare_data.source import (
+    LOADERS,
+    check_source,
+    files_of,
+    is_hub_id,
+    local_source,
+    split_sizes,
+)
 from spectraqlora.progress import Progress
 from spectraqlora.settings import DataSettings
 
@@ -83,7 +90,7 @@ class _Encoder:
         return ids, labels, text
 
 
-def _load(settings: DataSettings) -> Any:
+def _load(settings: DataSettings, content: str) -> Any:
     from datasets import load_dataset
 
     if is_hub_id(settings.source):
@@ -92,8 +99,9 @@ def _load(settings: DataSettings) -> Any:
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError("data.source", settings.source, f"a hub data set that loads ({first})") from None
-    check_source(settings)
-    files = files_of(settings.source)
+    local = local_source(settings.source, content)
+    check_source(settings.model_copy(update={"source": local}))
+    files = files_of(local)
     try:
         return load_dataset(LOADERS[files[0].suffix], data_files=[str(f) for f in files], split="train")
     except Exception as error:
@@ -101,7 +109,9 @@ def _load(settings: DataSettings) -> Any:
         raise InputError("data.source", settings.source, f"rows of one shape ({first})") from None
 
 
-def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) -> PreparedData:
+def prepare(
+    settings: DataSettings, model_path: str, seed: int, output: Path, content: str = ""
+) -> PreparedData:
     """Write `train/` and `eval/` (Arrow: input_ids, labels) and the manifest.
 
     Args:
@@ -109,6 +119,7 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
         model_path: folder of the tokenizer.
         seed: of the split.
         output: the artifact's folder.
+        content: what an s3:// source must hold, as `storage.content_digest` says it; empty takes what is there.
 
     Raises:
         InputError: the source cannot be read, fits no layout, or leaves no rows.
@@ -116,7 +127,7 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
     from datasets import Dataset
     from transformers import AutoConfig
 
-    raw = _load(settings)
+    raw = _load(settings, content)
     layout = recognise(raw.column_names)
     config = AutoConfig.from_pretrained(model_path)
     encoder = _Encoder(load_tokenizer(model_path), settings, layout, config.is_encoder_decoder)
@@ -150,13 +161,13 @@ def prepare(settings: DataSettings, model_path: str, seed: int, output: Path) ->
     splits = {"train": _tokens(train), "eval": _tokens(held_out)}
     if layout == "text" and settings.pack:
         splits = {name: _packed(rows, settings.max_length) for name, rows in splits.items()}
-    content = hashlib.sha256()
+    total = hashlib.sha256()
     for name, rows in splits.items():
-        content.update(json.dumps([name, rows]).encode())
+        total.update(json.dumps([name, rows]).encode())
         Dataset.from_list(rows).save_to_disk(str(output / name))
     result = PreparedData(
         source=settings.source,
-        digest=content.hexdigest(),
+        digest=total.hexdigest(),
         layout=layout,
         train_rows=len(splits["train"]),
         eval_rows=len(splits["eval"]),

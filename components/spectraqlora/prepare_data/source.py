@@ -10,16 +10,26 @@ from typing import Any
 
 from spectraqlora.errors import InputError
 from spectraqlora.prepare_data.layouts import recognise
-from spectraqlora.settings import DataSettings
+from spectraqlora.settings import DataSettings, is_address
+from spectraqlora.storage import local_copy, open_files, parse_address
 
+_HEAD_BYTES = 1 << 20
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be a hub id: no such path, one slash or none, no file suffix."""
     return (
-        not Path(source).exists() and Path(source).suffix not in LOADERS and source[:1] not in (".", "/", "~")
+        not is_address(source)
+        and not Path(source).exists()
+        and Path(source).suffix not in LOADERS
+        and source[:1] not in (".", "/", "~")
     )
+
+
+def local_source(source: str, content: str = "") -> str:
+    """A source on this machine: itself, or a copy of an s3:// address that holds `content`."""
+    return str(local_copy(parse_address(source, "data.source"), content)) if is_address(source) else source
 
 
 def files_of(source: str) -> list[Path]:
@@ -29,10 +39,7 @@ def files_of(source: str) -> list[Path]:
         raise InputError("data.source", source, "an existing file or folder, or a hub id")
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in LOADERS)
-        if not files:
-            raise InputError("data.source", source, f"a folder with {', '.join(LOADERS)} files")
-        if len({LOADERS[p.suffix] for p in files}) > 1:
-            raise InputError("data.source", source, "a folder with files of one kind")
+        _check_kinds(source, {p.suffix for p in files})
     else:
         files = [path]
         if path.suffix not in LOADERS:
@@ -41,6 +48,33 @@ def files_of(source: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise InputError("data.source", file, "rows; the file is empty")
     return files
+
+
+def _check_kinds(source: str, suffixes: set[str]) -> None:
+    if not suffixes:
+        raise InputError("data.source", source, f"a folder with {', '.join(LOADERS)} files")
+    if len({LOADERS[suffix] for suffix in suffixes}) > 1:
+        raise InputError("data.source", source, "a folder with files of one kind")
+
+
+def _check_remote(source: str) -> None:
+    readers = open_files(parse_address(source, "data.source"))
+    files = {name: r for name, r in readers.items() if Path(name).suffix in LOADERS and "/" not in name}
+    _check_kinds(source, {Path(name).suffix for name in files})
+    for name, reader in files.items():
+        if reader.size == 0:
+            raise InputError("data.source", f"{source}: {name}", "rows; the file is empty")
+    name, reader = next(iter(files.items()))
+    first, line_break, _ = bytes(reader.read(0, min(reader.size, _HEAD_BYTES))).strip().partition(b"\n")
+    if not line_break and reader.size > _HEAD_BYTES:
+        return
+    try:
+        if name.endswith(".jsonl"):
+            recognise(list(json.loads(first)))
+        elif name.endswith(".csv"):
+            recognise(next(csv.reader([first.decode()]), []))
+    except (ValueError, TypeError):
+        raise InputError("data.source", f"{source}: {name}", "one JSON object per line, in UTF-8") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -106,8 +140,14 @@ def split_sizes(rows: int, settings: DataSettings) -> tuple[int, int]:
 
 
 def check_source(settings: DataSettings) -> None:
-    """Refuse a bad source: missing, empty, not JSON, unknown columns, no rows left to evaluate on."""
+    """Refuse a bad source: missing, empty, not JSON, unknown columns, no rows left to evaluate on.
+
+    Of files at an s3:// address only names, sizes and the first row are looked at.
+    """
     if is_hub_id(settings.source):
+        return
+    if is_address(settings.source):
+        _check_remote(settings.source)
         return
     total = 0
     for path in files_of(settings.source):

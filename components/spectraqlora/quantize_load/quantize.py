@@ -16,13 +16,19 @@ from spectraqlora.models import (
     resolve_base,
     without_cpu_packing,
 )
-from spectraqlora.settings import ModelSettings
+from spectraqlora.settings import ModelSettings, is_address
+from spectraqlora.storage import content_digest, parse_address
 
 LOW_SHARE = 0.8
 
 
-def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
+def quantize(settings: ModelSettings, output: Path, content: str = "") -> QuantizedModel:
     """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
+
+    Args:
+        settings: the `model` section.
+        output: the artifact's folder.
+        content: what an s3:// address must hold, as `storage.content_digest` says it; empty takes what is there.
 
     Raises:
         InputError: the model folder is unreadable, holds pickles only, or needs remote code; the model does
@@ -32,7 +38,10 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    source = resolve_base(settings.base_model, settings.revision)
+    remote = is_address(settings.base_model)
+    if remote and not content:
+        content = content_digest(parse_address(settings.base_model, "model.base_model"))
+    source = resolve_base(settings.base_model, settings.revision, content)
     check_model_folder(source, settings.trust_remote_code)
     dtype = compute_dtype(settings.compute_dtype)
     trust = settings.trust_remote_code
@@ -68,6 +77,7 @@ def quantize(settings: ModelSettings, output: Path) -> QuantizedModel:
         source=settings.base_model,
         revision=settings.revision,
         source_path=str(source.resolve()),
+        source_content=content if remote else "",
         base_digest=folder_digest(source),
         compute_dtype=str(dtype).removeprefix("torch."),
         parameters=total,

@@ -20,7 +20,7 @@ from spectraqlora.artifacts import (
     Similarity,
     TrainingLog,
 )
-from spectraqlora.models import dequantized_weight, load_quantized, load_tokenizer, resolve_base
+from spectraqlora.models import dequantized_weight, load_quantized, load_tokenizer, original_tensors
 from spectraqlora.re_evaluate.next_round import carry_over, next_rank_map
 from spectraqlora.re_evaluate.updates import UpdateSpectrum, update_spectrum
 from spectraqlora.rows import load_rows
@@ -200,8 +200,7 @@ def _measure(
 
     def plain() -> Iterator[tuple[str, torch.Tensor]]:
         if snr.source == "original":
-            source = resolve_base(manifest.source_path, manifest.revision)
-            yield from tensors_of(source, manifest.modules)
+            yield from tensors_of(original_tensors(manifest), manifest.modules)
             return
         for info in manifest.modules:
             layer = layers[info.module]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 
 from spectraqlora.artifacts import LinearModule
-from spectraqlora.checkpoint import Checkpoint
+from spectraqlora.checkpoint import Tensors
 from spectraqlora.errors import InputError
 from spectraqlora.models import module_identity
 from spectraqlora.snr.finished import FinishedRows, Row
@@ -49,7 +48,7 @@ def scan_tensors(stream: Iterable[tuple[str, torch.Tensor]], source: str = "orig
 
 
 def scan(
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     modules: Sequence[LinearModule] | None = None,
     report: Report | None = None,
     finished: FinishedRows | None = None,
@@ -90,16 +89,15 @@ def memory_budget(largest: int) -> int:
     return _BESIDE_LIBRARIES + _TIMES_LARGEST * largest
 
 
-def tensors_of(folder: Path, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(checkpoint: Tensors, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
     """(module, weight out x in) of a model's linear modules and experts from its original checkpoint."""
-    checkpoint = Checkpoint(folder)
     transposed = {m.module for m in modules if m.transposed}
     for matrix in _plan(checkpoint, modules):
         weight = checkpoint.load(matrix.tensor, matrix.expert)
         yield matrix.module, weight.T if matrix.module in transposed else weight
 
 
-def _plan(checkpoint: Checkpoint, modules: Sequence[LinearModule] | None) -> list[_Matrix]:
+def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_Matrix]:
     """What to measure, by layer; beside the modules asked for also experts, which are no modules of their own.
 
     A checkpoint may lack the prefix under which the model holds its blocks.

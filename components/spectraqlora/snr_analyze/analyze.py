@@ -8,12 +8,13 @@ from pathlib import Path
 from spectraqlora.artifacts import QuantizedModel
 from spectraqlora.cache import cache_folder
 from spectraqlora.checkpoint import Checkpoint
-from spectraqlora.models import resolve_base
+from spectraqlora.models import original_tensors
 from spectraqlora.progress import Progress
-from spectraqlora.settings import SnrSettings
+from spectraqlora.settings import SnrSettings, is_address
 from spectraqlora.snr.finished import FinishedRows
 from spectraqlora.snr.scan import scan
 from spectraqlora.snr.table import read_given, write_table
+from spectraqlora.storage import local_copy, parse_address
 
 
 def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
@@ -23,19 +24,21 @@ def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
     """
     manifest = QuantizedModel.read(quantized)
     if settings.table:
-        write_table(read_given(Path(settings.table), manifest.modules), output)
+        write_table(read_given(given_table(settings.table), manifest.modules), output)
         return
-    if settings.source == "original":
-        folder = resolve_base(manifest.source_path, manifest.revision)
-    else:
-        folder = quantized / "model"
-    checkpoint = Checkpoint(folder)
+    original = settings.source == "original"
+    checkpoint = original_tensors(manifest) if original else Checkpoint(quantized / "model")
     finished = _finished(checkpoint.digest)
     progress = Progress("measuring SNR", len(manifest.modules))
     table = scan(checkpoint, manifest.modules, lambda done, _, module: progress(done, module), finished)
     write_table(table, output)
     if finished:
         finished.remove()
+
+
+def given_table(place: str) -> Path:
+    """The file of a table measured elsewhere, fetched where its place is an s3:// address."""
+    return local_copy(parse_address(place, "snr.table")) if is_address(place) else Path(place)
 
 
 def _finished(digest: str) -> FinishedRows | None:

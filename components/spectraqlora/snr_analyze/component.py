@@ -6,13 +6,16 @@ from spectraqlora.step_images import image
 
 
 @dsl.component(base_image=image("snr-analyze"), install_kfp_package=False)
-def snr_analyze(settings: dict, quantized: dsl.Input[dsl.Model], table: dsl.Output[dsl.Dataset]):
+def snr_analyze(
+    settings: dict, quantized: dsl.Input[dsl.Model], table: dsl.Output[dsl.Dataset], content: str = ""
+):
     """Signal-to-noise ratio of every weight matrix.
 
     Args:
         settings: the `snr` section.
         quantized: 4-bit model artifact; it also names the original checkpoint.
         table: SNR table as Parquet, Spectrum JSON and heat map.
+        content: digest of a table measured elsewhere, so that a changed one is not taken from the cache.
     """
     from spectraqlora.step import run_snr_analyze
 

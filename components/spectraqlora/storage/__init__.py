@@ -1,26 +1,40 @@
 """The only module that talks to object storage: folders, files and checkpoints at s3:// addresses."""
 
-from spectraqlora.storage.address import Address, is_address, parse_address
-from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectMissing
+from spectraqlora.storage.address import Address, parse_address
+from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing
 from spectraqlora.storage.download import download_file, download_folder
-from spectraqlora.storage.folders import exists, list_files
-from spectraqlora.storage.ranged import RangedReader, S3Checkpoint, ranged_reader
+from spectraqlora.storage.folders import (
+    check_writable,
+    content_digest,
+    exists,
+    folders_below,
+    list_files,
+    remove_folder,
+)
+from spectraqlora.storage.local_copy import local_copy
+from spectraqlora.storage.ranged import RangedReader, S3Checkpoint, open_files, ranged_reader
 from spectraqlora.storage.upload import upload_file, upload_folder
 
 __all__ = [
     "Address",
     "Connection",
     "ObjectChanged",
+    "ObjectDamaged",
     "ObjectMissing",
     "RangedReader",
     "S3Checkpoint",
+    "check_writable",
+    "content_digest",
     "download_file",
     "download_folder",
     "exists",
-    "is_address",
+    "folders_below",
     "list_files",
+    "local_copy",
+    "open_files",
     "parse_address",
     "ranged_reader",
+    "remove_folder",
     "upload_file",
     "upload_folder",
 ]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from spectraqlora.errors import InputError
+from spectraqlora.settings import is_address
 
 SCHEME = "s3://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -29,11 +30,6 @@ class Address:
     def below(self) -> str:
         """What the keys of everything below this address begin with."""
         return f"{self.key}/" if self.key else ""
-
-
-def is_address(text: str) -> bool:
-    """True for text that is meant as an address of object storage."""
-    return text.startswith(SCHEME)
 
 
 def parse_address(text: str, field: str = "s3 address") -> Address:

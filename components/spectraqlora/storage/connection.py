@@ -8,6 +8,7 @@ Endpoint, region, credentials and certificates come from where every AWS client 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
 import time
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import boto3  # type: ignore[import-untyped]
-from botocore import exceptions as faults  # type: ignore[import-untyped]
+import botocore.loaders  # type: ignore[import-untyped]
+import botocore.session  # type: ignore[import-untyped]
+from botocore import exceptions as faults
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
@@ -64,6 +67,10 @@ class ObjectMissing(InputError):
 
 class ObjectChanged(InputError):
     """The object is no longer the one that was listed or opened."""
+
+
+class ObjectDamaged(InputError):
+    """An object is not what was published: another SHA-256, or a manifest that was cut or changed."""
 
 
 def _code(error: faults.ClientError) -> tuple[str, int]:
@@ -154,6 +161,12 @@ class _Patience:
         time.sleep(min(4.0, 0.25 * 2**self._tries) * random.uniform(0.5, 1.0))
 
 
+@functools.cache
+def _definitions() -> Any:
+    """What botocore knows of AWS, parsed once: doing so takes a third of a second."""
+    return botocore.loaders.create_loader()
+
+
 class Connection:
     """A client of one store; safe to share between threads.
 
@@ -183,7 +196,9 @@ class Connection:
             tcp_keepalive=True,
         )
         try:
-            self._client = boto3.session.Session().client("s3", config=config)
+            session = botocore.session.get_session()
+            session.register_component("data_loader", _definitions())
+            self._client = boto3.session.Session(botocore_session=session).client("s3", config=config)
         except (faults.BotoCoreError, ValueError) as error:
             raise InputError(
                 "AWS settings",
@@ -198,6 +213,19 @@ class Connection:
         """Seconds that faults may last now: an endpoint that never answered is likely a wrong one."""
         return self._patience_s if self._answered.is_set() else self._patience_s / 10
 
+    def _request(self, operation: str, address: Address, **arguments: Any) -> dict[str, Any]:
+        try:
+            reply: dict[str, Any] = getattr(self._client, operation)(Bucket=address.bucket, **arguments)
+        except RecursionError:  # botocore asks where it is sent to, and is sent on again.
+            raise InputError(
+                _FIELD,
+                address,
+                f"an endpoint that answers itself (AWS_ENDPOINT_URL, http or https, AWS_REGION); "
+                f"{self.endpoint} redirects every request (301)",
+            ) from None
+        self._answered.set()
+        return reply
+
     def call(self, operation: str, address: Address, **arguments: Any) -> dict[str, Any]:
         """One request on the address's bucket; passing faults are waited out.
 
@@ -207,9 +235,7 @@ class Connection:
         patience = _Patience(self, operation, address)
         while True:
             try:
-                reply: dict[str, Any] = getattr(self._client, operation)(Bucket=address.bucket, **arguments)
-                self._answered.set()
-                return reply
+                return self._request(operation, address, **arguments)
             except (faults.ClientError, faults.BotoCoreError, ResponseParserError) as error:
                 patience.failed(error)
 
@@ -235,10 +261,9 @@ class Connection:
             # If-Match is refused by stores that know it; the reply's ETag is checked for those that do not.
             condition = {"IfMatch": f'"{etag}"'} if etag else {}
             try:
-                reply = self._client.get_object(
-                    Bucket=address.bucket, Key=address.key, Range=f"bytes={offset}-{end - 1}", **condition
+                reply = self._request(
+                    "get_object", address, Key=address.key, Range=f"bytes={offset}-{end - 1}", **condition
                 )
-                self._answered.set()
                 if etag and reply["ETag"].strip('"') != etag:
                     raise ObjectChanged(_FIELD, address, _STEADY)
                 if reply["ContentLength"] != end - offset:

@@ -19,13 +19,20 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spectraqlora.artifacts import file_digest, write_text
 from spectraqlora.errors import InputError
 from spectraqlora.storage.address import Address
-from spectraqlora.storage.connection import CHUNK_BYTES, MIB, Connection, ObjectChanged, ObjectMissing
+from spectraqlora.storage.connection import (
+    CHUNK_BYTES,
+    MIB,
+    Connection,
+    ObjectChanged,
+    ObjectDamaged,
+    ObjectMissing,
+)
 from spectraqlora.storage.folders import BOOKKEEPING, StoredFile, find_file, read_folder, read_manifest
 from spectraqlora.storage.parallel import Meter, run_all
 
@@ -128,7 +135,8 @@ def _fetch_all(connection: Connection, fetches: Sequence[_Fetch], label: str, fo
     """Fetch what is missing; a file whose SHA-256 is wrong is fetched once more.
 
     Raises:
-        InputError: an object that is wrong twice, named; no room on the disk.
+        ObjectDamaged: an object that is wrong twice, named.
+        InputError: no room on the disk.
     """
     needed = sum(fetch.missing_bytes() for fetch in fetches)
     free = shutil.disk_usage(folder).free
@@ -153,7 +161,7 @@ def _fetch_all(connection: Connection, fetches: Sequence[_Fetch], label: str, fo
         wrong = [fetch for fetch in wrong if not fetch.right()]
         if not wrong:
             return
-    raise InputError(
+    raise ObjectDamaged(
         "s3 object",
         wrong[0].file.object,
         f"content with SHA-256 {wrong[0].file.sha256}; it was fetched twice and is damaged in the store. "
@@ -209,8 +217,15 @@ def _place(connection: Connection, address: Address, files: list[StoredFile], ta
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def download_folder(address: Address, target: Path, connection: Connection | None = None) -> list[str]:
+def download_folder(
+    address: Address,
+    target: Path,
+    connection: Connection | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> list[str]:
     """Bring a folder to disk; when this returns, the target holds the whole folder and nothing else.
+
+    Only files whose names are `wanted` count.
 
     Files of a published folder are checked against the SHA-256 of its manifest; of folders without manifest,
     the sizes. Resumes what an earlier call began. Memory: at most workers x 1 MiB.
@@ -226,6 +241,7 @@ def download_folder(address: Address, target: Path, connection: Connection | Non
     target.mkdir(parents=True, exist_ok=True)
     for remaining in reversed(range(_TRIES)):
         version, files = read_folder(connection, address)
+        files = [file for file in files if wanted(file.name)]
         try:
             _place(connection, address, files, target)
             return [file.name for file in files]

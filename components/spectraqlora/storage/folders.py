@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectraqlora.errors import InputError
 from spectraqlora.storage.address import Address, is_plain_name
-from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectMissing
+from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing
 
 MANIFEST = "_manifest.json"
 SCHEMA_VERSION = 1
@@ -146,7 +146,7 @@ def read_manifest(connection: Connection, address: Address) -> FolderManifest | 
     """The manifest of a published folder; None where there is none.
 
     Raises:
-        InputError: a manifest that is malformed, cut short or changed by hand.
+        ObjectDamaged: a manifest that is malformed, cut short or changed by hand.
     """
     where = address.child(MANIFEST)
     try:
@@ -156,11 +156,15 @@ def read_manifest(connection: Connection, address: Address) -> FolderManifest | 
     try:
         manifest = FolderManifest.model_validate_json(text)
     except ValidationError as error:
-        raise InputError("s3 manifest", where, f"a folder's manifest ({error.errors()[0]['msg']})") from None
+        raise ObjectDamaged(
+            "s3 manifest", where, f"a folder's manifest ({error.errors()[0]['msg']})"
+        ) from None
     if manifest.schema_version != SCHEMA_VERSION:
-        raise InputError("s3 manifest", where, f"schema version {SCHEMA_VERSION}")
+        raise ObjectDamaged("s3 manifest", where, f"schema version {SCHEMA_VERSION}")
     if manifest.version != _version(manifest.files):
-        raise InputError("s3 manifest", where, "a table of files as it was published; this one was changed")
+        raise ObjectDamaged(
+            "s3 manifest", where, "a table of files as it was published; this one was changed"
+        )
     _check_names(manifest.files, where)
     return manifest
 
@@ -249,3 +253,78 @@ def exists(address: Address, connection: Connection | None = None) -> bool:
         not VERSION_FOLDER.match(name) and name.split("/")[0] != BOOKKEEPING
         for name, _ in objects_below(connection, address)
     )
+
+
+def content_digest(address: Address, connection: Connection | None = None) -> str:
+    """What changes with the content of an object or folder; nothing but names and sizes is read.
+
+    The version of a folder that was published by us, else a digest over names and SHA-256s or ETags.
+
+    Raises:
+        InputError: nothing there, or a store that refuses.
+    """
+    connection = connection or Connection()
+    file = single_file(connection, address)
+    version, files = (None, [file]) if file is not None else read_folder(connection, address)
+    if version is not None:
+        return version
+    lines = "".join(f"{file.name}\0{file.size}\0{file.identity}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def single_file(connection: Connection, address: Address) -> StoredFile | None:
+    """The object of exactly this key; None where the address is a folder, or nothing."""
+    if not address.key:
+        return None
+    try:
+        return find_file(connection, address)
+    except ObjectMissing:
+        return None
+
+
+def folders_below(address: Address, connection: Connection | None = None) -> dict[str, bool]:
+    """Names of the folders right below an address, and whether each was published as a whole."""
+    found: dict[str, bool] = {}
+    for name, _ in objects_below(connection or Connection(), address):
+        folder, slash, rest = name.partition("/")
+        if slash:
+            found[folder] = found.get(folder, False) or rest == MANIFEST
+    return found
+
+
+def remove_folder(address: Address, connection: Connection | None = None) -> None:
+    """Remove everything below an address; the manifest goes first, so that nobody reads what is going.
+
+    Raises:
+        InputError: a store that refuses.
+    """
+    connection = connection or Connection()
+    names = sorted(
+        (name for name, _ in objects_below(connection, address)), key=lambda name: name != MANIFEST
+    )
+    for name in names:
+        connection.call("delete_object", address, Key=address.child(name).key)
+    for upload in open_uploads(connection, address, address.below):
+        connection.call("abort_multipart_upload", address, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
+def open_uploads(connection: Connection, address: Address, prefix: str) -> list[dict[str, Any]]:
+    """Uploads that were begun and not completed, at most the first thousand."""
+    try:
+        page = connection.call("list_multipart_uploads", address, Prefix=prefix)
+    except ObjectMissing:  # Some stores answer so where there are none.
+        return []
+    uploads: list[dict[str, Any]] = page.get("Uploads", [])
+    return uploads
+
+
+def check_writable(address: Address, connection: Connection | None = None) -> None:
+    """Find out whether objects may be written below an address; nothing is left behind.
+
+    Raises:
+        InputError: no such bucket, no permission, or a store that refuses.
+    """
+    connection = connection or Connection()
+    where = address.child(BOOKKEEPING)
+    upload = connection.call("create_multipart_upload", where, Key=where.key)["UploadId"]
+    connection.call("abort_multipart_upload", where, Key=where.key, UploadId=upload)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from spectraqlora.checkpoint import Tensors
 from spectraqlora.errors import InputError
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import Connection
-from spectraqlora.storage.folders import StoredFile, find_file, read_folder
+from spectraqlora.storage.folders import StoredFile, find_file, read_folder, single_file
 from spectraqlora.storage.parallel import run_all
 
 if TYPE_CHECKING:
@@ -89,6 +91,18 @@ def ranged_reader(address: Address, connection: Connection | None = None) -> Ran
     return RangedReader(connection, find_file(connection, address))
 
 
+def open_files(address: Address, connection: Connection | None = None) -> dict[str, RangedReader]:
+    """Readers of a folder's files by name, or of the one object of this key.
+
+    Raises:
+        InputError: nothing there, an unfinished upload, or a store that refuses.
+    """
+    connection = connection or Connection()
+    file = single_file(connection, address)
+    files = [file] if file is not None else read_folder(connection, address)[1]
+    return {file.name: RangedReader(connection, file) for file in files}
+
+
 class _Shard:
     """One safetensors object: its reader, and its header's entries."""
 
@@ -116,10 +130,10 @@ class _Shard:
         self.entries = entries
 
 
-class S3Checkpoint:
+class S3Checkpoint(Tensors):
     """Tensors of a model folder in object storage, one at a time, without a copy on disk.
 
-    The same interface as `checkpoint.Checkpoint`. Opening reads the shards' headers only.
+    Opening reads the shards' headers only; loading one reads its own bytes.
 
     Raises:
         InputError: no safetensors there, a shard that the index names and that is missing, a malformed or
@@ -147,29 +161,25 @@ class S3Checkpoint:
         with ThreadPoolExecutor(connection.workers, "storage") as pool:
             shards = list(pool.map(open_shard, names))
         self._where = {name: shard for shard in shards for name in shard.entries}
+        digest = hashlib.sha256(json.dumps([[name, files[name].identity] for name in names]).encode())
+        super().__init__({n: e for shard in shards for n, e in shard.entries.items()}, digest.hexdigest())
 
-    def names(self) -> list[str]:
-        """All tensor names."""
-        return list(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
-        return tuple(self._where[name].entries[name]["shape"])
-
-    def load(self, name: str) -> torch.Tensor:
-        """One tensor, fetched by ranged reads; memory: the tensor's own bytes."""
+    def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
         import torch
 
         shard = self._where[name]
         entry = shard.entries[name]
         if entry["dtype"] not in _DTYPES:
             raise InputError(f"tensor {name}", entry["dtype"], f"one of the types {', '.join(_DTYPES)}")
-        dtype = getattr(torch, _DTYPES[entry["dtype"]])
+        dtype, shape = getattr(torch, _DTYPES[entry["dtype"]]), list(entry["shape"])
         begin, end = entry["data_offsets"]
+        if index is not None:
+            step = (end - begin) // shape.pop(0)
+            begin, end = begin + index * step, begin + (index + 1) * step
         if begin == end:
-            return torch.empty(entry["shape"], dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         content = shard.reader.read(shard.data + begin, end - begin)
-        return torch.frombuffer(content, dtype=dtype).reshape(entry["shape"])
+        return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def _indexed(reader: RangedReader, where: Address) -> list[str]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from spectraqlora.artifacts import file_digest
 from spectraqlora.errors import InputError
@@ -31,6 +30,7 @@ from spectraqlora.storage.folders import (
     FileEntry,
     FolderManifest,
     objects_below,
+    open_uploads,
     read_manifest,
     stored_sha256,
     version_folder,
@@ -109,7 +109,7 @@ class _Sending:
 
     def _take_up(self, meter: Meter) -> None:
         """Go on with an upload that was begun, if its parts are this file's; else begin one."""
-        for upload in _open_uploads(self._connection, self._target, self._target.key):
+        for upload in open_uploads(self._connection, self._target, self._target.key):
             if upload["Key"] != self._target.key:
                 continue
             if self._by_part and not self._upload and self._matching(upload["UploadId"], meter):
@@ -186,16 +186,6 @@ class _Sending:
             # A reply that was lost on the way leaves an object that is complete and an upload that is gone.
             if not self._arrived():
                 raise
-
-
-def _open_uploads(connection: Connection, address: Address, prefix: str) -> list[dict[str, Any]]:
-    """Uploads that were begun and not completed, at most the first thousand."""
-    try:
-        page = connection.call("list_multipart_uploads", address, Prefix=prefix)
-    except ObjectMissing:  # Some stores answer so where there are none.
-        return []
-    uploads: list[dict[str, Any]] = page.get("Uploads", [])
-    return uploads
 
 
 def _send_all(connection: Connection, files: Sequence[_Sending], label: str, size: int) -> None:
@@ -295,7 +285,7 @@ def _remove_old(
         if match[1] == replaced or all(now - entry["LastModified"] > _ABANDONED for _, entry in objects):
             for name, _ in objects:
                 connection.call("delete_object", folder, Key=folder.child(name).key)
-    for upload in _open_uploads(connection, address, start):
+    for upload in open_uploads(connection, address, start):
         if now - upload["Initiated"] > _ABANDONED:
             connection.call("abort_multipart_upload", address, Key=upload["Key"], UploadId=upload["UploadId"])
 

@@ -21,6 +21,7 @@ def train(
     ranks: dsl.Input[dsl.Artifact],
     adapter: dsl.Output[dsl.Model],
     previous: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 - the KFP compiler reads this form
+    checkpoint: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Train the rank map's adapters on the frozen 4-bit model.
 
@@ -37,7 +38,21 @@ def train(
         ranks: rank map.
         adapter: PEFT adapter with training log.
         previous: adapter carried over from the round before.
+        checkpoint: the `checkpoint` section.
     """
     from spectraqlora.step import run_train
 
-    run_train(run_key, rounds, settings, evaluate, tracking, seed, quantized, data, ranks, adapter, previous)
+    run_train(
+        run_key,
+        rounds,
+        settings,
+        evaluate,
+        tracking,
+        seed,
+        quantized,
+        data,
+        ranks,
+        adapter,
+        previous,
+        checkpoint,
+    )

@@ -89,6 +89,7 @@ def launch(count: int, arguments: dict[str, Any]) -> None:
     Exits with a worker's code where one fails; what went wrong is on the screen by then.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -116,6 +117,9 @@ def launch(count: int, arguments: dict[str, Any]) -> None:
         except ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
             sys.exit(code if code > 0 else 1)
+        except SignalException as error:
+            # The processes were sent it too, and have ended after a checkpoint.
+            sys.exit(128 + error.sigval)
 
 
 def start() -> None:
@@ -201,3 +205,22 @@ def highest(value: int) -> int:
     found = torch.tensor(value, device=device())
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
+
+
+def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor of this name, in the order of their numbers; all of one shape."""
+    if world_size() == 1:
+        return [tensor]
+    own = tensor.to(device())
+    found = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(found, own)
+    return found
+
+
+def told(text: str) -> str:
+    """What the first process says, in every process."""
+    if world_size() == 1:
+        return text
+    message = [text]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]

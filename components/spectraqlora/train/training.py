@@ -6,7 +6,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 
 from spectraqlora import adapters
 from spectraqlora.artifacts import GRADIENT_INIT, QuantizedModel, RankMap, TrainingLog
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, Stopped
 from spectraqlora.head_loss import HeadLoss
 from spectraqlora.models import device, load_quantized, peak_memory_bytes
 from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
-from spectraqlora.settings import EvaluateSettings, TrainSettings
+from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
 from spectraqlora.train import distributed
 from spectraqlora.train.activations import elementwise_remade
+from spectraqlora.train.checkpoints import Checkpoints, identity
+from spectraqlora.train.interruption import noted
+from spectraqlora.train.state import Course, capture, restore, restore_random
 
 FIXED_METHODS = ("qlora", "random", "sgm")
 """Methods whose rank map never moves: they spend the whole budget of all rounds in the first."""
@@ -37,8 +41,11 @@ def train(
     rounds: int,
     output: Path,
     previous: Path | None = None,
+    checkpoint: CheckpointSettings | None = None,
 ) -> TrainingLog:
     """Train the map's adapters and write a PEFT adapter and `training.json` to `output`.
+
+    Goes on from the newest checkpoint of the same inputs, where there is one.
 
     Args:
         quantized: 4-bit model artifact.
@@ -50,6 +57,11 @@ def train(
         rounds: how many rounds the branch has in all.
         output: the adapter artifact.
         previous: the adapter carried over from the round before.
+        checkpoint: where checkpoints are; none are written where it names no place.
+
+    Raises:
+        InputError: unusable inputs, or a checkpoint address that cannot be read.
+        Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
     from safetensors.torch import load_file
 
@@ -85,7 +97,13 @@ def train(
     )
     if sharded:
         distributed.shard_base(wrapped)
-    log = fit(wrapped, ranks, data, settings, evaluation, seed, span(ranks, settings, rounds))
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoints = None
+        if checkpoint is not None and (checkpoint.folder or checkpoint.destination):
+            name = identity(quantized, data, ranks_folder, previous, settings, evaluation, seed, rounds)
+            checkpoints = Checkpoints(checkpoint, name, Path(scratch))
+        part = span(ranks, settings, rounds)
+        log = fit(wrapped, ranks, data, settings, evaluation, seed, part, checkpoints=checkpoints)
     if distributed.is_main():
         adapters.save(wrapped, output, manifest.source)
         log.write(output)
@@ -159,6 +177,7 @@ def fit(
     seed: int,
     part: Span,
     on_step: Callable[[int], None] = lambda step: None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingLog:
     """Train a PEFT model's adapters in place and leave the best ones in it.
 
@@ -171,6 +190,10 @@ def fit(
         seed: of reading order and dropout.
         part: which steps of the branch's schedule to train.
         on_step: called after every optimizer step with its number in this round.
+        checkpoints: where to go on from, and where to keep the state at intervals and when stopped.
+
+    Raises:
+        Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -179,91 +202,125 @@ def fit(
     pass_rows, passes = distributed.share(settings, distributed.world_size())
     per_step = settings.batch_size * settings.gradient_accumulation
     places = order(len(rows), seed, part.start * per_step, part.stop * per_step)
-    losses: list[tuple[int, float]] = []
-    evals: list[tuple[int, float]] = []
-    best: dict[str, Any] = {"loss": float("inf")}
+    optimizer = _optimizer(model, ranks, settings)
+    schedule = _schedule(optimizer, settings, part)
     paused = 0.0
     every = max(1, part.steps // settings.evaluations)
     progress = Progress(f"{ranks.method} round {ranks.round}: training step", part.steps)
     probe = {k: v.to(device()) for k, v in collate([rows[places[0]]]).items()}
     loss = HeadLoss(model, probe)
+    found = checkpoints.newest() if checkpoints else None
+    course = restore(found, model, optimizer, schedule) if found else Course()
+    # Trainer trains what is left as if it were all: its own way back would read pickles.
+    first = course.step
 
     def evaluate(step: int) -> None:
         nonlocal paused
         began = time.perf_counter()
         found = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
-        evals.append((step, found))
-        if found < best["loss"]:
-            best.update(loss=found, weights=adapters.pairs(model))
+        course.evals.append((step, found))
+        if found < course.best_loss:
+            course.best_loss, course.best = found, adapters.pairs(model)
+        paused += time.perf_counter() - began
+
+    def keep(checkpoints: Checkpoints, seconds: float, tokens: int) -> None:
+        nonlocal paused
+        began = time.perf_counter()
+        course.peak_memory_bytes = max(course.peak_memory_bytes, peak_memory_bytes())
+        so_far = replace(course, seconds=course.seconds + seconds, tokens=course.tokens + tokens)
+        checkpoints.write(capture(model, optimizer, schedule, so_far))
         paused += time.perf_counter() - began
 
     class Watch(TrainerCallback):
+        resumed = found is not None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.resumed and found is not None:
+                restore_random(found)
+                self.resumed = False
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % every == 0 or state.global_step == part.steps:
-                evaluate(state.global_step)
-            note = f"eval loss {evals[-1][1]:.3f}" if evals else ""
-            progress(state.global_step, note)
-            on_step(state.global_step)
+            course.step = first + state.global_step
+            if course.step % every == 0 or course.step == part.steps:
+                evaluate(course.step)
+            note = f"eval loss {course.evals[-1][1]:.3f}" if course.evals else ""
+            progress(course.step, note)
+            on_step(course.step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                losses.append((state.global_step, float(logs["loss"])))
+            if "loss" not in logs:
+                return
+            course.losses.append(float(logs["loss"]))
+            if checkpoints is None:
+                return
+            # Several processes act on the same step: on the first one's clock, and on a signal to any.
+            wanted = course.step == part.steps or checkpoints.due(course.step)
+            signal, due = divmod(distributed.highest(2 * stopped_by() + wanted), 2)
+            if signal or due:
+                keep(checkpoints, time.perf_counter() - began - paused, int(state.num_input_tokens_seen))
+            if signal:
+                where = f"stopped after step {course.step} of {part.steps}"
+                raise Stopped(signal, f"{where}; a retry goes on from there")
 
     recompute = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto" and device() == "cuda"
     )
-    optimizer = _optimizer(model, ranks, settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = distributed.trainer_class()(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                max_steps=part.steps,
-                per_device_train_batch_size=pass_rows,
-                gradient_accumulation_steps=passes,
-                max_grad_norm=settings.max_grad_norm,
-                activation_checkpointing=recompute,
-                activation_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
-                seed=seed,
-                data_seed=seed,
-                train_sampling_strategy="sequential",
-                logging_steps=max(1, part.steps // 100),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                include_num_input_tokens_seen="non_padding",
-                use_cpu=device() == "cpu",
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=rows.select(places),
-            data_collator=collate,
-            compute_loss_func=loss,
-            optimizers=(optimizer, _schedule(optimizer, settings, part)),
-            callbacks=[Watch()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if part.start > 0:
-            evaluate(0)
-        if device() == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        paused = 0.0
-        began = time.perf_counter()
-        with loss.hidden_states(), elementwise_remade():
-            trainer.train()
-        seconds = time.perf_counter() - began - paused
-    adapters.restore(model, best["weights"])
-    tokens = int(trainer.state.num_input_tokens_seen)
+    if part.start > 0 and not found:
+        evaluate(0)
+    if first < part.steps:
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = distributed.trainer_class()(
+                model=model,
+                args=TrainingArguments(
+                    output_dir=scratch,
+                    max_steps=part.steps - first,
+                    per_device_train_batch_size=pass_rows,
+                    gradient_accumulation_steps=passes,
+                    max_grad_norm=settings.max_grad_norm,
+                    activation_checkpointing=recompute,
+                    activation_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
+                    seed=seed,
+                    data_seed=seed,
+                    train_sampling_strategy="sequential",
+                    logging_steps=1,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    remove_unused_columns=False,
+                    include_num_input_tokens_seen="non_padding",
+                    use_cpu=device() == "cpu",
+                    dataloader_pin_memory=False,
+                ),
+                train_dataset=rows.select(places[first * per_step :]),
+                data_collator=collate,
+                compute_loss_func=loss,
+                optimizers=(optimizer, schedule),
+                callbacks=[Watch()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            if device() == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            with (
+                loss.hidden_states(),
+                elementwise_remade(),
+                noted() if checkpoints else nullcontext(lambda: 0) as stopped_by,
+            ):
+                paused = 0.0
+                began = time.perf_counter()
+                trainer.train()
+                course.seconds += time.perf_counter() - began - paused
+        course.tokens += int(trainer.state.num_input_tokens_seen)
+    adapters.restore(model, course.best)
     return TrainingLog(
         method=ranks.method,
         round=ranks.round,
         trainable_parameters=adapters.trainable_parameters(model),
-        train_seconds=seconds,
-        train_tokens=tokens,
-        train_tokens_per_second=tokens / seconds,
-        peak_memory_bytes=distributed.highest(peak_memory_bytes()),
+        train_seconds=course.seconds,
+        train_tokens=course.tokens,
+        train_tokens_per_second=course.tokens / course.seconds,
+        peak_memory_bytes=distributed.highest(max(course.peak_memory_bytes, peak_memory_bytes())),
         processes=distributed.world_size(),
-        best_eval_loss=best["loss"],
-        loss_curve=losses,
-        eval_curve=evals,
+        best_eval_loss=course.best_loss,
+        loss_curve=course.curve(),
+        eval_curve=course.evals,
     )

@@ -1,0 +1,63 @@
+"""Copies of models and data on this machine, kept in the user's cache as the hub's are."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spectraqlora.errors import InputError
+from spectraqlora.storage.address import Address
+from spectraqlora.storage.connection import Connection, ObjectChanged
+from spectraqlora.storage.download import download_file, download_folder
+from spectraqlora.storage.folders import content_digest, single_file
+
+
+def cache_folder() -> Path:
+    """Where copies are kept: `$XDG_CACHE_HOME/spectraqlora/s3`, by default below `~/.cache`."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "spectraqlora" / "s3"
+
+
+def local_copy(address: Address, content: str = "", connection: Connection | None = None) -> Path:
+    """A file or folder of object storage on disk; what is there and unchanged is not fetched again.
+
+    Args:
+        address: of an object or a folder.
+        content: what `content_digest` must say of it; empty takes what is there.
+        connection: to the store.
+
+    Raises:
+        ObjectChanged: the content is another one.
+        InputError: nothing there, a damaged object, no room on the disk, or a store that refuses.
+    """
+    connection = connection or Connection()
+    name = hashlib.sha256(f"{connection.endpoint} {address}".encode()).hexdigest()[:16]
+    place = cache_folder() / name
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("cache folder", place, f"a folder that can be written ({error.strerror})") from None
+    with _alone(place / "lock"):
+        file = single_file(connection, address)
+        target = place / "folder" if file is None else place / "file" / file.name
+        if file is None:
+            download_folder(address, target, connection)
+        else:
+            download_file(address, target, connection)
+    if content and content_digest(address, connection) != content:
+        raise ObjectChanged(
+            "s3 address", address, "the content that this run began with; it was replaced since"
+        )
+    return target
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    with open(path, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,148 @@
+"""Training under SIGKILL at random moments, and under a store that goes away: nothing is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from spectraqlora.artifacts import TrainingLog
+from spectraqlora.settings import CheckpointSettings, TrainSettings
+from spectraqlora.storage import folders_below, parse_address
+
+from tests.s3 import BUCKET, Server, environment
+from tests.unit.test_adapters import DOWN, Q0, Q1, rank_map
+from tests.unit.test_checkpoints import same, trained
+
+pytestmark = pytest.mark.e2e
+
+KILLS = 24
+STEPS = 400
+SETTINGS = TrainSettings(
+    max_steps=STEPS, batch_size=2, gradient_accumulation=2, lora_dropout=0.2, evaluations=5, weight_decay=0.01
+)
+PRELOADED = ["spectraqlora.train.training", "transformers", "peft", "bitsandbytes", "datasets", "boto3"]
+
+
+def attempt(
+    folders: tuple[Path, Path, Path, Path],
+    checkpoint: CheckpointSettings,
+    variables: dict[str, str],
+    log: Path,
+) -> None:
+    """One pod's life: a process of its own, started from one that has only imported libraries."""
+    os.environ.update(variables)
+    sys.stdout = open(log, "a", buffering=1)  # noqa: SIM115 - until the process ends
+    quantized, prepared, ranks, output = folders
+    trained(quantized, prepared, ranks, output, checkpoint, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+def test_twenty_kills_at_random_moments_change_nothing(
+    server: Server, quantized: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """Every other pod starts on an empty disk and has only what the store holds."""
+    rank_map(quantized, {Q0: 4, Q1: 2, DOWN: 4}, {Q0: 0, Q1: 1}).write(tmp_path / "ranks")
+    folders = quantized, prepared, tmp_path / "ranks"
+    trained(*folders, tmp_path / "uninterrupted", CheckpointSettings(), SETTINGS)
+
+    def place(number: int) -> CheckpointSettings:
+        return CheckpointSettings(
+            folder=str(tmp_path / "kept"),
+            destination=f"s3://{BUCKET}/kills-{number}",
+            every_steps=3,
+            every_minutes=0,
+        )
+
+    checkpoint = place(trainings := 1)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    noise, output, log = random.Random(time.time_ns()), tmp_path / "adapter", tmp_path / "log"
+    kills = in_training = 0
+    deadline = time.monotonic() + 900
+    while kills < KILLS:
+        shutil.rmtree(output, ignore_errors=True)
+        if kills % 2:
+            shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+        log.write_text("")
+        process = context.Process(
+            target=attempt, args=((*folders, output), checkpoint, environment(server.endpoint), log)
+        )
+        process.start()
+        # One in six dies before it trains; the others anywhere in the steps, checkpoints and uploads after.
+        if noise.random() > 1 / 6:
+            while "training step" not in log.read_text() and process.is_alive():
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+            in_training += 1
+        time.sleep(noise.uniform(0, 1.0))
+        if (
+            not process.is_alive()
+        ):  # A fast machine: this training is done, and another one goes on being killed.
+            assert process.exitcode == 0, log.read_text()
+            same(output, tmp_path / "uninterrupted")
+            shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+            checkpoint = place(trainings := trainings + 1)
+            continue
+        process.kill()
+        process.join()
+        kills += 1
+    last = context.Process(
+        target=attempt, args=((*folders, output), checkpoint, environment(server.endpoint), log)
+    )
+    last.start()
+    last.join()
+    assert last.exitcode == 0, log.read_text()
+    assert in_training >= KILLS / 2 and "going on from the checkpoint of step" in log.read_text()
+    same(output, tmp_path / "uninterrupted")
+    losses = TrainingLog.read(output).loss_curve
+    assert len(losses) == 100 and losses[-1][0] == STEPS
+
+
+def test_a_store_that_is_down_for_half_a_minute_costs_nothing(
+    quantized: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank_map(quantized, {Q0: 4, DOWN: 4}).write(tmp_path / "ranks")
+    folders = quantized, prepared, tmp_path / "ranks"
+    settings = SETTINGS.model_copy(update={"max_steps": 40})
+    trained(*folders, tmp_path / "uninterrupted", CheckpointSettings(), settings)
+    with Server(tmp_path / "s3") as server:
+        for name, value in environment(server.endpoint).items():
+            monkeypatch.setenv(name, value)
+        destination = f"s3://{BUCKET}/outage"
+        away = threading.Event()
+
+        def outage() -> None:
+            while not list((tmp_path / "s3" / BUCKET).glob("outage/*/step-*/_manifest.json")):
+                time.sleep(0.005)
+            server.stop()
+            away.set()
+            time.sleep(30)
+            server.start()
+
+        thread = threading.Thread(target=outage)
+        thread.start()
+        trained(
+            *folders,
+            tmp_path / "adapter",
+            CheckpointSettings(destination=destination, every_steps=2),
+            settings,
+        )
+        thread.join()
+        assert away.is_set()
+        same(tmp_path / "adapter", tmp_path / "uninterrupted")
+        (identity,) = folders_below(parse_address(destination))
+        found = folders_below(parse_address(destination).child(identity))
+        assert {name[:14] for name, whole in found.items() if whole} == {"step-000000038", "step-000000040"}

@@ -1,0 +1,265 @@
+"""Training goes on from its newest checkpoint that is whole, as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from spectraqlora import adapters
+from spectraqlora.artifacts import TrainingLog
+from spectraqlora.errors import Stopped
+from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
+from spectraqlora.train.training import train
+
+from tests.unit.test_adapters import DOWN, Q0, rank_map
+
+STEPS = 8
+# Dropout draws from the random state, accumulation ends steps in the middle of the trainer's batches.
+SETTINGS = TrainSettings(
+    max_steps=STEPS, batch_size=2, gradient_accumulation=2, lora_dropout=0.2, evaluations=4, weight_decay=0.01
+)
+SCRIPT = """
+import sys
+from pathlib import Path
+from spectraqlora.step import _step
+from tests.unit.test_checkpoints import trained
+arguments = [Path(a) for a in sys.argv[1:5]]
+@_step
+def run():
+    trained(*arguments)
+run()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    rank_map(quantized, {Q0: 4, DOWN: 4}).write(folder)
+    return folder
+
+
+def trained(
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    output: Path,
+    checkpoint: CheckpointSettings | None = None,
+    settings: TrainSettings = SETTINGS,
+) -> TrainingLog:
+    """One training; without a `checkpoint` section it keeps every second step beside its output."""
+    checkpoint = checkpoint or CheckpointSettings(folder=f"{output}-kept", every_steps=2)
+    return train(
+        quantized, prepared, ranks, settings, EvaluateSettings(), 3, 1, output, checkpoint=checkpoint
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    quantized: Path, prepared: Path, ranks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted") / "adapter"
+    trained(quantized, prepared, ranks, output, CheckpointSettings())
+    return output
+
+
+def same(first: Path, second: Path) -> None:
+    """Equal bit for bit: adapter, loss curve, eval curve, tokens."""
+    one, two = adapters.read_pairs(first), adapters.read_pairs(second)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    logs = [TrainingLog.read(folder) for folder in (first, second)]
+    for name in ("loss_curve", "eval_curve", "best_eval_loss", "train_tokens"):
+        assert getattr(logs[0], name) == getattr(logs[1], name), name
+
+
+def kept(output: Path) -> list[Path]:
+    """A training's checkpoints, oldest first."""
+    return sorted(path for path in Path(f"{output}-kept").glob("*/step-*") if not path.suffix)
+
+
+def start(*arguments: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "adapter"
+    process = start(quantized, prepared, ranks, output)
+    wait_for(lambda: kept(output), process)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    trained(quantized, prepared, ranks, output)
+    assert "going on from the checkpoint of step" in capsys.readouterr().out
+    same(output, uninterrupted)
+    assert [path.name[:14] for path in kept(output)] == ["step-000000006", "step-000000008"], "older ones go"
+    # The step's outputs were lost on the way: the last checkpoint has it all.
+    again = tmp_path / "again"
+    trained(quantized, prepared, ranks, again, CheckpointSettings(folder=f"{output}-kept"))
+    same(again, uninterrupted)
+
+
+def test_sigterm_ends_a_training_after_a_checkpoint(
+    quantized: Path, prepared: Path, ranks: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    process = start(quantized, prepared, ranks, output)
+    wait_for(lambda: kept(output), process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "a retry goes on from there" in printed
+    assert not output.exists()
+    stopped_at = int(printed.rpartition("stopped after step ")[2].split()[0])
+    manifest = json.loads((kept(output)[-1] / "manifest.json").read_text())
+    assert manifest["step"] == stopped_at
+    trained(quantized, prepared, ranks, output)
+    same(output, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: cut(folder / "state.safetensors"),
+        lambda folder: flip(folder / "state.safetensors"),
+        lambda folder: cut(folder / "state.json"),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: cut(folder / "manifest.json"),
+    ],
+    ids=["tensors cut", "tensors changed", "numbers cut", "no manifest", "manifest cut"],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: Callable[[Path], None],
+    stopped: Path,
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "adapter"
+    shutil.copytree(stopped, f"{output}-kept")
+    older, newer = kept(output)
+    damage(newer)
+    trained(quantized, prepared, ranks, output)
+    printed = capsys.readouterr().out
+    assert f"WARNING: checkpoint {newer.name} is passed over" in printed
+    assert "going on from the checkpoint of step 4" in printed
+    same(output, uninterrupted)
+    assert older not in kept(output) and newer not in kept(output)
+
+
+@pytest.fixture(scope="module")
+def stopped(quantized: Path, prepared: Path, ranks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 4 and 6 of a training that was stopped after step 6."""
+    output = tmp_path_factory.mktemp("stopped") / "adapter"
+    folder = Path(f"{output}-kept")
+
+    def stop() -> None:
+        while not list(folder.glob("*/step-000000006-*")):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint = CheckpointSettings(folder=str(folder), every_steps=2, keep=4)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped):
+        trained(quantized, prepared, ranks, output, checkpoint)
+    thread.join()
+    for path in kept(output):
+        if int(path.name.split("-")[1]) not in (4, 6):
+            shutil.rmtree(path)
+    assert len(kept(output)) == 2
+    return folder
+
+
+def test_a_training_of_other_inputs_starts_anew(
+    stopped: Path,
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-4})
+    trained(quantized, prepared, ranks, tmp_path / "a", CheckpointSettings(folder=str(stopped)), settings)
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_nothing_that_runs_code_is_read(stopped: Path) -> None:
+    names = {path.name for path in stopped.rglob("*") if path.is_file()}
+    assert names == {"manifest.json", "state.json", "state.safetensors"}
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+    quantized: Path, prepared: Path, ranks: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Every file may have half the size that a checkpoint needs while the second one is written."""
+    output = tmp_path / "adapter"
+    script = f"""
+import resource, sys
+from spectraqlora.train import checkpoints
+write, count = checkpoints.Checkpoints._write, 0
+def limited(self, *arguments):
+    global count
+    count += 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if count == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        write(self, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        names = sorted(p.name for p in self._folder.iterdir() if not p.name.endswith(".partial"))
+        print("there are", *names, flush=True)
+checkpoints.Checkpoints._write = limited
+{SCRIPT}"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, (quantized, prepared, ranks, output))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("WARNING: no checkpoint of step 4") == 1
+    there = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("there are")]
+    assert len(there) == 4 and there[1] == there[0], "the one before stays, and nothing half-written"
+    same(output, uninterrupted)
