@@ -112,17 +112,17 @@ def _captured(lines: _Lines) -> Iterator[None]:
 
 
 def run_locally(
-    settings: Settings,
+    pipeline: Any,
     arguments: dict[str, Any],
     workdir: Path,
     containers: Surroundings | None,
     on_task: Callable[[str], None],
     on_progress: Callable[[int, int, str], None],
 ) -> None:
-    """Run the DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
+    """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
 
     Args:
-        settings: of the run.
+        pipeline: the DAG.
         arguments: of the pipeline.
         workdir: where everything of the run is kept.
         containers: what step containers share with this machine; None runs steps as processes.
@@ -135,7 +135,6 @@ def run_locally(
     """
     from kfp import local
 
-    from spectraqlora_pipelines.ablation import ablation_pipeline
     from spectraqlora_pipelines.step_containers import replace_kfps
 
     log = workdir / "run.log"
@@ -158,7 +157,6 @@ def run_locally(
                 on_task(found[1])
 
     lines = _Lines(log, listen)
-    pipeline = ablation_pipeline(settings.methods, settings.rounds, retries=0)
     try:
         in_containers = replace_kfps(containers) if containers else contextlib.nullcontext()
         with _steps_end_with_us(), in_containers, _captured(lines), warnings.catch_warnings():
@@ -197,6 +195,7 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "winner": _newest(workdir, "winner/evaluation.json"),
         "exported": _newest(workdir, "exported/manifest.json"),
         "registered": _newest(workdir, "registered/registered.json"),
+        "decision": _newest(workdir, "decision/decision.json"),
         "quantized": _newest(workdir, "quantized/manifest.json"),
         "data": _newest(workdir, "data/manifest.json"),
     }
@@ -235,9 +234,25 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "merged_eval_loss": merged.verified_eval_loss,
         "published": merged.published,
         "registered": registered,
+        "promotion": json.loads((found["decision"] / "decision.json").read_text()),
     }
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))
     report(settings, workdir)
+    return summary
+
+
+def collect_retraining(settings: Settings, workdir: Path) -> dict[str, Any]:
+    """What a retraining came to: `summary.json` with what changed and, where something did, what came of it.
+
+    Raises:
+        InputError: the workdir holds no finished retraining.
+    """
+    found = _newest(workdir, "changes/changes.json")
+    changes = json.loads((found / "changes.json").read_text())
+    if changes["changed"]:
+        return {**collect(settings, workdir), "changes": changes}
+    summary = {"version": __version__, "changes": changes}
+    write_text(workdir / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 

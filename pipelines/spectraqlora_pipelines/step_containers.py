@@ -118,9 +118,9 @@ class Surroundings:
                         raise InputError(
                             "file", path, f"a file that user {self.user} may read: chmod -R a+rX {given}"
                         )
-        given = [folder for folder in self.writable if not folder.exists()]
+        made = [folder for folder in self.writable if not folder.exists()]
         for folder in (
-            *given,
+            *made,
             self.workdir / "artifacts",
             self.scratch,
             self.cache / "spectraqlora",
@@ -128,7 +128,7 @@ class Surroundings:
         ):
             folder.mkdir(parents=True, exist_ok=True)
         if self.user != os.getuid():
-            for path in (*given, self.workdir, *self.workdir.rglob("*")):
+            for path in (*made, self.workdir, *self.workdir.rglob("*")):
                 os.chown(path, self.user, 0, follow_symlinks=False)
 
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLI = [str(Path(sys.executable).parent / "spectraqlora")]
 
 
-def spectraqlora(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=560, check=False)
+def spectraqlora(*arguments: str, timeout: float = 560) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="session")
