@@ -98,9 +98,10 @@ class SelectSettings(_Section):
         50.0, gt=0, le=100, description="Share of the matrices (scope all: of their adapters' cost) selected"
     )
     signal: Literal["spectrum", "energy", "gradient_snr", "combined"] = Field(
-        "spectrum",
-        description="What ranks modules: weight SNR (Spectrum), the task's low-rank gradient energy per "
-        "adapter parameter, the gradient's signal-to-noise ratio over batches, or weight SNR and energy combined",
+        "energy",
+        description="What ranks modules: weight SNR alone (`spectrum`, as published), the task's low-rank gradient "
+        "energy per adapter parameter, the gradient's signal-to-noise ratio over batches, or weight SNR and energy "
+        "combined",
     )
     scope: Literal["type", "all"] = Field(
         "type", description="Rank modules within their module type, as Spectrum does, or across all types"

@@ -91,6 +91,13 @@ def run(
         str,
         typer.Option(help="ablation, or retraining: train again where data changed, promote by the gate."),
     ] = "ablation",
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Docker network of the steps. Default on Linux: host, so that S3 and MLflow on this machine "
+            "are reached at their usual addresses; elsewhere bridge, where they are at host.docker.internal."
+        ),
+    ] = None,
 ) -> None:
     """Run the whole DAG on this machine and show which method won.
 
@@ -118,12 +125,16 @@ def run(
     )
     if runner not in ("subprocess", "docker"):
         raise InputError("--runner", runner, "subprocess or docker")
+    if network and runner != "docker":
+        raise InputError("--network", network, "the docker runner; processes use this machine's network")
     from spectraqlora_pipelines import dags, preflight
-    from spectraqlora_pipelines.local_run import check_images, collect, collect_retraining, run_locally
+    from spectraqlora_pipelines.local_run import collect, collect_retraining, run_locally
 
     kind = dags.checked(pipeline)
     if runner == "docker":
-        check_images()
+        from spectraqlora_pipelines import step_containers
+
+        step_containers.check_images(network := network or step_containers.DEFAULT_NETWORK)
 
     base, source = _resolve_sample(settings)
     base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))
@@ -143,6 +154,9 @@ def run(
     if not settings.checkpoint.folder:
         # Below the root that every runner's steps see.
         arguments["checkpoint"]["folder"] = str(workdir / "artifacts" / "checkpoints")
+    containers = None
+    if network:
+        containers = step_containers.surroundings(settings, workdir, [base, source], network)
     steps = dags.steps(kind, settings)
     with _bars() as bars:
         whole = bars.add_task("starting", total=steps)
@@ -165,7 +179,7 @@ def run(
                 inner = bars.add_task(label, total=total)
             bars.update(inner, completed=now, total=total, description=label)
 
-        run_locally(dags.dag(kind, settings, retries=0), arguments, workdir, runner, on_task, on_progress)
+        run_locally(dags.dag(kind, settings, retries=0), arguments, workdir, containers, on_task, on_progress)
         bars.update(whole, completed=steps, description="done")
     if kind == "ablation":
         summary = collect(settings, workdir)

@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from spectraqlora import __version__
@@ -22,6 +22,9 @@ from spectraqlora.errors import InputError
 from spectraqlora.progress import PREFIX
 from spectraqlora.settings import Settings
 from spectraqlora.step import ERROR_PREFIX, LAUNCHER_PID
+
+if TYPE_CHECKING:
+    from spectraqlora_pipelines.step_containers import Surroundings
 
 _GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -112,11 +115,19 @@ def run_locally(
     pipeline: Any,
     arguments: dict[str, Any],
     workdir: Path,
-    runner: str,
+    containers: Surroundings | None,
     on_task: Callable[[str], None],
     on_progress: Callable[[int, int, str], None],
 ) -> None:
     """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
+
+    Args:
+        pipeline: the DAG.
+        arguments: of the pipeline.
+        workdir: where everything of the run is kept.
+        containers: what step containers share with this machine; None runs steps as processes.
+        on_task: told every step's name when it starts.
+        on_progress: told done, total and label of what a step counts.
 
     Raises:
         InputError: a step refused its input.
@@ -124,11 +135,10 @@ def run_locally(
     """
     from kfp import local
 
+    from spectraqlora_pipelines.step_containers import replace_kfps
+
     log = workdir / "run.log"
-    if runner == "docker":
-        chosen: Any = local.DockerRunner()
-    else:
-        chosen = local.SubprocessRunner(use_venv=False)
+    chosen = local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False)
     local.init(
         chosen,
         pipeline_root=str(workdir / "artifacts"),
@@ -148,9 +158,12 @@ def run_locally(
 
     lines = _Lines(log, listen)
     try:
-        with _steps_end_with_us(), _captured(lines), warnings.catch_warnings():
+        in_containers = replace_kfps(containers) if containers else contextlib.nullcontext()
+        with _steps_end_with_us(), in_containers, _captured(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipeline(**arguments)
+    except InputError:
+        raise
     except Exception as error:
         if lines.refusal is not None:
             raise _Relayed(lines.refusal) from None
@@ -169,25 +182,6 @@ class _Relayed(InputError):
 def _last(tail: list[str]) -> str:
     telling = [line for line in tail if re.match(r"^[\w.]*(Error|Exception)\b", line)]
     return repr((telling or tail or [""])[-1])
-
-
-def check_images() -> None:
-    """Refuse the docker runner where Docker or a step image is missing."""
-    if shutil.which("docker") is None:
-        raise InputError("--runner", "docker", "a Docker engine; no docker command was found, use subprocess")
-    import subprocess
-
-    from spectraqlora.step_images import image
-
-    names = ("light", "quantize-load", "snr-analyze", "select-layers", "train", "re-evaluate", "merge-export")
-    for name in names:
-        probe = subprocess.run(["docker", "image", "inspect", image(name)], capture_output=True, check=False)
-        if probe.returncode:
-            raise InputError(
-                "--runner",
-                "docker",
-                f"the image {image(name)}; build the step images from images/ with that tag",
-            )
 
 
 def collect(settings: Settings, workdir: Path) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
         (["--set", "promote.guard_data=none.txt"], "promote.guard_data"),
         (["--set", "tracking.uri=http://127.0.0.1:9"], "tracking.uri"),
         (["--set", "tracking.uri=http://me:secret@127.0.0.1:9"], "MLFLOW_TRACKING_USERNAME"),
+        (["--network", "host"], "--network"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(

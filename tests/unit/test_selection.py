@@ -73,7 +73,7 @@ def test_a_budget_is_spent_and_not_overspent(share: float) -> None:
 
 
 def test_alors_shares_a_budget_in_proportion_to_the_signal() -> None:
-    settings = SelectSettings(rank=8, budget=0.5, high_percent=50, medium_percent=50)
+    settings = SelectSettings(signal="spectrum", rank=8, budget=0.5, high_percent=50, medium_percent=50)
     scores = {m.module: (0.0, 1.0 + m.layer) for m in MIXED}
     ranks = {m.module: m.rank for m in rank_map("alors", MIXED, scores, settings, "d", 1).modules}
     for kind in ("q", "up"):
