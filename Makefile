@@ -1,10 +1,11 @@
 # make demo: the whole DAG offline on the sample. make test: lint, types and tests. make e2e: servers, containers.
+# make images: the step images, with one tag; VARIANT=cuda, BASE_IMAGE, REPOSITORY and TAG as images/build.sh says.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test e2e lint install clean
+.PHONY: demo test e2e lint install images image-wheels lock clean
 
 install: $(VENV)/.installed
 
@@ -22,12 +23,31 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint images/*/Dockerfile
 
 test: lint
 	$(BIN)/pytest
 
+# Images are built where a Docker engine answers.
 e2e: install
-	$(BIN)/pytest -m e2e
+	sh images/for-tests.sh
+	$(BIN)/pytest -m e2e -rs
+
+VARIANT ?= cpu
+WHEELS := build/wheels/.$(VARIANT)
+
+# The images' packages, fetched once and checked against the locks.
+image-wheels: $(WHEELS)
+
+$(WHEELS): $(wildcard images/*/*.lock) | $(VENV)/.installed
+	PYTHON=$(BIN)/python VARIANT=$(VARIANT) sh images/wheels.sh
+	touch $@
+
+images: image-wheels
+	VARIANT=$(VARIANT) sh images/build.sh
+
+lock: install
+	PATH="$(abspath $(BIN)):$$PATH" python images/lock.py
 
 clean:
 	rm -rf $(VENV) runs build

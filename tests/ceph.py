@@ -17,7 +17,16 @@ import boto3  # type: ignore[import-untyped]
 
 from tests.s3 import ACCESS_KEY, BUCKET, SECRET_KEY, free_port
 
-PROGRAMS = ("ceph", "ceph-authtool", "monmaptool", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin")
+PROGRAMS = (
+    "ceph",
+    "ceph-authtool",
+    "monmaptool",
+    "ceph-mon",
+    "ceph-osd",
+    "radosgw",
+    "radosgw-admin",
+    "setpriv",
+)
 MEMORY_BYTES = 1 << 30
 _PATIENCE_S = 180
 
@@ -73,7 +82,11 @@ class Ceph:
         with open(self.folder / f"{command[0]}.out", "wb") as out:
             self._processes.append(
                 subprocess.Popen(
-                    [*command, "--conf", self._conf, "-f"], stdout=out, stderr=out, cwd=self.folder
+                    # A test run that is killed takes its servers along.
+                    ["setpriv", "--pdeathsig", "KILL", *command, "--conf", self._conf, "-f"],
+                    stdout=out,
+                    stderr=out,
+                    cwd=self.folder,
                 )
             )
 
@@ -131,10 +144,7 @@ class Ceph:
         self._run("ceph-osd", "--conf", self._conf, "-i", "0", "--mkfs", "--osd-uuid", osd_id)
         self._daemon("ceph-osd", "-i", "0")
         frontend = f"beast endpoint=127.0.0.1:{self.port}"
-        self._run(
-            *("radosgw-admin", "--conf", self._conf, "user", "create", "--uid", "tests"),
-            *("--display-name", "tests", "--access-key", ACCESS_KEY, "--secret", SECRET_KEY),
-        )
+        self.create_user(ACCESS_KEY, SECRET_KEY)
         self._daemon("radosgw", "-n", "client.rgw.a", "--rgw-frontends", frontend)
         deadline = time.monotonic() + _PATIENCE_S
         while True:
@@ -144,6 +154,13 @@ class Ceph:
             except Exception:
                 assert time.monotonic() < deadline, (folder / "radosgw.out").read_text()[-2000:]
                 time.sleep(0.3)
+
+    def create_user(self, access_key: str, secret: str) -> None:
+        """A user of the store; the tests' bucket belongs to the first."""
+        self._run(
+            *("radosgw-admin", "--conf", self._conf, "user", "create", "--uid", access_key.lower()),
+            *("--display-name", "tests", "--access-key", access_key, "--secret", secret),
+        )
 
     def client(self) -> object:
         """A plain client with the tests' credentials."""

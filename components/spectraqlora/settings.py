@@ -64,6 +64,11 @@ class DataSettings(_Section):
     max_length: int = Field(
         512, ge=8, description="Longest row in tokens; longer rows are dropped and counted"
     )
+    split_by: Literal["shuffle", "content"] = Field(
+        "shuffle",
+        description="Choose the eval rows by shuffling, or by each row's content, so that rows stay on their "
+        "side when data grows; retraining always takes content",
+    )
     pack: bool = Field(False, description="Pack plain-text rows into full sequences instead of padding")
     prompt_template: str = Field(
         "Question: {prompt}\nAnswer:", description="Wraps a prompt where the tokenizer has no chat template"
@@ -214,13 +219,82 @@ class TrackingSettings(_Section):
     uri: str = Field("", description="MLflow tracking URI; empty is SQLite in the work directory")
     experiment: str = Field("spectraqlora", description="MLflow experiment")
     registered_model: str = Field("spectraqlora", description="Name in the MLflow model registry")
+    registered_form: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="Register the merged weights, or the adapter with a reference to the base (hub id or folder)",
+    )
+    patience_seconds: float = Field(
+        60.0, ge=0, le=3600, description="How long a finished step waits for an MLflow that does not answer"
+    )
 
     @field_validator("registered_model", "experiment")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if not value or any(c in value for c in "/:.%\"'"):
-            raise ValueError("a name without / : . % or quotes")
+        if not value.strip() or len(value) > 200 or any(c in value for c in "/:.%\"'`"):
+            raise ValueError("a name of at most 200 characters without / : . % or quotes")
         return value
+
+    @field_validator("uri")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        if "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "an address without user and password; these belong into MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD"
+            )
+        return value
+
+
+HIGHER_IS_BETTER = frozenset({"accuracy", "train_tokens_per_second"})
+LOWER_IS_BETTER = frozenset(
+    {"merged_eval_loss", "eval_loss", "perplexity", "guard_perplexity", "trainable_parameters"}
+    | {"train_seconds", "peak_memory_bytes"}
+)
+
+
+class PromoteSettings(_Section):
+    enabled: bool = Field(
+        True, description="Let the gate decide after register; off leaves that to `spectraqlora promote`"
+    )
+    metric: str = Field(
+        "merged_eval_loss", description="What must be better; of the registered model unless named otherwise"
+    )
+    margin: float = Field(0.0, ge=0, description="The metric must be better by more than this")
+    guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="Metrics that may get worse by at most this share of the champion's value"
+    )
+    guard_data: str = Field(
+        "",
+        description="General text (.txt, or data as in data.source) on which both models' perplexity is "
+        "measured; empty turns this guard off",
+    )
+    guard_bound: float = Field(
+        0.05, ge=0, description="Perplexity on guard_data may grow by at most this share"
+    )
+    guard_rows: int = Field(100, ge=1, description="Use at most this many rows of guard_data")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """All guard metrics with the share by which each may get worse."""
+        return {**self.guards, **({"guard_perplexity": self.guard_bound} if self.guard_data else {})}
+
+    def check_measured(self) -> None:
+        """Refuse metrics that no run of this pipeline logs."""
+        known = HIGHER_IS_BETTER | LOWER_IS_BETTER
+        for key, name in [
+            ("promote.metric", self.metric),
+            *(("promote.guards", name) for name in self.guards),
+        ]:
+            if name not in known:
+                raise InputError(key, name, f"a metric that runs have, one of: {', '.join(sorted(known))}")
+
+
+class RetrainSettings(_Section):
+    method: Method = Field("hybrid", description="The branch that retraining runs")
+    start: Literal["base", "champion"] = Field(
+        "base",
+        description="Start from a fresh adapter, or from the champion's where it has the same method and base",
+    )
 
 
 class Settings(_Section):
@@ -238,6 +312,8 @@ class Settings(_Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     export: ExportSettings = ExportSettings()
     tracking: TrackingSettings = TrackingSettings()
+    promote: PromoteSettings = PromoteSettings()
+    retrain: RetrainSettings = RetrainSettings()
 
     @field_validator("methods", mode="before")
     @classmethod

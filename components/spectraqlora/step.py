@@ -10,16 +10,19 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import (
     Evaluation,
     MergedModel,
+    PreparedData,
     RankMap,
     TrainingLog,
     folder_digest,
@@ -33,6 +36,7 @@ from spectraqlora.settings import (
     EvaluateSettings,
     ExportSettings,
     ModelSettings,
+    PromoteSettings,
     SelectSettings,
     SnrSettings,
     TrackingSettings,
@@ -40,6 +44,7 @@ from spectraqlora.settings import (
 )
 
 P = ParamSpec("P")
+R = TypeVar("R")
 ERROR_PREFIX = "error: "
 LAUNCHER_PID = "SPECTRAQLORA_LAUNCHER_PID"
 """Environment variable that names the local process without which a step has nobody to work for."""
@@ -60,13 +65,13 @@ def _end_with_launcher() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _step(function: Callable[P, None]) -> Callable[P, None]:
+def _step(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         hush()
         _end_with_launcher()
         try:
-            function(*args, **kwargs)
+            return function(*args, **kwargs)
         except InputError as error:
             print(f"{ERROR_PREFIX}{error}", flush=True)
             sys.exit(2)
@@ -146,8 +151,10 @@ def run_train(
     adapter: Any,
     previous: Any,
     checkpoint: dict[str, Any],
+    start: Any = None,
 ) -> None:
     arguments = dict(locals())
+    from spectraqlora.live_metrics import LiveMetrics
     from spectraqlora.tracking import Tracker
     from spectraqlora.train import distributed
     from spectraqlora.train.training import check_optimizer, nothing_left, train
@@ -158,6 +165,7 @@ def run_train(
     check_optimizer(section)
     count = distributed.processes(section)
     distributed.share(section, count)
+    begin = start.path if start is not None and any(Path(start.path).iterdir()) else None
     if count > 1 and not distributed.launched() and not nothing_left(rank_map):
         distributed.launch(count, arguments)
         return
@@ -171,12 +179,13 @@ def run_train(
         seed,
         rounds,
         previous=Path(previous.path) if previous is not None else None,
+        start=Path(begin) if begin is not None else None,
         checkpoint=CheckpointSettings(**checkpoint),
     )
     if not distributed.is_main():
         work(output=Path(adapter.path))
         return
-    tracker = Tracker(TrackingSettings(**tracking), run_key)
+    tracker = Tracker(TrackingSettings(**tracking), run_key, "train")
     branch = tracker.branch_run(rank_map.method)
     tracker.log_params(
         branch,
@@ -187,11 +196,15 @@ def run_train(
             "evaluate": scoring.model_dump(),
         },
     )
-    log: TrainingLog = work(output=_folder(adapter))
-    offset = (log.round - 1) * section.max_steps
-    tracker.log_curve(branch, "train_loss", [(step + offset, loss) for step, loss in log.loss_curve])
-    tracker.log_curve(branch, "eval_loss_curve", [(step + offset, loss) for step, loss in log.eval_curve])
-    tracker.log_file(branch, Path(ranks.path) / RankMap.filename(), f"round-{log.round}")
+    tracker.log_data(branch, PreparedData.read(data.path))
+    with LiveMetrics(tracker, branch, (rank_map.round - 1) * section.max_steps) as live:
+        log: TrainingLog = work(output=_folder(adapter), on_metric=live)
+
+    def send() -> None:
+        tracker.log_training(branch, log, section.max_steps)
+        tracker.log_file(branch, Path(ranks.path) / RankMap.filename(), f"round-{log.round}")
+
+    tracker.patiently(send, "what training logged")
 
 
 @_step
@@ -208,6 +221,8 @@ def run_re_evaluate(
     settings, select, snr, tracking = sections
     quantized, data, ranks, adapter, previous = inputs
     evaluation = outputs[0]
+    tracker = Tracker(TrackingSettings(**tracking), run_key, "re-evaluate")
+    branch = tracker.branch_run(RankMap.read(ranks.path).method)
     folders = [_folder(artifact) for artifact in outputs]
     result = re_evaluate(
         Path(quantized.path),
@@ -226,15 +241,15 @@ def run_re_evaluate(
     metrics = headline(result)
     for name, value in metrics.items():
         evaluation.log_metric(name, value)
-    tracker = Tracker(TrackingSettings(**tracking), run_key)
-    branch = tracker.branch_run(result.method)
     chosen = {"select": SelectSettings(**select).model_dump(), "snr": SnrSettings(**snr).model_dump()}
-    tracker.log_params(branch, chosen)
-    tracker.log_metrics(branch, metrics)
-    tracker.set_tags(branch, {"base_digest": result.base_digest, "data_digest": result.data_digest})
-    for path in sorted(folders[0].iterdir()):
-        tracker.log_file(branch, path, "evaluation")
-    tracker.finish(branch)
+
+    def send() -> None:
+        tracker.log_params(branch, chosen)
+        tracker.log_evaluation(branch, result, metrics)
+        tracker.log_folder(branch, folders[0], "evaluation")
+        tracker.finish(branch)
+
+    tracker.patiently(send, "the evaluation")
 
 
 def headline(result: Evaluation) -> dict[str, float]:
@@ -265,7 +280,12 @@ def run_compare(
 ) -> None:
     from spectraqlora.compare.leaderboard import rank
     from spectraqlora.compare.leaderboard import winner as choose
+    from spectraqlora.compare.plots import write_plots
+    from spectraqlora.snr.table import read_table
     from spectraqlora.tracking import Tracker
+
+    tracker = Tracker(TrackingSettings(**tracking), run_key, "compare")
+    run = tracker.pipeline_run()
 
     found = {
         (e := Evaluation.read(evaluation.path)).method: (e, adapter)
@@ -285,13 +305,22 @@ def run_compare(
     shutil.copytree(found[best][1].path, chosen / "adapter")
     found[best][0].write(chosen)
     winner.metadata["method"] = best
-    tracker = Tracker(TrackingSettings(**tracking), run_key)
-    run = tracker.pipeline_run()
-    tracker.log_metrics(run, {f"{e.method}_eval_loss": e.eval_loss for e in ordered})
-    tracker.set_tags(run, {"winner": best, "version": __version__})
-    tracker.log_file(run, board / "leaderboard.json")
-    for name in ("snr.parquet", "heatmap.png"):
-        tracker.log_file(run, Path(table.path) / name, "snr")
+
+    def send() -> None:
+        # What an earlier step could not send while the server was away goes with it.
+        for entry in ordered:
+            branch = tracker.branch_run(entry.method)
+            tracker.log_evaluation(branch, entry, headline(entry))
+            tracker.finish(branch)
+        tracker.log_metrics(run, {f"{e.method}_eval_loss": e.eval_loss for e in ordered})
+        tracker.set_tags(run, {"winner": best})
+        tracker.log_file(run, board / "leaderboard.json")
+        tracker.log_folder(run, board / "plots", "plots")
+        for name in ("snr.parquet", "heatmap.png"):
+            tracker.log_file(run, Path(table.path) / name, "snr")
+
+    write_plots(ordered, read_table(Path(table.path)), best, board / "plots")
+    tracker.patiently(send, "the leaderboard")
 
 
 @_step
@@ -314,12 +343,20 @@ def run_merge_export(
 
 
 @_step
-def run_register(run_key: str, tracking: dict[str, Any], winner: Any, exported: Any, registered: Any) -> None:
+def run_register(
+    run_key: str,
+    tracking: dict[str, Any],
+    origin: dict[str, str],
+    data: Any,
+    winner: Any,
+    exported: Any,
+    registered: Any,
+) -> None:
     from spectraqlora.register.registry import register
-    from spectraqlora.tracking import Tracker
+    from spectraqlora.tracking import REVISION, Tracker
 
     section = TrackingSettings(**tracking)
-    tracker = Tracker(section, run_key)
+    tracker = Tracker(section, run_key, "register")
     run = tracker.pipeline_run()
     evaluation, merged = Evaluation.read(winner.path), MergedModel.read(exported.path)
     tags = {
@@ -329,9 +366,77 @@ def run_register(run_key: str, tracking: dict[str, Any], winner: Any, exported: 
         "merged_digest": folder_digest(Path(exported.path) / "merged"),
         "merged_into": merged.merged_into,
         "spectraqlora_version": __version__,
+        "run_key": run_key,
+        **{name: value for name, value in origin.items() if value},
     }
-    metrics = {**headline(evaluation), "merged_eval_loss": merged.verified_eval_loss}
-    name, version = register(section, run, Path(exported.path), tags, metrics)
+    if os.environ.get(REVISION):
+        tags["source_revision"] = os.environ[REVISION]
+    loss = merged.verified_eval_loss if section.registered_form == "merged" else merged.eval_loss_original
+    name, version = register(
+        tracker,
+        Path(exported.path),
+        Path(winner.path),
+        Path(data.path),
+        tags,
+        {**headline(evaluation), "merged_eval_loss": loss},
+    )
+    tracker.log_data(run, PreparedData.read(data.path))
     write_text(_folder(registered) / "registered.json", json.dumps({"name": name, "version": version}))
     registered.metadata.update(name=name, version=version)
     tracker.finish(run)
+
+
+@_step
+def run_promote(
+    tracking: dict[str, Any],
+    settings: dict[str, Any],
+    evaluate: dict[str, Any],
+    registered: Any,
+    decision: Any,
+) -> None:
+    from spectraqlora.promote.promotion import Promotion
+    from spectraqlora.registry import CHAMPION, Registry
+
+    section = PromoteSettings(**settings)
+    found = json.loads((Path(registered.path) / "registered.json").read_text())
+    registry = Registry(TrackingSettings(**{**tracking, "registered_model": found["name"]}))
+    promotion = Promotion(registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate))
+    # A gate that is off still says what it would have said.
+    outcome = promotion.run(dry_run=not section.enabled)
+    print(f"version {outcome.version}: {outcome.decision}: {outcome.reason}", flush=True)
+    for name, value in (
+        *outcome.challenger.items(),
+        *((f"champion_{k}", v) for k, v in outcome.champion.items()),
+    ):
+        decision.log_metric(name, value)
+    champion = registry.by_alias(CHAMPION)
+    document = {**asdict(outcome), "enabled": section.enabled, "now": champion.number if champion else None}
+    write_text(_folder(decision) / "decision.json", json.dumps(document, indent=1))
+
+
+@_step
+def run_detect_changes(
+    source: str, settings: dict[str, Any], tracking: dict[str, Any], recipe: str, changes: Any
+) -> str:
+    from spectraqlora.detect_changes.changes import UNCHANGED, compare, source_digest
+    from spectraqlora.registry import Registry
+
+    registry = Registry(TrackingSettings(**tracking))
+    digest = source_digest(DataSettings(**{**settings, "source": source}))
+    found = compare(digest, recipe, registry.versions())
+    print(f"{'training' if found.changed else 'stopping early'}: {found.reason}", flush=True)
+    write_text(_folder(changes) / "changes.json", json.dumps(asdict(found), indent=1))
+    return found.digest if found.changed else UNCHANGED
+
+
+@_step
+def run_start_point(tracking: dict[str, Any], ranks: Any, start_ranks: Any, start_adapter: Any) -> None:
+    from spectraqlora.registry import Registry
+    from spectraqlora.start_point.champion import start_from
+
+    registry = Registry(TrackingSettings(**tracking))
+    with tempfile.TemporaryDirectory() as scratch:
+        found = registry.champion_adapter(Path(scratch))
+        champion = (found[0].number, found[1]) if found else None
+        said = start_from(champion, Path(ranks.path), _folder(start_ranks), _folder(start_adapter))
+    print(f"training starts {said}", flush=True)

@@ -1,4 +1,4 @@
-"""The command line: run, compile, snr, sample, report, settings."""
+"""The command line: run, compile, snr, sample, report, settings, and the commands of other modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import (
@@ -25,13 +24,16 @@ from rich.table import Table
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
-from spectraqlora.settings import Settings, digest, is_address, parse, reference, with_overrides
+from spectraqlora.settings import Settings, is_address, parse, reference
+
+from spectraqlora_pipelines import kubeflow_commands, promotion_commands
+from spectraqlora_pipelines.config import load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
     from spectraqlora.checkpoint import Tensors
 
-COMPILED = Path(__file__).resolve().parents[1] / "ablation.yaml"
+COMPILED = Path(__file__).resolve().parents[1]
 BAD_INPUT, INTERRUPTED = 2, 130
 _LAYERS = re.compile(r"(?=\b\d+\.)")
 
@@ -53,31 +55,6 @@ _SETTINGS_HELP = "\n\n".join(
         for key, default, text in reference()
     ]
 )
-
-
-def _load(config: Path | None, overrides: dict[str, Any], assignments: list[str]) -> Settings:
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except OSError:
-            raise InputError("--config", config, "a readable YAML file") from None
-        except yaml.YAMLError as error:
-            raise InputError(
-                "--config", config, f"valid YAML ({str(error).splitlines()[-1].strip()})"
-            ) from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise InputError("--config", config, "a YAML mapping of settings")
-        values = loaded or {}
-    for key, value in overrides.items():
-        if value is None:
-            continue
-        section, _, leaf = key.rpartition(".")
-        node = values.setdefault(section, {}) if section else values
-        if not isinstance(node, dict):
-            raise InputError(section, node, "a mapping of settings")
-        node[leaf] = value
-    return parse(with_overrides(values, assignments))
 
 
 @app.command(epilog=_SETTINGS_HELP)
@@ -110,14 +87,28 @@ def run(
         "runs/sample"
     ),
     runner: Annotated[str, typer.Option(help="subprocess, or docker with the step images.")] = "subprocess",
+    pipeline: Annotated[
+        str,
+        typer.Option(help="ablation, or retraining: train again where data changed, promote by the gate."),
+    ] = "ablation",
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Docker network of the steps. Default on Linux: host, so that S3 and MLflow on this machine "
+            "are reached at their usual addresses; elsewhere bridge, where they are at host.docker.internal."
+        ),
+    ] = None,
 ) -> None:
     """Run the whole DAG on this machine and show which method won.
 
     Without arguments it runs the offline sample. The same command again reuses every finished step.
 
     Example: spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/mine
+
+    Retraining, again whenever my.jsonl may have grown:
+    spectraqlora run --pipeline retraining --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/live
     """
-    settings = _load(
+    settings = load_settings(
         config,
         {
             "model.base_model": base_model,
@@ -134,11 +125,16 @@ def run(
     )
     if runner not in ("subprocess", "docker"):
         raise InputError("--runner", runner, "subprocess or docker")
-    from spectraqlora_pipelines import preflight
-    from spectraqlora_pipelines.local_run import check_images, collect, run_locally
+    if network and runner != "docker":
+        raise InputError("--network", network, "the docker runner; processes use this machine's network")
+    from spectraqlora_pipelines import dags, preflight
+    from spectraqlora_pipelines.local_run import collect, collect_retraining, run_locally
 
+    kind = dags.checked(pipeline)
     if runner == "docker":
-        check_images()
+        from spectraqlora_pipelines import step_containers
+
+        step_containers.check_images(network := network or step_containers.DEFAULT_NETWORK)
 
     base, source = _resolve_sample(settings)
     base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))
@@ -148,24 +144,20 @@ def run(
         if settings.snr.table:
             contents["snr_table"] = preflight.content_digest(settings.snr.table)
     workdir = workdir.absolute()
-    preflight.claim_workdir(workdir, settings, contents)
-    sections = settings.model_dump(mode="json")
+    # Retraining is run again because its data changed.
+    fixed = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}
+    preflight.claim_workdir(workdir, settings, fixed, kind)
+    arguments = dags.arguments(kind, settings, base, source, contents)
+    arguments["run_key"] = dags.run_key(workdir, settings, contents)
     if not settings.tracking.uri:
-        sections["tracking"]["uri"] = f"sqlite:///{workdir}/mlflow.db"
+        arguments["tracking"]["uri"] = f"sqlite:///{workdir}/mlflow.db"
     if not settings.checkpoint.folder:
         # Below the root that every runner's steps see.
-        sections["checkpoint"]["folder"] = str(workdir / "artifacts" / "checkpoints")
-    arguments = {
-        "base_model": base,
-        "base_content": contents["base_model"],
-        "source": source,
-        "source_content": contents["data"],
-        "table_content": contents.get("snr_table", ""),
-        "run_key": f"{workdir.name}-{digest(settings)[:12]}",
-        "seed": settings.seed,
-        **{name: section for name, section in sections.items() if isinstance(section, dict)},
-    }
-    steps = 6 + len(settings.methods) * (1 + 2 * settings.rounds)
+        arguments["checkpoint"]["folder"] = str(workdir / "artifacts" / "checkpoints")
+    containers = None
+    if network:
+        containers = step_containers.surroundings(settings, workdir, [base, source], network)
+    steps = dags.steps(kind, settings)
     with _bars() as bars:
         whole = bars.add_task("starting", total=steps)
         inner: Any = None
@@ -187,32 +179,49 @@ def run(
                 inner = bars.add_task(label, total=total)
             bars.update(inner, completed=now, total=total, description=label)
 
-        run_locally(settings, arguments, workdir, runner, on_task, on_progress)
+        run_locally(dags.dag(kind, settings, retries=0), arguments, workdir, containers, on_task, on_progress)
         bars.update(whole, completed=steps, description="done")
-    summary = collect(settings, workdir)
+    if kind == "ablation":
+        summary = collect(settings, workdir)
+    else:
+        summary = collect_retraining(settings, workdir)
+        reason = summary["changes"]["reason"]
+        if not summary["changes"]["changed"]:
+            console.print(f"Nothing to train: {reason}.", soft_wrap=True)
+            return
+        console.print(f"Trained, for {reason}.", soft_wrap=True)
     _show(summary)
     console.print(f"Report: {workdir / 'report.html'}", soft_wrap=True)
     console.print(f"Merged model: {workdir / 'merged'}   Adapter: {workdir / 'adapter'}", soft_wrap=True)
     for name, address in summary["published"].items():
         console.print(f"Published {name}: {address}", soft_wrap=True)
-    console.print(f"Runs: mlflow ui --backend-store-uri {sections['tracking']['uri']}", soft_wrap=True)
+    console.print(f"Runs: mlflow ui --backend-store-uri {arguments['tracking']['uri']}", soft_wrap=True)
 
 
 @app.command("compile")
 def compile_(
-    output: Annotated[Path, typer.Option(help="Where to write the KFP IR YAML.")] = COMPILED,
-    methods: Annotated[str | None, typer.Option(help="Branches of the DAG.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the KFP IR YAML. Default: pipelines/PIPELINE.yaml.")
+    ] = None,
+    pipeline: Annotated[str, typer.Option(help="ablation or retraining.")] = "ablation",
+    methods: Annotated[str | None, typer.Option(help="Branches of the ablation DAG.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds, unrolled.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
+    ] = None,
 ) -> None:
-    """Write the pipeline YAML for Kubeflow Pipelines."""
-    import warnings
+    """Write the pipeline YAML for Kubeflow Pipelines.
 
-    warnings.simplefilter("ignore")
-    from spectraqlora_pipelines.ablation import compile_pipeline
+    Example: spectraqlora compile --pipeline retraining --set retrain.method=alors --output retraining.yaml
+    """
+    from spectraqlora_pipelines.dags import checked, compile_dag
 
-    settings = _load(None, {"methods": methods, "rounds": rounds}, [])
+    kind = checked(pipeline)
+    settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_ or [])
+    output = output or COMPILED / f"{kind}.yaml"
     try:
-        compile_pipeline(output, settings.methods, settings.rounds)
+        compile_dag(output, kind, settings)
     except ValueError as error:
         raise InputError("--output", output, str(error).splitlines()[0]) from None
     console.print(f"Wrote {output}", soft_wrap=True)
@@ -452,7 +461,14 @@ def _show(summary: dict[str, Any]) -> None:
     registered = summary["registered"]
     console.print(
         f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "
-        f"Registered as {registered['name']} version {registered['version']} (challenger).",
+        f"Registered as {registered['name']} version {registered['version']}.",
+        soft_wrap=True,
+    )
+    gate = summary["promotion"]
+    champion = "none" if gate["now"] is None else f"version {gate['now']}"
+    console.print(
+        f"{'Gate' if gate['enabled'] else 'Gate (off, so it changed nothing)'}: {gate['decision']}: "
+        f"{gate['reason']}. Champion: {champion}.",
         soft_wrap=True,
     )
 
@@ -488,6 +504,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
         console.print(__version__)
         raise typer.Exit
 
+
+app.command()(kubeflow_commands.submit)
+app.add_typer(kubeflow_commands.schedule, name="schedule")
+app.command()(promotion_commands.models)
+app.add_typer(promotion_commands.promote, name="promote")
 
 if __name__ == "__main__":
     main()

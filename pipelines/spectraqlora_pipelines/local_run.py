@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from spectraqlora import __version__
@@ -22,6 +22,9 @@ from spectraqlora.errors import InputError
 from spectraqlora.progress import PREFIX
 from spectraqlora.settings import Settings
 from spectraqlora.step import ERROR_PREFIX, LAUNCHER_PID
+
+if TYPE_CHECKING:
+    from spectraqlora_pipelines.step_containers import Surroundings
 
 _GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -109,14 +112,22 @@ def _captured(lines: _Lines) -> Iterator[None]:
 
 
 def run_locally(
-    settings: Settings,
+    pipeline: Any,
     arguments: dict[str, Any],
     workdir: Path,
-    runner: str,
+    containers: Surroundings | None,
     on_task: Callable[[str], None],
     on_progress: Callable[[int, int, str], None],
 ) -> None:
-    """Run the DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
+    """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
+
+    Args:
+        pipeline: the DAG.
+        arguments: of the pipeline.
+        workdir: where everything of the run is kept.
+        containers: what step containers share with this machine; None runs steps as processes.
+        on_task: told every step's name when it starts.
+        on_progress: told done, total and label of what a step counts.
 
     Raises:
         InputError: a step refused its input.
@@ -124,13 +135,10 @@ def run_locally(
     """
     from kfp import local
 
-    from spectraqlora_pipelines.ablation import ablation_pipeline
+    from spectraqlora_pipelines.step_containers import replace_kfps
 
     log = workdir / "run.log"
-    if runner == "docker":
-        chosen: Any = local.DockerRunner()
-    else:
-        chosen = local.SubprocessRunner(use_venv=False)
+    chosen = local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False)
     local.init(
         chosen,
         pipeline_root=str(workdir / "artifacts"),
@@ -149,11 +157,13 @@ def run_locally(
                 on_task(found[1])
 
     lines = _Lines(log, listen)
-    pipeline = ablation_pipeline(settings.methods, settings.rounds, retries=0)
     try:
-        with _steps_end_with_us(), _captured(lines), warnings.catch_warnings():
+        in_containers = replace_kfps(containers) if containers else contextlib.nullcontext()
+        with _steps_end_with_us(), in_containers, _captured(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipeline(**arguments)
+    except InputError:
+        raise
     except Exception as error:
         if lines.refusal is not None:
             raise _Relayed(lines.refusal) from None
@@ -174,25 +184,6 @@ def _last(tail: list[str]) -> str:
     return repr((telling or tail or [""])[-1])
 
 
-def check_images() -> None:
-    """Refuse the docker runner where Docker or a step image is missing."""
-    if shutil.which("docker") is None:
-        raise InputError("--runner", "docker", "a Docker engine; no docker command was found, use subprocess")
-    import subprocess
-
-    from spectraqlora.step_images import image
-
-    names = ("light", "quantize-load", "snr-analyze", "select-layers", "train", "re-evaluate", "merge-export")
-    for name in names:
-        probe = subprocess.run(["docker", "image", "inspect", image(name)], capture_output=True, check=False)
-        if probe.returncode:
-            raise InputError(
-                "--runner",
-                "docker",
-                f"the image {image(name)}; build the step images from images/ with that tag",
-            )
-
-
 def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
     """Gather the steps' artifacts into `summary.json`, `merged/`, `adapter/` and `report.html`.
 
@@ -204,6 +195,7 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "winner": _newest(workdir, "winner/evaluation.json"),
         "exported": _newest(workdir, "exported/manifest.json"),
         "registered": _newest(workdir, "registered/registered.json"),
+        "decision": _newest(workdir, "decision/decision.json"),
         "quantized": _newest(workdir, "quantized/manifest.json"),
         "data": _newest(workdir, "data/manifest.json"),
     }
@@ -242,9 +234,25 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "merged_eval_loss": merged.verified_eval_loss,
         "published": merged.published,
         "registered": registered,
+        "promotion": json.loads((found["decision"] / "decision.json").read_text()),
     }
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))
     report(settings, workdir)
+    return summary
+
+
+def collect_retraining(settings: Settings, workdir: Path) -> dict[str, Any]:
+    """What a retraining came to: `summary.json` with what changed and, where something did, what came of it.
+
+    Raises:
+        InputError: the workdir holds no finished retraining.
+    """
+    found = _newest(workdir, "changes/changes.json")
+    changes = json.loads((found / "changes.json").read_text())
+    if changes["changed"]:
+        return {**collect(settings, workdir), "changes": changes}
+    summary = {"version": __version__, "changes": changes}
+    write_text(workdir / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 

@@ -21,6 +21,21 @@ def check(settings: Settings, base_model: str, source: str) -> None:
     """Refuse bad data, bad model folders, and ranks and processes that do not fit."""
     from spectraqlora.prepare_data.source import check_source
 
+    settings.promote.check_measured()
+    if settings.promote.guard_data:
+        from spectraqlora.promote.scoring import guard_file
+
+        guard_file(settings.promote.guard_data)
+    if settings.tracking.registered_form == "adapter" and is_address(base_model):
+        raise InputError(
+            "tracking.registered_form",
+            "adapter",
+            f"merged; transformers cannot load a reference to {base_model}",
+        )
+    if settings.tracking.uri:
+        from spectraqlora.registry import Registry
+
+        Registry(settings.tracking).versions()
     _check_destinations(settings)
     if settings.train.processes > 1:
         from spectraqlora.train.distributed import share
@@ -103,8 +118,16 @@ def content_digest(path: str) -> str:
     return folder_digest(local) if local.is_dir() else ""
 
 
-def claim_workdir(workdir: Path, settings: Settings, contents: dict[str, str]) -> None:
+def claim_workdir(
+    workdir: Path, settings: Settings, contents: dict[str, str], pipeline: str = "ablation"
+) -> None:
     """Make the workdir this run's own, or find that it already is.
+
+    Args:
+        workdir: the folder.
+        settings: of the run.
+        contents: digests of what must not change between runs there.
+        pipeline: name of the DAG.
 
     Raises:
         InputError: it holds a run of other settings or inputs, is a file, or its disk is full.
@@ -115,6 +138,7 @@ def claim_workdir(workdir: Path, settings: Settings, contents: dict[str, str]) -
         "version": __version__,
         "settings": settings.model_dump(mode="json"),
         "contents": contents,
+        "pipeline": pipeline,
     }
     stored = workdir / "run.json"
     if stored.exists():

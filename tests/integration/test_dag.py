@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLI = [str(Path(sys.executable).parent / "spectraqlora")]
 
 
-def spectraqlora(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=560, check=False)
+def spectraqlora(*arguments: str, timeout: float = 560) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +172,7 @@ def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
         (["--data", "none.jsonl"], "data.source"),
         (["--base-model", "./none"], "model.base_model"),
         (["--config", "none.yaml"], "--config"),
+        (["--network", "host"], "--network"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(

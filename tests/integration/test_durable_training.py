@@ -5,18 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.settings import CheckpointSettings, TrainSettings
 from spectraqlora.storage import folders_below, parse_address
 
+from tests.integration.test_dag import CLI
 from tests.s3 import BUCKET, Server, environment
 from tests.unit.test_adapters import DOWN, Q0, Q1, rank_map
 from tests.unit.test_checkpoints import same, trained
@@ -146,3 +151,85 @@ def test_a_store_that_is_down_for_half_a_minute_costs_nothing(
         (identity,) = folders_below(parse_address(destination))
         found = folders_below(parse_address(destination).child(identity))
         assert {name[:14] for name, whole in found.items() if whole} == {"step-000000038", "step-000000040"}
+
+
+def test_a_stopped_run_goes_on_in_the_middle_of_its_training(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    """Ended by SIGTERM, which leaves time for a checkpoint, then by SIGKILL, then not at all."""
+    workdir = tmp_path / "w"
+    arguments = [
+        "run", "--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(workdir),
+        "--methods", "qlora", "--max-steps", "120", "--set", "evaluate.accuracy_rows=0",
+        "--set", "checkpoint.every_steps=3",
+    ]  # fmt: skip
+
+    def steps() -> set[int]:
+        found = (workdir / "artifacts" / "checkpoints").glob("*/step-*")
+        return {int(path.name[5:14]) for path in found if not path.suffix}
+
+    for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -9)):
+        before = max(steps(), default=0)
+        process = subprocess.Popen(
+            [*CLI, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 600
+        while max(steps(), default=0) <= before:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        assert process.returncode == code
+        assert not psutil.wait_procs(children, timeout=60)[1]
+    log = (workdir / "run.log").read_text()
+    stopped = int(re.findall(r"stopped after step (\d+) of 120", log)[0])
+    assert f"going on from the checkpoint of step {stopped}" in log
+    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("going on from the checkpoint of step", (workdir / "run.log").read_text())) == 2
+
+
+SEVERAL = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from spectraqlora.step import run_train
+quantized, data, ranks, adapter, uri, kept = sys.argv[1:]
+run_train(
+    "run", 1, {"max_steps": 30, "batch_size": 4, "lora_dropout": 0.2, "processes": 2, "evaluations": 3}, {},
+    {"uri": uri}, 1, *(SimpleNamespace(path=p) for p in (quantized, data, ranks, adapter)), None,
+    {"folder": kept, "every_steps": 2},
+)
+"""
+
+
+def test_several_processes_go_on_together(quantized: Path, prepared: Path, tmp_path: Path) -> None:
+    rank_map(quantized, {Q0: 4, DOWN: 4}).write(tmp_path / "ranks")
+
+    def start(name: str) -> subprocess.Popen[str]:
+        places = quantized, prepared, tmp_path / "ranks", tmp_path / name
+        command = [*map(str, places), f"sqlite:///{tmp_path / name}.db", str(tmp_path / f"{name}-kept")]
+        return subprocess.Popen(
+            [sys.executable, "-c", SEVERAL, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    whole = start("whole")
+    printed, _ = whole.communicate(timeout=900)
+    assert whole.returncode == 0, printed
+    cut = start("cut")
+    while not [p for p in (tmp_path / "cut-kept").glob("*/step-*") if not p.suffix]:
+        assert cut.poll() is None, cut.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(cut.pid, signal.SIGKILL)
+    cut.wait()
+    last = start("cut")
+    printed, _ = last.communicate(timeout=900)
+    assert last.returncode == 0, printed
+    assert "going on from the checkpoint of step" in printed
+    same(tmp_path / "cut", tmp_path / "whole")
+    assert TrainingLog.read(tmp_path / "cut").processes == 2

@@ -10,17 +10,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from spectraqlora import adapters
 from spectraqlora.artifacts import TrainingLog
-from spectraqlora.errors import Stopped
+from spectraqlora.errors import InputError, Stopped
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
 from spectraqlora.train.training import train
 
+from tests.s3 import BUCKET, SECRET_KEY, Fault, Proxy, Request, Server, environment
 from tests.unit.test_adapters import DOWN, Q0, rank_map
 
 STEPS = 8
@@ -227,6 +228,106 @@ def test_a_training_of_other_inputs_starts_anew(
 def test_nothing_that_runs_code_is_read(stopped: Path) -> None:
     names = {path.name for path in stopped.rglob("*") if path.is_file()}
     assert names == {"manifest.json", "state.json", "state.safetensors"}
+
+
+# --- kept in object storage --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, secret: str = SECRET_KEY) -> None:
+    for name, value in environment(endpoint, secret).items():
+        monkeypatch.setenv(name, value)
+
+
+def stored(server: Server, prefix: str) -> list[Path]:
+    """Folders of checkpoints whose manifest has arrived, oldest first."""
+    return sorted(path.parent for path in (server.folder / BUCKET / prefix).glob("*/step-*/_manifest.json"))
+
+
+def test_a_pod_on_an_empty_disk_goes_on_from_the_store(
+    server: Server,
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every fifth request is answered with 503; a pod is stopped; the newest checkpoint is damaged."""
+    checkpoint = CheckpointSettings(destination=f"s3://{BUCKET}/pods", every_steps=2, keep=3)
+
+    def stop(request: Request) -> Fault | None:
+        if len(stored(server, "pods")) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Fault("refuse") if request.number % 5 == 4 else None
+
+    with Proxy(server.port, stop) as proxy:
+        point_at(monkeypatch, proxy.endpoint)
+        with pytest.raises(Stopped):
+            trained(quantized, prepared, ranks, tmp_path / "first", checkpoint)
+    assert not (tmp_path / "first").exists()
+    capsys.readouterr()
+    before = stored(server, "pods")
+    assert len(before) == 3
+    (tensors,) = before[-1].glob("_files-*/state.safetensors")
+    flip(tensors)
+    server.forget()
+    with Proxy(server.port, lambda r: Fault("refuse") if r.number % 5 == 4 else None) as proxy:
+        point_at(monkeypatch, proxy.endpoint)
+        trained(quantized, prepared, ranks, tmp_path / "second", checkpoint)
+    printed = capsys.readouterr().out
+    assert f"WARNING: checkpoint {before[-1].name} is passed over" in printed
+    assert f"going on from the checkpoint of step {int(before[-2].name[5:14])}\n" in printed
+    same(tmp_path / "second", uninterrupted)
+    after = stored(server, "pods")
+    assert len(after) == 3 and after[-1].name.startswith("step-000000008") and before[-1] not in after
+
+
+def test_a_wrong_secret_is_told_before_the_training(
+    server: Server,
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = CheckpointSettings(destination=f"s3://{BUCKET}/secret", every_steps=1)
+    with Proxy(server.port) as proxy:
+        point_at(monkeypatch, proxy.endpoint, "not-the-secret")
+        with pytest.raises(InputError, match="AWS_SECRET_ACCESS_KEY") as error:
+            trained(quantized, prepared, ranks, tmp_path / "adapter", checkpoint)
+        assert "\n" not in str(error.value)
+        assert len(proxy.requests) == 1, "no retry storm"
+    assert "training step" not in capsys.readouterr().out
+
+
+def test_a_permission_lost_on_the_way_costs_the_copies_and_not_the_training(
+    server: Server,
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = CheckpointSettings(destination=f"s3://{BUCKET}/lost", every_steps=4)
+    refused = Fault("refuse", 403, "AccessDenied")
+    with Proxy(server.port, lambda r: refused if r.method == "PUT" else None) as proxy:
+        point_at(monkeypatch, proxy.endpoint)
+        trained(quantized, prepared, ranks, tmp_path / "adapter", checkpoint)
+        assert proxy.count("PUT") <= 2 * 8, "a refusal is not repeated"
+    printed = capsys.readouterr().out
+    assert printed.count("stays on this machine") == 2 and "s3:PutObject" in printed
+    assert stored(server, "lost") == []
+    same(tmp_path / "adapter", uninterrupted)
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from spectraqlora import adapters
 from spectraqlora.artifacts import QuantizedModel, TrainingLog
+from spectraqlora.checkpoint import Checkpoint
 from spectraqlora.models import load_quantized
 from spectraqlora.re_evaluate.evaluate import re_evaluate
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
@@ -44,7 +45,7 @@ def test_the_snr_after_training_is_that_of_the_updated_weights(
         quantized, prepared, folders[0], folders[1], settings, select, SnrSettings(), 1, *folders[2:]
     )
     manifest = QuantizedModel.read(quantized)
-    weights = dict(tensors_of(Path(manifest.source_path), manifest.modules))
+    weights = dict(tensors_of(Checkpoint(Path(manifest.source_path)), manifest.modules))
     pairs = adapters.read_pairs(folders[1])
     for name, weight in weights.items():
         update = torch.zeros_like(weight)

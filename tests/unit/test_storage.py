@@ -22,10 +22,12 @@ from spectraqlora.storage import (
     Address,
     Connection,
     S3Checkpoint,
+    content_digest,
     download_file,
     download_folder,
     exists,
     list_files,
+    local_copy,
     parse_address,
     ranged_reader,
     upload_file,
@@ -267,6 +269,43 @@ def test_a_target_with_other_files_in_it_is_refused(tmp_path: Path, address: Add
     with pytest.raises(InputError, match=r"mine\.txt"):
         download_folder(address, target, connect())
     assert contents(target).keys() == {"mine.txt"}
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_local_copy_is_kept_and_follows_the_store(
+    single: bool, tmp_path: Path, address: Address, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = make_folder(tmp_path / "source", large=MIB)
+
+    def publish() -> None:
+        if single:
+            upload_file(source / "config.json", address, connect())
+        else:
+            upload_folder(source, address, connect())
+
+    def copied() -> object:
+        path = local_copy(address, content_digest(address, connect()), connect())
+        return path.read_bytes() if single else contents(path)
+
+    def expected() -> object:
+        return (source / "config.json").read_bytes() if single else contents(source)
+
+    publish()
+    before = content_digest(address, connect())
+    assert copied() == expected()
+    with Proxy(server.port) as proxy:
+        point_at(monkeypatch, proxy.endpoint.replace("127.0.0.1", "localhost"))
+        assert copied() == expected(), "another endpoint is another store"
+        moved = proxy.body_bytes
+        assert copied() == expected()
+        assert proxy.body_bytes - moved < 10_000, "what is there is not fetched again"
+    point_at(monkeypatch, server.endpoint)
+    (source / "config.json").write_text("other")
+    publish()
+    with pytest.raises(InputError, match="replaced since"):
+        local_copy(address, before, connect())
+    assert copied() == expected()
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spectraqlora.artifacts import Evaluation, RankMap, Similarity
+from spectraqlora.artifacts import Evaluation, RankMap, Similarity, write_text
 
 COLOURS = {"qlora": "#4c566a", "hybrid": "#2f7ed8", "alors": "#d97706", "sgm": "#2a9d5c", "random": "#a855a0"}
 _MISSING = "#eceff4"
@@ -61,6 +62,34 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _svg(figure)
+
+
+def write_plots(evaluations: Sequence[Evaluation], table: Any, winner: str, folder: Path) -> list[Path]:
+    """Write the report's pictures as SVG files.
+
+    Args:
+        evaluations: all branches, best first.
+        table: SNR table before training.
+        winner: method name.
+        folder: where the files go.
+    """
+    names = {row.module: (int(row.layer), str(row.type)) for row in table.itertuples()}
+    before = {row.module: float(row.snr) for row in table.itertuples()}
+    best = next(e for e in evaluations if e.method == winner)
+    drawn = {
+        "loss": loss_curves(evaluations),
+        "snr": snr_maps(names, before, best.snr_after),
+        "ranks": rank_maps(evaluations, names),
+        "cost": cost_bars(evaluations),
+    }
+    for entry in evaluations:
+        if entry.similarity is not None:
+            drawn["similarity"] = similarity_matrix(entry.similarity)
+    paths = []
+    for name, text in drawn.items():
+        paths.append(folder / f"{name}.svg")
+        write_text(paths[-1], text)
+    return paths
 
 
 def _grid(

@@ -5,23 +5,27 @@ from kfp import dsl
 from spectraqlora.step_images import image
 
 
-@dsl.component(base_image=image("light"), install_kfp_package=False)
+@dsl.component(base_image=image("re-evaluate"), install_kfp_package=False)
 def register(
     run_key: str,
     tracking: dict,
+    origin: dict,
+    data: dsl.Input[dsl.Dataset],
     winner: dsl.Input[dsl.Model],
     exported: dsl.Input[dsl.Model],
     registered: dsl.Output[dsl.Artifact],
 ):
-    """Register the merged model in MLflow as `challenger`.
+    """Register the merged model, or base and adapter, in MLflow as `challenger`.
 
     Args:
         run_key: identifies the pipeline run in MLflow.
         tracking: the `tracking` section.
-        winner: the winner's evaluation.
+        origin: digests of data source and recipe, by which retraining knows what was trained already.
+        data: prepared data; its eval rows are kept beside the model.
+        winner: the winner's adapter and evaluation.
         exported: the merged model.
         registered: model name and version.
     """
     from spectraqlora.step import run_register
 
-    run_register(run_key, tracking, winner, exported, registered)
+    run_register(run_key, tracking, origin, data, winner, exported, registered)

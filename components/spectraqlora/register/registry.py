@@ -1,58 +1,136 @@
-"""The merged model in the MLflow model registry, as challenger."""
+"""The winner in the MLflow model registry, as challenger."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
+from spectraqlora.artifacts import Evaluation
+from spectraqlora.errors import InputError
+from spectraqlora.eval_rows import read_eval_rows, write_eval_rows
 from spectraqlora.families import auto_class
+from spectraqlora.registry import ADAPTER, CHALLENGER, EVAL_ROWS, Registry
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking import Tracker
 
-CHALLENGER = "challenger"
 _REQUIREMENTS = ("torch", "transformers", "safetensors", "accelerate")
+_NEW_TOKENS = 16
 
 
 def register(
-    settings: TrackingSettings, run_id: str, exported: Path, tags: dict[str, str], metrics: dict[str, float]
+    tracker: Tracker,
+    exported: Path,
+    winner: Path,
+    data: Path,
+    tags: dict[str, str],
+    metrics: dict[str, float],
 ) -> tuple[str, int]:
-    """Log `exported/merged` to the run and register it; (model name, version).
+    """Log the exported model to the pipeline's run and register it; (model name, version).
 
-    A version of the same run with the same `merged_digest` tag is not registered twice.
+    Beside the model the run keeps the adapter with its rank map and the rows it was scored on: what a later
+    champion is compared on and may start from. A version of the same run with the same tag `merged_digest`
+    is not registered twice.
+
+    Args:
+        tracker: of the pipeline run.
+        exported: artifact of merge-export.
+        winner: artifact of compare, with adapter and evaluation.
+        data: prepared data.
+        tags: of the version.
+        metrics: its numbers, tags as well.
     """
-    import mlflow
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    settings = tracker.settings
+    registry, run_id = Registry(settings), tracker.pipeline_run()
+    tags = {**tags, "registered_form": settings.registered_form}
+    for known in registry.versions():
+        same = ("merged_digest", "registered_form")
+        if known.run_id == run_id and all(known.tags.get(key) == tags[key] for key in same):
+            return settings.registered_model, known.number
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / EVAL_ROWS
+        tags["eval_digest"] = write_eval_rows(data, rows)
+        tracker.log_folder(run_id, rows, EVAL_ROWS)
+        example = _example(rows, exported / "merged")
+    with tempfile.TemporaryDirectory() as scratch:
+        Evaluation.read(winner).rounds[-1].rank_map.write(scratch)
+        tracker.log_folder(run_id, winner / "adapter", ADAPTER)
+        tracker.log_folder(run_id, Path(scratch), ADAPTER)
+    logged, tokenizer = _log(settings, run_id, exported, example)
+    tags["tokenizer_digest"] = vocabulary_digest(tokenizer)
+    number = int(logged.registered_model_version)
+    registry.tag(number, {**tags, **{name: f"{value:.9g}" for name, value in metrics.items()}})
+    # Only now is the version whole; whoever looks for the challenger finds one with its numbers.
+    registry.set_alias(CHALLENGER, number)
+    return settings.registered_model, number
 
-    name = settings.registered_model
-    mlflow.set_tracking_uri(settings.uri)
-    client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
-    try:
-        known = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
-    except MlflowException:
-        known = []
-    for candidate in known:
-        if candidate.tags.get("merged_digest") == tags["merged_digest"]:
-            client.set_registered_model_alias(name, CHALLENGER, candidate.version)
-            return name, int(candidate.version)
-    # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
+
+def _log(settings: TrackingSettings, run_id: str, exported: Path, example: str) -> tuple[Any, Any]:
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
     from transformers import AutoConfig, AutoTokenizer
 
     merged = exported / "merged"
     config = AutoConfig.from_pretrained(merged)
-    components = {
-        "model": auto_class(config).from_pretrained(merged, use_safetensors=True),
-        "tokenizer": AutoTokenizer.from_pretrained(merged),
-    }
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    extra: dict[str, Any] = {}
+    requirements = list(_REQUIREMENTS)
+    if settings.registered_form == "adapter":
+        model, base_folder = _with_adapter(config, exported / "adapter")
+        requirements.append("peft")
+        extra = {"base_model_path": base_folder} if base_folder else {}
+    else:
+        # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
+        model = auto_class(config).from_pretrained(merged, use_safetensors=True)
+    text = Schema([ColSpec(DataType.string)])
+    mlflow.set_tracking_uri(settings.uri)
+    mlflow.set_registry_uri(settings.uri)
     with mlflow.start_run(run_id=run_id):
-        info = mlflow.transformers.log_model(
-            transformers_model=components,
+        logged = mlflow.transformers.log_model(
+            transformers_model={"model": model, "tokenizer": tokenizer},
             name="model",
             task="text2text-generation" if config.is_encoder_decoder else "text-generation",
-            pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
-            registered_model_name=name,
+            pip_requirements=[f"{package}=={installed(package)}" for package in requirements],
+            registered_model_name=settings.registered_model,
+            signature=ModelSignature(inputs=text, outputs=text),
+            input_example=example,
+            **extra,
         )
-    version = int(info.registered_model_version)
-    for key, value in {**tags, **{k: f"{v:.6g}" for k, v in metrics.items()}}.items():
-        client.set_model_version_tag(name, str(version), key, value)
-    client.set_registered_model_alias(name, CHALLENGER, str(version))
-    return name, version
+    return logged, tokenizer
+
+
+def _with_adapter(config: Any, adapter: Path) -> tuple[Any, str]:
+    """The base with the adapter on it, and the base's folder where it is one: MLflow keeps a reference to it."""
+    from peft import PeftModel
+
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]
+    if "://" in base:
+        raise InputError(
+            "tracking.registered_form",
+            "adapter",
+            f"merged; a reference to {base} cannot be loaded by transformers",
+        )
+    model = auto_class(config).from_pretrained(base, use_safetensors=True)
+    return PeftModel.from_pretrained(model, adapter), base if Path(base).is_dir() else ""
+
+
+def _example(rows: Path, tokenizer_folder: Path) -> str:
+    """A prompt as the model was trained on it: of a scored answer, or the start of a row."""
+    from transformers import AutoTokenizer
+
+    scored, answers = read_eval_rows(rows)
+    if answers:
+        return answers[0]["prompt"]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return str(tokenizer.decode(scored[0]["input_ids"][:_NEW_TOKENS], skip_special_tokens=True)) or "Hello"
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """SHA-256 over a tokenizer's vocabulary: where it is equal, losses per token compare."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()

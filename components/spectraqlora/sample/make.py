@@ -48,6 +48,9 @@ def make_sample(folder: Path, seed: int = 42, progress: Callable[[int, int], Non
         tokenizer.save_pretrained(scratch / "model")
         with open(scratch / "data.jsonl", "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
+        # No secret, and steps in containers may run as another user: safetensors and mkdtemp keep all others out.
+        for path in (scratch, *scratch.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
     finally:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from spectraqlora.cache import cache_folder
 from spectraqlora.errors import InputError
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import Connection, ObjectChanged
 from spectraqlora.storage.download import download_file, download_folder
 from spectraqlora.storage.folders import content_digest, single_file
-
-
-def cache_folder() -> Path:
-    """Where copies are kept: `$XDG_CACHE_HOME/spectraqlora/s3`, by default below `~/.cache`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "spectraqlora" / "s3"
 
 
 def local_copy(address: Address, content: str = "", connection: Connection | None = None) -> Path:
@@ -36,7 +30,7 @@ def local_copy(address: Address, content: str = "", connection: Connection | Non
     """
     connection = connection or Connection()
     name = hashlib.sha256(f"{connection.endpoint} {address}".encode()).hexdigest()[:16]
-    place = cache_folder() / name
+    place = cache_folder() / "s3" / name
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

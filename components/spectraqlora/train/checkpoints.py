@@ -235,7 +235,7 @@ class Checkpoints:
         from spectraqlora.storage import folders_below, remove_folder
 
         kept = self._kept(self._remote())
-        oldest = min(kept)
+        oldest = min(kept, default="")
         for name in folders_below(address, self._connection):
             # Unfinished ones may be another writer's that is under way, unless they are old.
             if _NAME.fullmatch(name) and name not in kept and (name < oldest or name in self._passed_over):

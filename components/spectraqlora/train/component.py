@@ -21,6 +21,7 @@ def train(
     ranks: dsl.Input[dsl.Artifact],
     adapter: dsl.Output[dsl.Model],
     previous: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 - the KFP compiler reads this form
+    start: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
     checkpoint: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Train the rank map's adapters on the frozen 4-bit model.
@@ -38,6 +39,7 @@ def train(
         ranks: rank map.
         adapter: PEFT adapter with training log.
         previous: adapter carried over from the round before.
+        start: adapter to start the first round from; an empty one is none.
         checkpoint: the `checkpoint` section.
     """
     from spectraqlora.step import run_train
@@ -55,4 +57,5 @@ def train(
         adapter,
         previous,
         checkpoint,
+        start,
     )

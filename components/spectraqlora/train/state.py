@@ -44,8 +44,15 @@ class Course:
     def curve(self, points: int = 100) -> list[tuple[int, float]]:
         """(step, mean loss since the point before) at about as many points as asked for."""
         width = max(1, len(self.losses) // points)
-        ends = range(width, len(self.losses) + 1, width)
-        return [(end, math.fsum(self.losses[end - width : end]) / width) for end in ends]
+        return [self._point(end, width) for end in range(width, len(self.losses) + 1, width)]
+
+    def last_point(self, steps: int, points: int = 100) -> tuple[int, float] | None:
+        """The point that the last loss completes on the curve of a training of so many steps."""
+        width = max(1, steps // points)
+        return None if len(self.losses) % width else self._point(len(self.losses), width)
+
+    def _point(self, end: int, width: int) -> tuple[int, float]:
+        return end, math.fsum(self.losses[end - width : end]) / width
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from spectraqlora.train.checkpoints import Checkpoints, identity
 from spectraqlora.train.interruption import noted
 from spectraqlora.train.state import Course, capture, restore, restore_random
 
+OnMetric = Callable[[str, int, float], None]
+
 FIXED_METHODS = ("qlora", "random", "sgm")
 """Methods whose rank map never moves: they spend the whole budget of all rounds in the first."""
 
@@ -42,6 +44,8 @@ def train(
     output: Path,
     previous: Path | None = None,
     checkpoint: CheckpointSettings | None = None,
+    start: Path | None = None,
+    on_metric: OnMetric = lambda name, step, value: None,
 ) -> TrainingLog:
     """Train the map's adapters and write a PEFT adapter and `training.json` to `output`.
 
@@ -58,6 +62,8 @@ def train(
         output: the adapter artifact.
         previous: the adapter carried over from the round before.
         checkpoint: where checkpoints are; none are written where it names no place.
+        start: an adapter of the same rank map to start the first round from.
+        on_metric: called with name, step of this round and value while training goes on.
 
     Raises:
         InputError: unusable inputs, or a checkpoint address that cannot be read.
@@ -88,22 +94,34 @@ def train(
     sharded = distributed.world_size() > 1 and settings.parallel == "fsdp"
     model, _ = load_quantized(quantized, "cpu" if sharded else "")
     init_file = ranks_folder / GRADIENT_INIT
+    begin = previous or start
     wrapped = adapters.attach(
         model,
         ranks,
         settings.lora_dropout,
-        start=adapters.read_pairs(previous) if previous else None,
-        gradient_init=load_file(init_file) if init_file.exists() and not previous else None,
+        start=adapters.read_pairs(begin) if begin else None,
+        gradient_init=load_file(init_file) if init_file.exists() and not begin else None,
     )
     if sharded:
         distributed.shard_base(wrapped)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = None
         if checkpoint is not None and (checkpoint.folder or checkpoint.destination):
-            name = identity(quantized, data, ranks_folder, previous, settings, evaluation, seed, rounds)
+            name = identity(quantized, data, ranks_folder, begin, settings, evaluation, seed, rounds)
             checkpoints = Checkpoints(checkpoint, name, Path(scratch))
         part = span(ranks, settings, rounds)
-        log = fit(wrapped, ranks, data, settings, evaluation, seed, part, checkpoints=checkpoints)
+        log = fit(
+            wrapped,
+            ranks,
+            data,
+            settings,
+            evaluation,
+            seed,
+            part,
+            checkpoints=checkpoints,
+            on_metric=on_metric,
+            begun=bool(begin),
+        )
     if distributed.is_main():
         adapters.save(wrapped, output, manifest.source)
         log.write(output)
@@ -178,6 +196,8 @@ def fit(
     part: Span,
     on_step: Callable[[int], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
+    on_metric: OnMetric = lambda name, step, value: None,
+    begun: bool = False,
 ) -> TrainingLog:
     """Train a PEFT model's adapters in place and leave the best ones in it.
 
@@ -191,6 +211,8 @@ def fit(
         part: which steps of the branch's schedule to train.
         on_step: called after every optimizer step with its number in this round.
         checkpoints: where to go on from, and where to keep the state at intervals and when stopped.
+        on_metric: called with name, step of this round and value: the points of the log's curves.
+        begun: whether the adapters are trained already, so that none of these steps may be the best.
 
     Raises:
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
@@ -219,6 +241,7 @@ def fit(
         began = time.perf_counter()
         found = distributed.mean_loss(model, held_out, evaluation.batch_size, loss)
         course.evals.append((step, found))
+        on_metric("eval_loss_curve", step, found)
         if found < course.best_loss:
             course.best_loss, course.best = found, adapters.pairs(model)
         paused += time.perf_counter() - began
@@ -251,6 +274,8 @@ def fit(
             if "loss" not in logs:
                 return
             course.losses.append(float(logs["loss"]))
+            if point := course.last_point(part.steps):
+                on_metric("train_loss", *point)
             if checkpoints is None:
                 return
             # Several processes act on the same step: on the first one's clock, and on a signal to any.
@@ -265,7 +290,7 @@ def fit(
     recompute = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto" and device() == "cuda"
     )
-    if part.start > 0 and not found:
+    if begun and not found:
         evaluate(0)
     if first < part.steps:
         with tempfile.TemporaryDirectory() as scratch:

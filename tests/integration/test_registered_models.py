@@ -1,0 +1,154 @@
+"""Registered models load with MLflow alone, in both forms, and are scored again on other rows."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from spectraqlora.artifacts import MergedModel, QuantizedModel, folder_digest
+from spectraqlora.eval_rows import read_eval_rows
+from spectraqlora.promote.promotion import Promotion
+from spectraqlora.promote.scoring import guard_perplexity, load_registered, score_again
+from spectraqlora.register.registry import register
+from spectraqlora.registry import ADAPTER, EVAL_ROWS, Registry
+from spectraqlora.settings import (
+    EvaluateSettings,
+    PromoteSettings,
+    SelectSettings,
+    TrackingSettings,
+)
+from spectraqlora.tracking import Tracker
+
+from tests.unit.results import evaluation
+
+pytestmark = pytest.mark.e2e
+LOAD = """
+import sys
+sys.modules["spectraqlora"] = None
+import mlflow
+uri, name = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+mlflow.set_registry_uri(uri)
+pipe = mlflow.transformers.load_model(f"models:/{name}@champion")
+text = pipe("Question: Where does anna live?\\nAnswer:", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+assert len(text) > len("Question: Where does anna live?\\nAnswer:"), text
+info = mlflow.models.get_model_info(f"models:/{name}@champion")
+assert info.signature.inputs.to_dict() and info.signature.outputs.to_dict()
+assert mlflow.pyfunc.load_model(f"models:/{name}@champion").input_example
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(quantized: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A winner: an adapter that is not zero, and the base with it merged in."""
+    import torch
+    from peft import PeftModel
+    from spectraqlora import adapters
+    from spectraqlora.models import load_plain
+    from spectraqlora.selection import rank_map
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("winner")
+    manifest = QuantizedModel.read(quantized)
+    ranks = rank_map("qlora", manifest.modules, {}, SelectSettings(rank=4), manifest.base_digest, 1, None)
+    torch.manual_seed(0)
+    wrapped = adapters.attach(load_plain(tiny_model, torch.float32), ranks)
+    for layer in adapters.lora_layers(wrapped).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    adapters.save(wrapped, folder / "adapter", str(tiny_model))
+    model = PeftModel.from_pretrained(load_plain(tiny_model, torch.float32), folder / "adapter")
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "merged")
+    MergedModel(
+        method="qlora", base_digest=manifest.base_digest, merged_into="original", adapter_eval_loss=1.0,
+        eval_loss_quantized=1.0, eval_loss_original=1.0, verified_eval_loss=1.0,
+    ).write(folder)  # fmt: skip
+    evaluation("qlora", [1.0, 2.0], 100).model_copy(
+        update={"rounds": [evaluation("qlora", [1.0], 1).rounds[0].model_copy(update={"rank_map": ranks})]}
+    ).write(folder)
+    return folder
+
+
+def _register(uri: str, name: str, exported: Path, data: Path, key: str, form: str, **metrics: float) -> int:
+    settings = TrackingSettings(uri=uri, registered_model=name, registered_form=form)  # type: ignore[arg-type]
+    tags = {"merged_digest": folder_digest(exported / "merged"), "base_digest": "b", "data_digest": "d"}
+    return register(Tracker(settings, key), exported, exported, data, tags, metrics)[1]
+
+
+def _gate(uri: str, name: str, version: int, **settings: object) -> Promotion:
+    registry = Registry(TrackingSettings(uri=uri, registered_model=name))
+    section = PromoteSettings.model_validate(settings)
+    return Promotion(registry, registry.version(version), section, EvaluateSettings(accuracy_rows=2))
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_the_champion_generates_text_with_mlflow_alone(
+    form: str, exported: Path, prepared: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    version = _register(uri, "speaker", exported, prepared, "run-1", form, merged_eval_loss=1.0)
+    assert _register(uri, "speaker", exported, prepared, "run-1", form, merged_eval_loss=1.0) == version
+    assert _gate(uri, "speaker", version).run().promoted
+    subprocess.run([sys.executable, "-c", LOAD, uri, "speaker"], check=True, timeout=300)
+    registry = Registry(TrackingSettings(uri=uri, registered_model="speaker"))
+    found = registry.version("champion")
+    for tag in ("eval_digest", "merged_digest", "base_digest", "data_digest", "tokenizer_digest"):
+        assert found.tags[tag]
+    assert found.run_id == Tracker(TrackingSettings(uri=uri), "run-1").pipeline_run()
+    folder = registry.download_model(found, tmp_path)
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    whole = sum(path.stat().st_size for path in (exported / "merged").rglob("*.safetensors"))
+    assert (size < 0.5 * whole) == (form == "adapter"), "the adapter form refers to the base"
+    rows, answers = read_eval_rows(registry.download(found, EVAL_ROWS, tmp_path))
+    again = score_again(*load_registered(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
+    assert again["merged_eval_loss"] > 0 and "accuracy" in again
+    adapter = registry.download(found, ADAPTER, tmp_path)
+    assert (adapter / "adapter_model.safetensors").exists() and (adapter / "rank_map.json").exists()
+
+
+def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
+    exported: Path, prepared: Path, quantized: Path, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    from spectraqlora.prepare_data.prepare import prepare
+    from spectraqlora.settings import DataSettings
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    plain = tmp_path / "plain"
+    shutil.copytree(exported, plain)
+    shutil.rmtree(plain / "merged")
+    shutil.copytree(tiny_model, plain / "merged")
+    other = tmp_path / "other"
+    prepare(DataSettings(source=str(tiny_rows)), str(quantized / "model"), 2, other)
+    # The numbers that were logged lie: only scoring again can tell which model is better.
+    first = _register(uri, "again", exported, prepared, "run-1", "merged", merged_eval_loss=0.1)
+    second = _register(uri, "again", plain, other, "run-2", "merged", merged_eval_loss=9.0)
+    assert _gate(uri, "again", first).run().promoted
+    outcome = _gate(uri, "again", second).run(dry_run=True)
+    assert "again" in outcome.scored
+    registry = Registry(TrackingSettings(uri=uri, registered_model="again"))
+    rows, answers = read_eval_rows(registry.download(registry.version(second), EVAL_ROWS, tmp_path / "rows"))
+    for version, numbers in ((second, outcome.challenger), (first, outcome.champion)):
+        folder = registry.download_model(registry.version(version), tmp_path / str(version))
+        model, tokenizer = load_registered(folder)
+        measured = score_again(model, tokenizer, rows, answers, EvaluateSettings(accuracy_rows=2))
+        assert numbers["merged_eval_loss"] == pytest.approx(measured["merged_eval_loss"], rel=1e-5)
+    better = outcome.challenger["merged_eval_loss"] < outcome.champion["merged_eval_loss"]
+    assert outcome.promoted == better
+
+    text = tmp_path / "general.txt"
+    text.write_text("anna lives in oslo . bo has a cat . " * 40)
+    given = {"guard_data": str(text), "guard_rows": 3}
+    guarded = _gate(uri, "again", second, **given, guard_bound=100.0).run(dry_run=True)
+    perplexities = [numbers["guard_perplexity"] for numbers in (guarded.challenger, guarded.champion)]
+    model, tokenizer = load_registered(tmp_path / str(second))
+    assert perplexities[0] == pytest.approx(guard_perplexity(model, tokenizer, str(text), 3, 16), rel=1e-4)
+    assert perplexities[0] != perplexities[1]
+    assert "guard_digest" not in registry.version(second).tags, "a dry run writes nothing"
+    _gate(uri, "again", second, **given, guard_bound=100.0).run()
+    for version, measured in zip((second, first), perplexities, strict=True):
+        tags = registry.version(version).tags
+        assert tags["guard_digest"].endswith(":3")
+        assert float(tags["guard_perplexity"]) == pytest.approx(measured, rel=1e-6)

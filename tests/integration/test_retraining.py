@@ -1,0 +1,91 @@
+"""Retraining on one machine, three times in a row with changing data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spectraqlora.registry import Registry
+from spectraqlora.sample import world
+from spectraqlora.settings import TrackingSettings
+
+from tests.integration.test_dag import spectraqlora
+
+pytestmark = pytest.mark.e2e
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Retraining:
+    """`spectraqlora run --pipeline retraining` on one workdir."""
+
+    def __init__(self, model: Path, folder: Path, *settings: str) -> None:
+        self.data, self.workdir = folder / "rows.jsonl", folder / "work"
+        self._arguments = [
+            "run", "--pipeline", "retraining", "--base-model", str(model), "--data", str(self.data),
+            "--workdir", str(self.workdir), "--max-steps", "24", "--set", "select.rank=8",
+            "--set", "evaluate.accuracy_rows=0", "--set", "data.eval_fraction=0.3",
+            "--set", "promote.margin=0.01", *(part for text in settings for part in ("--set", text)),
+        ]  # fmt: skip
+
+    def __call__(self, *more: str) -> dict[str, Any]:
+        done = spectraqlora(*self._arguments, *more, timeout=3000)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((self.workdir / "summary.json").read_text())
+
+    def champion(self) -> int:
+        settings = TrackingSettings(uri=f"sqlite:///{self.workdir}/mlflow.db")
+        return Registry(settings).version("champion").number
+
+
+def test_better_same_and_worse_data_find_the_right_champion(tiny_model: Path, tmp_path: Path) -> None:
+    rows = world.questions(world.people(0, 40), 0)
+    retrain = Retraining(tiny_model, tmp_path)
+
+    _write(retrain.data, rows[:16])
+    first = retrain()
+    assert first["changes"]["changed"] and first["promotion"]["decision"] == "promoted"
+    assert retrain.champion() == 1
+
+    _write(retrain.data, rows)
+    better = retrain()
+    assert "data changed" in better["changes"]["reason"]
+    assert better["promotion"]["decision"] == "promoted" and better["promotion"]["against"] == 1
+    assert "again" in better["promotion"]["scored"], "their eval rows differ"
+    assert retrain.champion() == 2
+
+    same = retrain()
+    assert not same["changes"]["changed"] and "nothing changed" in same["changes"]["reason"]
+    assert retrain.champion() == 2
+
+    # A tenth of the rows is left: who learns from so few is worse than the champion, on the same rows.
+    _write(retrain.data, rows[40:56])
+    worse = retrain()
+    numbers = [worse["promotion"][side]["merged_eval_loss"] for side in ("challenger", "champion")]
+    assert numbers[0] > numbers[1]
+    assert worse["promotion"]["decision"] == "not promoted" and worse["promotion"]["against"] == 2
+    assert retrain.champion() == 2
+    assert "not promoted" in retrain()["changes"]["reason"], "the same data is not tried again"
+
+
+def test_retraining_starts_from_the_champions_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    rows = world.questions(world.people(0, 12), 0)
+    retrain = Retraining(tiny_model, tmp_path, "retrain.start=champion")
+    _write(retrain.data, rows[:24])
+    retrain()
+    log = (retrain.workdir / "run.log").read_text()
+    assert "training starts from the base: there is no champion" in log
+    _write(retrain.data, rows)
+    second = retrain()
+    log = (retrain.workdir / "run.log").read_text()
+    assert "training starts from the adapter of the champion, version 1" in log
+    training = sorted(retrain.workdir.rglob("adapter/training.json"), key=lambda path: path.stat().st_mtime)[
+        -1
+    ]
+    curve = json.loads(training.read_text())["eval_curve"]
+    base = second["base"]["eval_loss"]
+    assert curve[0][0] == 0 and curve[0][1] < base, "step 0 is the champion's adapter, not the base"

@@ -1,0 +1,123 @@
+"""The step images as a cluster runs them: read-only root, any user, no capabilities, no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spectraqlora import __version__
+from spectraqlora.artifacts import RankMap, TrainingLog
+from spectraqlora.step_images import image, images
+from spectraqlora_pipelines.step_containers import IMAGE_USER
+
+from tests.containers import contained, engine
+
+pytestmark = pytest.mark.e2e
+LIMIT_BYTES = {"light": 600e6, "train": 2.0e9}
+IMPORTS = """
+import importlib.util, os, sys
+from spectraqlora.by_hand import steps
+for step in steps():
+    package = "spectraqlora." + step.replace("-", "_")
+    folder = importlib.import_module(package).__path__[0]
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".py") and name != "component.py":
+            importlib.import_module(f"{package}.{name[:-3]}")
+import spectraqlora.step
+print("torch" in sys.modules or importlib.util.find_spec("torch") is not None)
+"""
+
+
+@pytest.fixture(scope="module")
+def docker() -> Any:
+    return engine()
+
+
+@pytest.mark.parametrize("name", images())
+def test_labels_user_and_size(docker: Any, name: str) -> None:
+    found = docker.images.get(image(name))
+    config = found.attrs["Config"]
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.version"] == __version__
+    assert re.fullmatch(r"[0-9a-f]{40}(-modified)?", labels["org.opencontainers.image.revision"])
+    assert labels["org.opencontainers.image.title"] == f"spectraqlora/{name}"
+    assert config["User"] == f"{IMAGE_USER}:0"
+    megabytes = found.attrs["Size"] / 1e6
+    print(f"{name}: {megabytes:.0f} MB")
+    assert found.attrs["Size"] < LIMIT_BYTES.get(name, 2.0e9)
+
+
+@pytest.mark.parametrize("name", images())
+def test_no_compiler_no_cache_no_installer_and_nothing_of_the_build_machine(docker: Any, name: str) -> None:
+    script = r"""
+for program in gcc cc g++ clang make ld pip pip3 git curl; do command -v $program && echo found; done
+find / -xdev \( -path /proc -o -path /sys \) -prune -o \( -name '*.whl' -o -name '.cache' -o -name 'pip.conf' \
+    -o -name '*.deb' -o -name 'id_rsa*' -o -name '.netrc' \) -print 2>/dev/null | grep -v '/ensurepip/'
+find /var/lib/apt/lists /var/cache/apt -type f -not -name lock -not -name '*.bin' -size +0 2>/dev/null
+env | grep -iE 'proxy|token|secret|password|index|cert'
+ls /usr/local/share/ca-certificates
+"""
+    code, said = contained(docker, name, "sh", "-c", script)
+    if "/usr/local/bin/pip" in said:  # Docker's own Python image brings the installer.
+        said = re.sub(r"/usr/local/bin/pip3?\nfound\n", "", said)
+    assert (code, said) == (0, "")
+    history = json.dumps(docker.images.get(image(name)).history())
+    assert not re.search(r"secret|token=|password|PIP_|https?://", history, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", images())
+def test_an_image_loads_its_steps_and_only_the_light_one_lacks_torch(docker: Any, name: str) -> None:
+    code, said = contained(docker, name, "python3", "-c", IMPORTS)
+    assert code == 0, said
+    assert said.splitlines()[-1] == str(name != "light")
+
+
+@pytest.mark.parametrize("name", images())
+def test_an_image_explains_its_steps(docker: Any, name: str) -> None:
+    code, said = contained(docker, name, "--help")
+    assert code == 0
+    for step in images()[name]:
+        assert step in said
+        code, shown = contained(docker, name, step, "--help")
+        assert code == 0 and f"usage: {step}" in shown and "Example: " in shown
+
+
+def test_steps_run_by_hand_with_plain_arguments(
+    docker: Any, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    """From base model to adapter, each step in its image, by a user that the images do not know."""
+    tmp_path.chmod(0o777)
+    mounts = {tmp_path: "/work", tiny_model: "/model", tiny_rows.parent: "/rows"}
+    for path in (tiny_model.parent, *tiny_model.iterdir(), tiny_rows.parent, tiny_rows):
+        path.chmod(path.stat().st_mode | 0o055)
+
+    def step(name: str, *arguments: str, where: str = "") -> str:
+        code, said = contained(docker, where or name, *([name] if where else []), *arguments, mounts=mounts)
+        assert code == 0, said
+        return said
+
+    step("quantize-load", "--base-model", "/model", "--quantized", "/work/quantized")
+    said = step(
+        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--tokenizer", "/work/quantized",
+        "--data", "/work/data", where="light",
+    )  # fmt: skip
+    assert json.loads(said.splitlines()[-1])["data"]["train_rows"] > 0
+    step("snr-analyze", "--quantized", "/work/quantized", "--table", "/work/table")
+    step(
+        "select-layers", "--method", "hybrid", "--settings", '{"rank": 4}', "--quantized", "/work/quantized",
+        "--data", "/work/data", "--table", "/work/table", "--ranks", "/work/ranks",
+    )  # fmt: skip
+    step(
+        "train", "--quantized", "/work/quantized", "--data", "/work/data", "--ranks", "/work/ranks",
+        "--adapter", "/work/adapter", "--settings", '{"max_steps": 3}',
+    )  # fmt: skip
+    assert RankMap.read(tmp_path / "ranks").method == "hybrid"
+    assert TrainingLog.read(tmp_path / "adapter").round == 1
+
+
+def test_bad_input_is_one_line_with_exit_code_2(docker: Any) -> None:
+    code, said = contained(docker, "train", "--settings", "{}")
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1

@@ -1,0 +1,213 @@
+"""Runs in a real MLflow server: one each whoever asks, and nothing lost while the server is away."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from spectraqlora import live_metrics
+from spectraqlora.artifacts import PreparedData, RankMap, TrainingLog
+from spectraqlora.errors import InputError
+from spectraqlora.live_metrics import LiveMetrics
+from spectraqlora.settings import EvaluateSettings, SelectSettings, TrackingSettings, TrainSettings
+from spectraqlora.tracking import Tracker
+
+from tests import s3
+from tests.mlflow_server import MlflowServer
+from tests.s3 import free_port
+from tests.unit.results import evaluation
+
+pytestmark = pytest.mark.e2e
+BRANCHES = ("qlora", "hybrid")
+
+
+def settings(server: MlflowServer, experiment: str, **values: Any) -> TrackingSettings:
+    return TrackingSettings(uri=server.uri, experiment=experiment, **values)
+
+
+def _ask(uri: str, experiment: str, barrier: Any, answers: Any) -> None:
+    tracker = Tracker(TrackingSettings(uri=uri, experiment=experiment), "run-1", "train")
+    barrier.wait()
+    answers.put([tracker.pipeline_run(), *(tracker.branch_run(branch) for branch in BRANCHES)])
+
+
+def test_steps_that_start_at_once_agree_on_one_run_each(mlflow_server: MlflowServer) -> None:
+    context = multiprocessing.get_context("spawn")
+    count = 5
+    barrier, answers = context.Barrier(count), context.Queue()
+    arguments = (mlflow_server.uri, "race", barrier, answers)
+    asking = [context.Process(target=_ask, args=arguments) for _ in range(count)]
+    for process in asking:
+        process.start()
+    found = [answers.get(timeout=240) for _ in asking]
+    for process in asking:
+        process.join()
+    assert len({tuple(ids) for ids in found}) == 1, found
+    client = MlflowClient(mlflow_server.uri)
+    experiment = client.get_experiment_by_name("race").experiment_id
+    runs = client.search_runs([experiment])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(runs) == 1 + len(BRANCHES) and len(parents) == 1
+    for run in runs:
+        if run is not parents[0]:
+            assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+    assert not [e for e in client.search_experiments() if "run-1" in e.name], "no ballot is left in sight"
+
+
+def test_a_retry_takes_the_same_runs_and_sweeps_up_what_a_killed_attempt_left(
+    mlflow_server: MlflowServer,
+) -> None:
+    first = Tracker(settings(mlflow_server, "retry"), "run-2")
+    ids = [first.pipeline_run(), first.branch_run("qlora")]
+    left = first._create("qlora", "qlora", {})
+    second = Tracker(settings(mlflow_server, "retry"), "run-2")
+    assert [second.pipeline_run(), second.branch_run("qlora")] == ids
+    runs = second.client.search_runs([second.experiment])
+    assert {run.info.run_id for run in runs} == set(ids) and left not in ids
+
+
+def test_runs_say_where_they_come_from(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, prepared: Path
+) -> None:
+    key = "0b1f2c3d-0000-4000-8000-123456789abc"
+    monkeypatch.setenv("SPECTRAQLORA_IMAGE", "registry/spectraqlora/train:0.1.0")
+    monkeypatch.setenv("SPECTRAQLORA_REVISION", "abc123")
+    tracker = Tracker(settings(mlflow_server, "origin"), key, "train")
+    run_id = tracker.branch_run("qlora")
+    data = PreparedData.read(prepared)
+    for _ in range(2):
+        tracker.log_data(run_id, data)
+    run = tracker.client.get_run(run_id)
+    assert run.data.tags["kfp.run_id"] == key
+    assert run.data.tags["image.train"] == "registry/spectraqlora/train:0.1.0"
+    assert run.data.tags["mlflow.source.git.commit"] == "abc123"
+    assert run.data.tags["spectraqlora.version"]
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == data.digest[:36] and "data.jsonl" in dataset.dataset.source
+
+
+def test_a_server_that_is_down_at_the_start_is_one_line_within_seconds() -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"tracking\.uri: 'http://127.0.0.1:\d+': expected a reachable MLflow"
+    ):
+        Tracker(TrackingSettings(uri=f"http://127.0.0.1:{free_port()}"), "x")
+    assert time.monotonic() - began < 60
+
+
+def _history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in tracker.client.get_metric_history(run_id, name))
+
+
+def test_training_goes_on_while_the_server_is_away_and_the_curves_arrive_whole(
+    quantized: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from spectraqlora.artifacts import QuantizedModel
+    from spectraqlora.selection import rank_map
+    from spectraqlora.train.training import train
+
+    monkeypatch.setattr(live_metrics, "SEND_SECONDS", 0.1)
+    monkeypatch.setattr(live_metrics, "SAMPLE_SECONDS", 0.5)
+    manifest = QuantizedModel.read(quantized)
+    ranks = rank_map("qlora", manifest.modules, {}, SelectSettings(rank=4), manifest.base_digest, 1, None)
+    ranks.write(tmp_path / "ranks")
+    with MlflowServer(tmp_path / "server") as server:
+        tracker = Tracker(settings(server, "outage"), "run-3")
+        run_id = tracker.branch_run("qlora")
+        with LiveMetrics(tracker, run_id) as live:
+
+            def watched(name: str, step: int, value: float) -> None:
+                live(name, step, value)
+                if name == "train_loss" and step == 4:
+                    server.stop()
+                if name == "train_loss" and step == 16:
+                    deadline = time.monotonic() + 60
+                    while live.away_since is None and time.monotonic() < deadline:
+                        time.sleep(0.05)
+                    server.start()
+
+            log = train(
+                quantized, prepared, tmp_path / "ranks",
+                TrainSettings(max_steps=24, evaluations=4), EvaluateSettings(accuracy_rows=0), 1, 1,
+                tmp_path / "adapter", on_metric=watched,
+            )  # fmt: skip
+        for name, points in (("train_loss", log.loss_curve), ("eval_loss_curve", log.eval_curve)):
+            assert _history(tracker, run_id, name) == sorted(points)
+        assert any(key.startswith("system/") for key in tracker.client.get_run(run_id).data.metrics)
+        before = _history(tracker, run_id, "train_loss")
+        tracker.log_training(run_id, log, 24)
+        assert _history(tracker, run_id, "train_loss") == before, "sending again adds nothing"
+    said = capfd.readouterr().out
+    assert "WARNING: MLflow does not answer" in said and "MLflow is back" in said
+
+
+def test_what_could_not_be_sent_at_all_is_sent_by_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(live_metrics, "SEND_SECONDS", 0.1)
+    result = evaluation("hybrid", [2.0, 3.0], 100)
+    log: TrainingLog = result.rounds[0].training
+    assert isinstance(result.rounds[0].rank_map, RankMap)
+    with MlflowServer(tmp_path / "server") as server:
+        tracker = Tracker(settings(server, "late", patience_seconds=1.0), "run-4")
+        run_id = tracker.branch_run("hybrid")
+        server.stop()
+        began = time.monotonic()
+        with LiveMetrics(tracker, run_id) as live:
+            for step, loss in log.loss_curve:
+                live("train_loss", step, loss)
+        assert not tracker.patiently(lambda: tracker.log_training(run_id, log, 10), "the curves")
+        assert time.monotonic() - began < 120
+        said = capfd.readouterr().out
+        assert "WARNING" in said and "sent by the next step" in said
+        server.start()
+        later = Tracker(settings(server, "late"), "run-4")
+        assert later.branch_run("hybrid") == run_id
+        later.log_evaluation(run_id, result, {"eval_loss": result.eval_loss})
+        assert _history(later, run_id, "train_loss") == log.loss_curve
+        assert later.client.get_run(run_id).data.metrics["eval_loss"] == result.eval_loss
+
+
+def test_basic_auth_allowed_hosts_and_artifacts_in_s3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password = "a-long-enough-password"
+    (tmp_path / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{tmp_path}/auth.db\nadmin_username = admin\nadmin_password = {password}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    with s3.Server(tmp_path / "s3") as store:
+        server = MlflowServer(
+            tmp_path / "server",
+            artifacts=f"s3://{s3.BUCKET}/mlflow",
+            environment={
+                **s3.environment(store.endpoint),
+                "MLFLOW_S3_ENDPOINT_URL": store.endpoint,
+                "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-this-test",
+            },
+        )
+        server._arguments = ("--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{server.port}")
+        with server:
+            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+            tracker = Tracker(settings(server, "guarded"), "run-5")
+            (tmp_path / "file.txt").write_text("kept")
+            tracker.log_file(tracker.pipeline_run(), tmp_path / "file.txt")
+            assert [p.read_text() for p in (store.folder / s3.BUCKET / "mlflow").rglob("file.txt")] == [
+                "kept"
+            ]
+
+            foreign = TrackingSettings(uri=f"http://localhost:{server.port}")
+            with pytest.raises(InputError, match="allowed-hosts"):
+                Tracker(foreign, "x")
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+            with pytest.raises(InputError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+                Tracker(settings(server, "guarded"), "run-5")
+            assert "wrong" not in str(caught.value) and "\n" not in str(caught.value)

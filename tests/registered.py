@@ -1,0 +1,38 @@
+"""Registered versions for tests that look at numbers and aliases, not at models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectraqlora.registry import CHALLENGER, Registry
+from spectraqlora.settings import TrackingSettings
+
+
+def registry(uri: str, name: str) -> Registry:
+    return Registry(TrackingSettings(uri=uri, experiment="registry tests", registered_model=name))
+
+
+def register(registry: Registry, *, loss: float, rows: str = "rows", **tags: Any) -> int:
+    """A version that was scored on the eval rows of that digest, as the register step leaves it."""
+    from mlflow.exceptions import MlflowException
+
+    client = registry.client
+    found = client.get_experiment_by_name(registry.settings.experiment)
+    experiment = found.experiment_id if found else client.create_experiment(registry.settings.experiment)
+    run = client.create_run(experiment).info.run_id
+    try:
+        client.create_registered_model(registry.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    number = int(client.create_model_version(registry.name, f"runs:/{run}/model", run).version)
+    given = {
+        "merged_eval_loss": loss,
+        "eval_digest": rows,
+        "tokenizer_digest": "tokens",
+        "method": "hybrid",
+        **tags,
+    }
+    registry.tag(number, {key: str(value) for key, value in given.items()})
+    registry.set_alias(CHALLENGER, number)
+    return number

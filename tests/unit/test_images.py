@@ -1,0 +1,125 @@
+"""The images' files agree with the components, the locks with the project's bounds."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from spectraqlora import by_hand
+from spectraqlora.step_images import images
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = ROOT / "images"
+PACKAGE = ROOT / "components" / "spectraqlora"
+LOCKS = sorted(IMAGES.glob("*/*.lock"))
+_PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
+DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
+"""Import names that are not the name of the package."""
+
+
+def pins(*locks: Path) -> dict[str, str]:
+    return {name: version for lock in locks for name, version in _PIN.findall(lock.read_text())}
+
+
+def locks_of(image: str) -> list[Path]:
+    own = [path for path in [IMAGES / image / "requirements.lock"] if path.exists()]
+    below = ["requirements", "kfp"] + ([] if image == "light" else ["torch", "torch-cpu"])
+    return [IMAGES / "base" / f"{name}.lock" for name in below] + own
+
+
+def test_every_image_that_a_component_names_has_a_folder_and_its_own_name() -> None:
+    folders = {path.parent.name for path in IMAGES.glob("*/Dockerfile")} - {"base"}
+    assert folders == set(images())
+    for name in folders:
+        assert f"ENV SPECTRAQLORA_IMAGE={name}\n" in (IMAGES / name / "Dockerfile").read_text()
+    assert set(by_hand.steps()) == {
+        path.parent.name.replace("_", "-") for path in PACKAGE.glob("*/component.py")
+    }
+
+
+def test_the_bake_file_builds_the_same_images() -> None:
+    text = (IMAGES / "docker-bake.hcl").read_text()
+    (matrix,) = re.findall(r"step = \[(.*?)\]", text)
+    assert sorted([*re.findall(r'"([a-z-]+)"', matrix), "light"]) == sorted(images())
+    used = set(re.findall(r"^ARG (\w+)", "".join(p.read_text() for p in IMAGES.glob("*/Dockerfile")), re.M))
+    given = set(re.findall(r"(\w+) = ", "".join(re.findall(r"args\s+= \{(.*)\}", text))))
+    assert given == used
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_locked_packages_have_hashes_and_stay_within_the_projects_bounds(lock: Path) -> None:
+    blocks = [block for block in re.split(r"\n(?=\S)", lock.read_text()) if not block.startswith("#")]
+    assert blocks
+    for block in blocks:
+        assert re.match(r"[a-z0-9._-]+==\S+ \\\n(    --hash=sha256:[0-9a-f]{64}( \\)?\n?)+$", block), block
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = {requirement.name: requirement for requirement in map(Requirement, project)}
+    bounds["mlflow-skinny"] = bounds["mlflow"]
+    for name, version in pins(lock).items():
+        if name in bounds:
+            assert bounds[name].specifier.contains(version), f"{name} {version}: make lock"
+
+
+def test_one_version_of_a_package_across_all_images() -> None:
+    found: dict[str, set[str]] = {}
+    for lock in LOCKS:
+        for name, version in pins(lock).items():
+            found.setdefault(name, set()).add(version)
+    assert {name: versions for name, versions in found.items() if len(versions) > 1} == {}
+
+
+def test_what_an_image_asks_for_is_locked() -> None:
+    for source in IMAGES.glob("*/*.in"):
+        asked = [line for line in source.read_text().splitlines() if line and not line.startswith("#")]
+        locks = [source.with_suffix(".lock")]
+        if source.stem == "torch":
+            locks.append(IMAGES / "base" / "torch-cpu.lock")
+        below = [] if source.parent.name == "base" else locks_of(source.parent.name)
+        assert set(asked) <= pins(*locks, *below, IMAGES / "base" / "requirements.lock").keys(), source
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Top-level (own modules, other packages) that a module imports when it is imported itself."""
+    own, others = set(), set()
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        own |= {name for name in names if name.startswith("spectraqlora")}
+        others |= {name.split(".")[0] for name in names if not name.startswith("spectraqlora")}
+    return own, others - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("step", by_hand.steps())
+def test_an_image_holds_what_its_steps_import(step: str) -> None:
+    """Of the step's own folder every import counts, of shared modules those that run when they are loaded."""
+    folder = PACKAGE / step.replace("-", "_")
+    needed: set[str] = set()
+    waiting: set[str] = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                needed |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting.add(node.module)
+    needed |= {name.split(".")[0] for name in waiting}
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.parent.joinpath(*name.split("."))
+        module = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        if name not in seen and name.startswith("spectraqlora") and module.exists():
+            seen.add(name)
+            own, others = imports(module)
+            waiting |= own
+            needed |= others
+    needed -= {*sys.stdlib_module_names, "spectraqlora"}
+    (image,) = [name for name, steps in images().items() if step in steps]
+    held = pins(*locks_of(image)).keys()
+    missing = {name for name in needed if DISTRIBUTIONS.get(name, name.replace("_", "-")) not in held}
+    assert missing == set(), f"the image {image} lacks {missing}; add them to its requirements.in, make lock"
