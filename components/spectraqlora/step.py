@@ -153,6 +153,7 @@ def run_train(
     checkpoint: dict[str, Any],
     start: Any = None,
 ) -> None:
+    arguments = dict(locals())
     from spectraqlora.live_metrics import LiveMetrics
     from spectraqlora.tracking import Tracker
     from spectraqlora.train import distributed
@@ -166,22 +167,7 @@ def run_train(
     distributed.share(section, count)
     begin = start.path if start is not None and any(Path(start.path).iterdir()) else None
     if count > 1 and not distributed.launched() and not nothing_left(rank_map):
-        paths = {"quantized": quantized, "data": data, "ranks": ranks, "adapter": adapter}
-        distributed.launch(
-            count,
-            {
-                "run_key": run_key,
-                "rounds": rounds,
-                "settings": settings,
-                "evaluate": evaluate,
-                "tracking": tracking,
-                "checkpoint": checkpoint,
-                "seed": seed,
-                "previous": previous.path if previous is not None else None,
-                "start": begin,
-                **{name: artifact.path for name, artifact in paths.items()},
-            },
-        )
+        distributed.launch(count, arguments)
         return
     work = functools.partial(
         train,

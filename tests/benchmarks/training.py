@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,9 @@ def main() -> None:
         print(
             f"Llama of {parameters / 1e6:.0f}M parameters, {options.batch} x {options.tokens} tokens a step"
         )
-        memory = {name: _process(name, scratch, RETURN_FREED) for name in SIDES}
+        memory = {name: _process(name, scratch, ["--steps", "2"], RETURN_FREED) for name in SIDES}
+        for name, run in memory.items():
+            print(f"{name}: {run['memory'] / 2**20:,.0f} MiB above the model", flush=True)
         speed: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
         for _ in range(options.repeats):
             for name in SIDES:
@@ -256,8 +259,10 @@ RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "1
 """glibc: whatever is larger than this many bytes lies in pages of its own, given back when it is freed."""
 
 
-def _process(side: str, folder: str, environment: dict[str, str] | None = None) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:]]
+def _process(
+    side: str, folder: str, more: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.benchmarks.training", *sys.argv[1:], *more]
     command += ["--side", side, "--folder", folder]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | (environment or {})

@@ -24,6 +24,7 @@ def fails(number: int, left: dsl.Output[dsl.Artifact]):  # type: ignore[no-untyp
     import os
     import sys
 
+    os.makedirs(left.path)
     with open(os.path.join(left.path, "manifest.json"), "w") as stream:
         stream.write("{}")
     sys.exit(number % 3 + 1)
@@ -39,6 +40,7 @@ def writes(left: dsl.Output[dsl.Artifact]):  # type: ignore[no-untyped-def]
     """Do as it should."""
     import os
 
+    os.makedirs(left.path)
     with open(os.path.join(left.path, "manifest.json"), "w") as stream:
         stream.write("{}")
 

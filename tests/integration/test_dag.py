@@ -21,20 +21,22 @@ def spectraqlora(*arguments: str, timeout: float = 560) -> subprocess.CompletedP
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "ablation.yaml"
     probe = (
-        "import sys; from pathlib import Path; from spectraqlora_pipelines.ablation import compile_pipeline;"
-        f"compile_pipeline(Path({str(path)!r}), {METHODS!r}, 1); assert 'torch' not in sys.modules"
+        "import sys; from pathlib import Path; from spectraqlora_pipelines.ablation import ablation_pipeline, write_yaml;"
+        f"write_yaml(ablation_pipeline({METHODS!r}, 1), Path({str(path)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", probe], check=True)
     return path
 
 
 def test_compiling_needs_no_torch_and_the_checked_in_yaml_is_current(compiled: Path) -> None:
-    assert (ROOT / "pipelines" / "ablation.yaml").read_text() == compiled.read_text(), (
-        "run spectraqlora compile"
-    )
+    def lines(path: Path) -> list[str]:
+        # A patch release of KFP changes its own version's line and nothing else.
+        return [line for line in path.read_text().splitlines() if not line.startswith("sdkVersion:")]
+
+    assert lines(ROOT / "pipelines" / "ablation.yaml") == lines(compiled), "run spectraqlora compile"
     again = compiled.with_name("retraining.yaml")
     assert spectraqlora("compile", "--pipeline", "retraining", "--output", str(again)).returncode == 0
-    assert (ROOT / "pipelines" / "retraining.yaml").read_text() == again.read_text(), (
+    assert lines(ROOT / "pipelines" / "retraining.yaml") == lines(again), (
         "run spectraqlora compile --pipeline retraining"
     )
 

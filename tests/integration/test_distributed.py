@@ -33,6 +33,7 @@ def _train(
         1,
         *(SimpleNamespace(path=str(path)) for path in (quantized, prepared, ranks, output)),
         None,
+        {},
     )
     return TrainingLog.read(output)
 

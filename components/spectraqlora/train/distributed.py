@@ -83,8 +83,8 @@ def share(settings: TrainSettings, count: int) -> tuple[int, int]:
     return rows, settings.gradient_accumulation // passes
 
 
-def launch(count: int, request: dict[str, Any]) -> None:
-    """Run `spectraqlora.train.worker` with `request` in `count` processes.
+def launch(count: int, arguments: dict[str, Any]) -> None:
+    """Call `spectraqlora.step.run_train` with the same arguments in `count` processes of `train.worker`.
 
     Exits with a worker's code where one fails; what went wrong is on the screen by then.
     """
@@ -96,7 +96,9 @@ def launch(count: int, request: dict[str, Any]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "request.json"
-        path.write_text(json.dumps(request), encoding="utf-8")
+        # Of artifacts the path is all that matters.
+        text = json.dumps(arguments, default=lambda artifact: {"path": artifact.path})
+        path.write_text(text, encoding="utf-8")
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -1,6 +1,6 @@
 """One of several training processes: `torchrun --nproc-per-node N -m spectraqlora.train.worker REQUEST.json`.
 
-The request holds the arguments of `spectraqlora.step.run_train`, artifacts as paths.
+The request holds the arguments of `spectraqlora.step.run_train`, an artifact as {"path": PATH}.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-ARTIFACTS = ("quantized", "data", "ranks", "adapter", "previous", "start")
+
+def _artifact(entry: dict[str, Any]) -> Any:
+    return SimpleNamespace(**entry) if entry.keys() == {"path"} else entry
 
 
 def main() -> None:
@@ -22,10 +25,7 @@ def main() -> None:
     from spectraqlora.step import run_train
     from spectraqlora.train.distributed import is_main, start
 
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    for name in ARTIFACTS:
-        if request[name] is not None:
-            request[name] = SimpleNamespace(path=request[name])
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"), object_hook=_artifact)
     start()
     printed = io.StringIO()
     try:
