@@ -240,7 +240,7 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
         with (
             _without_numbers(padded, cuda),
             mock.patch.object(head, "forward", lambda hidden: hidden),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept),
         ):
             model(**batch, use_cache=False)
     finally:
