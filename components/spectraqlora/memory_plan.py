@@ -496,13 +496,15 @@ def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: s
             parts["evaluation"] = scored
         process += found.adapters
     elif step == "re-evaluate":
+        # One after the other: scoring, the updated weights in float32, gradients where the signal needs them.
+        turns = {"evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest)}
+        if settings.select.needs_gradients and method in ("hybrid", "alors"):
+            turns["gradients"] = sum(_calibration(outline, settings, cuda, method).values())
         parts = {
             "4-bit weights": outline.weight_bytes,
-            "evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest),
             "adapters": _FLOAT32 * _trainable(outline, settings, method),
+            **{max(turns, key=lambda name: turns[name]): max(turns.values())},
         }
-        if settings.select.needs_gradients and method in ("hybrid", "alors"):
-            parts |= _calibration(outline, settings, cuda, method)
     else:
         parts = {"dequantized and original weights": 2 * outline.plain_bytes, "evaluation": scored}
         process += min(outline.plain_bytes, _SHARD_BYTES) if cuda else 0
