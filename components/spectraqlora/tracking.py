@@ -209,7 +209,8 @@ class Tracker:
 
     def log_evaluation(self, run_id: str, evaluation: Evaluation, metrics: dict[str, float]) -> None:
         """Log what an evaluation holds of its branch: all rounds' curves, numbers and digests."""
-        settings = self.client.get_run(run_id).data.params
+        with refusals(self.settings):
+            settings = self.client.get_run(run_id).data.params
         max_steps = int(settings.get("train.max_steps", 0))
         for part in evaluation.rounds:
             if part.trained:
