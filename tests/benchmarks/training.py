@@ -34,8 +34,9 @@ SIDES = {
     "qlora": {"method": "qlora"},
     "hybrid-50": {"method": "hybrid", "percent": 50},
     "hybrid-25": {"method": "hybrid", "percent": 25},
-    "hybrid-50, recomputing": {"method": "hybrid", "percent": 50, "recompute": "on"},
-    "hybrid-25, recomputing": {"method": "hybrid", "percent": 25, "recompute": "on"},
+    "hybrid-50, recomputing some": {"method": "hybrid", "percent": 50, "recompute": "some"},
+    "hybrid-25, recomputing some": {"method": "hybrid", "percent": 25, "recompute": "some"},
+    "hybrid-25, recomputing all": {"method": "hybrid", "percent": 25, "recompute": "on"},
 }
 
 

@@ -18,6 +18,8 @@ LOCKS = sorted(IMAGES.glob("*/*.lock"))
 _PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
 DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
 """Import names that are not the name of the package."""
+NOT_REACHED = {"light": {"bitsandbytes", "peft", "torch"}, "select-layers": {"matplotlib"}}
+"""What modules that an image's steps use would import for others: weights, and pictures of the SNR table."""
 
 
 def pins(*locks: Path) -> dict[str, str]:
@@ -81,51 +83,38 @@ def test_what_an_image_asks_for_is_locked() -> None:
         assert set(asked) <= pins(*locks, *below, IMAGES / "base" / "requirements.lock").keys(), source
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Top-level (own modules, other packages) that a module imports when it is imported itself."""
-    own, others = set(), set()
-    for node in ast.parse(path.read_text()).body:
-        names = []
+def imports(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """(own modules, other packages) that code imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        own |= {name for name in names if name.startswith("spectraqlora")}
-        others |= {name.split(".")[0] for name in names if not name.startswith("spectraqlora")}
-    return own, others - set(sys.stdlib_module_names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    own = {name for name in names if name.split(".")[0] == "spectraqlora"}
+    return own, {name.split(".")[0] for name in names - own} - set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("step", by_hand.steps())
-def test_an_image_holds_what_its_steps_import(step: str) -> None:
-    """Of the step's own code every import counts, of shared modules those that run when they are loaded."""
-    folder = PACKAGE / step.replace("-", "_")
-    needed: set[str] = set()
-    waiting: set[str] = set()
-    trees: list[ast.AST] = [ast.parse(path.read_text()) for path in folder.glob("*.py")]
-    trees += [
+def test_an_image_holds_what_its_steps_may_import(step: str) -> None:
+    """Followed from the step's function through every module that it may reach."""
+    (start,) = [
         node
         for node in ast.parse((PACKAGE / "step.py").read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name == f"run_{folder.name}"
+        if isinstance(node, ast.FunctionDef) and node.name == "run_" + step.replace("-", "_")
     ]
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                needed |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                waiting.add(node.module)
-    needed |= {name.split(".")[0] for name in waiting}
+    waiting, needed = imports(start)
     seen: set[str] = set()
     while waiting:
         name = waiting.pop()
         path = PACKAGE.parent.joinpath(*name.split("."))
         module = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
-        if name not in seen and name.startswith("spectraqlora") and module.exists():
+        if name not in seen and module.exists():
             seen.add(name)
-            own, others = imports(module)
+            own, others = imports(ast.parse(module.read_text()))
             waiting |= own
             needed |= others
-    needed -= {*sys.stdlib_module_names, "spectraqlora"}
     (image,) = [name for name, steps in images().items() if step in steps]
     held = pins(*locks_of(image)).keys()
     missing = {name for name in needed if DISTRIBUTIONS.get(name, name.replace("_", "-")) not in held}
-    assert missing == set(), f"the image {image} lacks {missing}; add them to its requirements.in, make lock"
+    assert missing <= NOT_REACHED.get(image, set()), f"{image}: add {missing} to requirements.in, make lock"
