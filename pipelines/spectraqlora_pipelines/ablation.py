@@ -17,7 +17,8 @@ from spectraqlora.snr_analyze.component import snr_analyze
 from spectraqlora.start_point.component import start_point
 from spectraqlora.train.component import train
 
-RETRIES = 2
+from spectraqlora_pipelines.placement import Placement
+
 DEFAULTS = Settings().model_dump(mode="json")
 
 
@@ -26,19 +27,13 @@ class Branch(NamedTuple):
     adapter: dsl.Model
 
 
-def named(task: Any, name: str, retries: int) -> Any:
-    """Give a task its name on screen and its retries."""
-    task.set_display_name(name)
-    return task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0) if retries else task
-
-
-def branch_of(name: str, rounds: int, retries: int, from_champion: bool = False) -> Any:
+def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = False) -> Any:
     """The nested pipeline of one method: select-layers, then train and re-evaluate for every round.
 
     Args:
         name: the method.
         rounds: unrolled.
-        retries: of every step.
+        place: names and places the tasks.
         from_champion: whether the first round starts from the champion's adapter where it fits.
     """
 
@@ -60,12 +55,12 @@ def branch_of(name: str, rounds: int, retries: int, from_champion: bool = False)
         chosen = select_layers(
             method=method, settings=select, seed=seed, quantized=quantized, data=data, table=table
         )
-        named(chosen, f"select-layers ({name})", retries)
+        place(chosen, f"select-layers ({name})")
         ranks: Any = chosen.outputs["ranks"]
         carried: dict[str, Any] = {}
         if from_champion:
             begun = start_point(tracking=tracking, ranks=ranks)
-            named(begun, f"start-point ({name})", retries).set_caching_options(False)
+            place(begun, f"start-point ({name})")
             ranks, carried = begun.outputs["start_ranks"], {"start": begun.outputs["start_adapter"]}
         judged: Any = None
         for number in range(1, rounds + 1):
@@ -83,7 +78,7 @@ def branch_of(name: str, rounds: int, retries: int, from_champion: bool = False)
                 ranks=ranks,
                 **carried,
             )
-            named(trained, f"train ({name}, round {number})", retries)
+            place(trained, f"train ({name}, round {number})")
             before = {"previous": judged.outputs["evaluation"]} if judged else {}
             judged = re_evaluate(
                 run_key=run_key,
@@ -98,22 +93,21 @@ def branch_of(name: str, rounds: int, retries: int, from_champion: bool = False)
                 adapter=trained.outputs["adapter"],
                 **before,
             )
-            named(judged, f"re-evaluate ({name}, round {number})", retries)
+            place(judged, f"re-evaluate ({name}, round {number})")
             ranks, carried = judged.outputs["next_ranks"], {"previous": judged.outputs["next_adapter"]}
         return Branch(evaluation=judged.outputs["evaluation"], adapter=trained.outputs["adapter"])
 
     return branch
 
 
-def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETRIES) -> Any:
-    """The pipeline with a static branch for each method and its rounds unrolled.
-
-    On one machine a failed step fails again, so local runs ask for no retries; clusters lose pods.
-    """
-    branches = {method: branch_of(method, rounds, retries) for method in methods}
+def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = Placement()) -> Any:
+    """The pipeline with a static branch for each method and its rounds unrolled, its tasks placed by `place`."""
+    branches = {method: branch_of(method, rounds, place) for method in methods}
 
     @dsl.pipeline(
-        name="spectraqlora-ablation", description="QLoRA and Spectrum ablations, from base to registry"
+        name="spectraqlora-ablation",
+        description="QLoRA and Spectrum ablations, from base to registry",
+        pipeline_config=place.pipeline_config(),
     )
     def ablation(
         base_model: str = DEFAULTS["model"]["base_model"],
@@ -135,14 +129,14 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
         export: dict = DEFAULTS["export"],
     ):
         quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
-        named(quantized, "quantize-load", retries)
+        place(quantized, "quantize-load")
         four_bit = quantized.outputs["quantized"]
         prepared = prepare_data(
             source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
         )
-        named(prepared, "prepare-data", retries)
+        place(prepared, "prepare-data")
         measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
-        named(measured, "snr-analyze", retries)
+        place(measured, "snr-analyze")
         results: dict[str, Any] = {}
         for method, branch in branches.items():
             outcome = branch(
@@ -163,7 +157,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
             results[method] = outcome.outputs["evaluation"]
             results[f"{method}_adapter"] = outcome.outputs["adapter"]
         compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
-        named(compared, "compare", retries)
+        place(compared, "compare")
         hand_over(
             run_key=run_key,
             evaluate=evaluate,
@@ -174,7 +168,7 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, retries: int = RETR
             four_bit=four_bit,
             prepared=prepared,
             winner=compared.outputs["winner"],
-            retries=retries,
+            place=place,
         )
 
     return ablation
@@ -190,12 +184,12 @@ def hand_over(
     four_bit: Any,
     prepared: Any,
     winner: Any,
-    retries: int,
+    place: Placement,
 ) -> None:
     """The end of every pipeline: merge-export, register, promote."""
     data = prepared.outputs["data"]
     exported = merge_export(settings=evaluate, export=export, quantized=four_bit, data=data, winner=winner)
-    named(exported, "merge-export", retries)
+    place(exported, "merge-export")
     registered = register(
         run_key=run_key,
         tracking=tracking,
@@ -204,14 +198,14 @@ def hand_over(
         winner=winner,
         exported=exported.outputs["exported"],
     )
-    named(registered, "register", retries).set_caching_options(False)
+    place(registered, "register")
     promoted = promote_step(
         tracking=tracking,
         settings=promote,
         evaluate=evaluate,
         registered=registered.outputs["registered"],
     )
-    named(promoted, "promote", retries).set_caching_options(False)
+    place(promoted, "promote")
 
 
 def write_yaml(pipeline: Any, path: Path) -> None:
@@ -222,8 +216,3 @@ def write_yaml(pipeline: Any, path: Path) -> None:
     compiler.Compiler().compile(pipeline, str(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("#")), encoding="utf-8")
-
-
-def compile_pipeline(path: Path, methods: tuple[str, ...], rounds: int) -> None:
-    """Write the pipeline YAML."""
-    write_yaml(ablation_pipeline(methods, rounds), path)

@@ -26,7 +26,8 @@ from spectraqlora.errors import InputError
 from spectraqlora.quiet import hush
 from spectraqlora.settings import Settings, is_address, parse, reference
 
-from spectraqlora_pipelines import kubeflow_commands, promotion_commands
+from spectraqlora_pipelines import kubeflow_commands, plan_commands, promotion_commands
+from spectraqlora_pipelines.cluster_values import reference as values_reference
 from spectraqlora_pipelines.config import load_settings
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ _SETTINGS_HELP = "\n\n".join(
     + [
         f"[cyan]{key}[/cyan] = {default.replace('[', chr(92) + '[')}  {text}"
         for key, default, text in reference()
+    ]
+)
+
+_VALUES_HELP = "\n\n".join(
+    ["[bold]Keys of --values; steps.NAME takes the keys of defaults[/bold]"]
+    + [
+        f"[cyan]{key.replace('[', chr(92) + '[')}[/cyan] = {default.replace('[', chr(92) + '[')}  {text}"
+        for key, default, text in values_reference()
     ]
 )
 
@@ -129,6 +138,7 @@ def run(
         raise InputError("--network", network, "the docker runner; processes use this machine's network")
     from spectraqlora_pipelines import dags, preflight
     from spectraqlora_pipelines.local_run import collect, collect_retraining, run_locally
+    from spectraqlora_pipelines.placement import Placement
 
     kind = dags.checked(pipeline)
     if runner == "docker":
@@ -179,7 +189,14 @@ def run(
                 inner = bars.add_task(label, total=total)
             bars.update(inner, completed=now, total=total, description=label)
 
-        run_locally(dags.dag(kind, settings, retries=0), arguments, workdir, containers, on_task, on_progress)
+        run_locally(
+            dags.dag(kind, settings, Placement(retries=0)),
+            arguments,
+            workdir,
+            containers,
+            on_task,
+            on_progress,
+        )
         bars.update(whole, completed=steps, description="done")
     if kind == "ablation":
         summary = collect(settings, workdir)
@@ -198,10 +215,13 @@ def run(
     console.print(f"Runs: mlflow ui --backend-store-uri {arguments['tracking']['uri']}", soft_wrap=True)
 
 
-@app.command("compile")
+@app.command("compile", epilog=_VALUES_HELP)
 def compile_(
     output: Annotated[
-        Path | None, typer.Option(help="Where to write the KFP IR YAML. Default: pipelines/PIPELINE.yaml.")
+        Path | None,
+        typer.Option(
+            help="Where to write the KFP IR YAML. Default: pipelines/PIPELINE.yaml; for a cluster PIPELINE.yaml."
+        ),
     ] = None,
     pipeline: Annotated[str, typer.Option(help="ablation or retraining.")] = "ablation",
     methods: Annotated[str | None, typer.Option(help="Branches of the ablation DAG.")] = None,
@@ -210,18 +230,32 @@ def compile_(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
     ] = None,
+    target: Annotated[str, typer.Option(help="local, or kubernetes with a values file.")] = "local",
+    values: Annotated[
+        Path | None, typer.Option(help="YAML file that says where and how each step runs on the cluster.")
+    ] = None,
 ) -> None:
     """Write the pipeline YAML for Kubeflow Pipelines.
 
-    Example: spectraqlora compile --pipeline retraining --set retrain.method=alors --output retraining.yaml
+    For a cluster the values file gives every step its image, resources, nodes, retries, secrets by name and
+    time limit; pipelines/cluster-values.yaml is an example to copy.
+
+    Example: spectraqlora compile --target kubernetes --values cluster-values.yaml --output pipeline.yaml
     """
+    from spectraqlora_pipelines.cluster_values import read_values
     from spectraqlora_pipelines.dags import checked, compile_dag
 
     kind = checked(pipeline)
+    if target not in ("local", "kubernetes"):
+        raise InputError("--target", target, "local or kubernetes")
+    if (target == "kubernetes") != (values is not None):
+        expected = "a values file" if values is None else "nothing without --target kubernetes"
+        raise InputError("--values", values, expected)
     settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_ or [])
-    output = output or COMPILED / f"{kind}.yaml"
+    output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
+    placed = read_values(values) if values else None
     try:
-        compile_dag(output, kind, settings)
+        compile_dag(output, kind, settings, placed)
     except ValueError as error:
         raise InputError("--output", output, str(error).splitlines()[0]) from None
     console.print(f"Wrote {output}", soft_wrap=True)
@@ -496,6 +530,9 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             errors.print("interrupted; run, and snr with --output, go on where they stopped")
         raise
+
+
+app.command("plan", epilog=_SETTINGS_HELP)(plan_commands.plan)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings, digest
+
+if TYPE_CHECKING:
+    from spectraqlora_pipelines.cluster_values import ClusterValues
+    from spectraqlora_pipelines.placement import Placement
 
 Dag = Literal["ablation", "retraining"]
 _SECTIONS = (
@@ -42,29 +46,26 @@ def describe(name: Dag) -> str:
     return _DESCRIPTIONS[name]
 
 
-def dag(name: Dag, settings: Settings, retries: int | None = None) -> Any:
-    """The pipeline for these settings.
-
-    On one machine a failed step fails again, so local runs ask for no retries; clusters lose pods.
-    """
-    from spectraqlora_pipelines.ablation import RETRIES, ablation_pipeline
+def dag(name: Dag, settings: Settings, place: Placement) -> Any:
+    """The pipeline for these settings, its tasks placed by `place`."""
+    from spectraqlora_pipelines.ablation import ablation_pipeline
     from spectraqlora_pipelines.retraining import retraining_pipeline
 
-    times = RETRIES if retries is None else retries
     if name == "ablation":
-        return ablation_pipeline(settings.methods, settings.rounds, times)
-    return retraining_pipeline(settings.retrain.method, settings.rounds, settings.retrain.start, times)
+        return ablation_pipeline(settings.methods, settings.rounds, place)
+    return retraining_pipeline(settings.retrain.method, settings.rounds, settings.retrain.start, place)
 
 
-def compile_dag(path: Path, name: Dag, settings: Settings) -> None:
-    """Write a pipeline's YAML."""
+def compile_dag(path: Path, name: Dag, settings: Settings, values: ClusterValues | None = None) -> None:
+    """Write a pipeline's YAML, for a cluster where its values are given."""
     import warnings
 
     from spectraqlora_pipelines.ablation import write_yaml
+    from spectraqlora_pipelines.placement import Placement
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        write_yaml(dag(name, settings), path)
+        write_yaml(dag(name, settings, Placement(values=values)), path)
 
 
 def steps(name: Dag, settings: Settings) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings, digest
 
 from spectraqlora_pipelines.config import load_settings
+
+if TYPE_CHECKING:
+    from spectraqlora_pipelines.cluster_values import ClusterValues
 
 TOKEN, COOKIE = "SPECTRAQLORA_KFP_TOKEN", "SPECTRAQLORA_KFP_COOKIE"
 """Environment variables that hold the secrets; there are no options for them, so that no shell remembers."""
@@ -54,6 +57,14 @@ Package = Annotated[
         help="Take this compiled YAML (`spectraqlora compile`) instead of compiling now.",
     ),
 ]
+Values = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SPECTRAQLORA_CLUSTER_VALUES",
+        help="Values file of `compile --target kubernetes`: where and how each step runs; service account, "
+        "pipeline root and experiment of the run, unless given here.",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(envvar="SPECTRAQLORA_CONFIG", help="YAML file of settings: the run's arguments."),
@@ -79,6 +90,7 @@ def submit(
     config: Config = None,
     set_: Set = None,
     package: Package = None,
+    values: Values = None,
     name: Annotated[str, typer.Option(envvar="SPECTRAQLORA_RUN_NAME", help="Name of the run.")] = "",
     upload_only: Annotated[
         bool, typer.Option(envvar="SPECTRAQLORA_UPLOAD_ONLY", help="Upload the version and start nothing.")
@@ -99,13 +111,14 @@ def submit(
     Example: spectraqlora submit --host http://localhost:8080 --config my.yaml
     """
     settings, arguments = _checked(pipeline, config, set_)
+    placed = _placed(values, package)
     server = _connect(host, namespace, token_file, ca_file)
-    uploaded = _upload(server, settings, pipeline, pipeline_name, package)
+    uploaded = _upload(server, settings, pipeline, pipeline_name, package, placed)
     if upload_only:
         return
     run_name = name or f"{pipeline} {digest(settings)[:8]}"
     run = server.submit(
-        uploaded, run_name, arguments, _launch(settings, experiment, service_account, pipeline_root)
+        uploaded, run_name, arguments, _launch(settings, placed, experiment, service_account, pipeline_root)
     )
     console.print(f"Run {run_name}: {server.run_address(run)}", soft_wrap=True, highlight=False)
 
@@ -127,6 +140,7 @@ def create(
     config: Config = None,
     set_: Set = None,
     package: Package = None,
+    values: Values = None,
     pipeline_name: PipelineName = "",
     namespace: Namespace = "",
     experiment: Experiment = "",
@@ -148,13 +162,14 @@ def create(
     line = cron_line(cron) if cron else ""
     seconds = interval_seconds(every) if every else 0
     settings, arguments = _checked(pipeline, config, set_)
+    placed = _placed(values, package)
     server = _connect(host, namespace, token_file, ca_file)
-    uploaded = _upload(server, settings, pipeline, pipeline_name, package)
+    uploaded = _upload(server, settings, pipeline, pipeline_name, package, placed)
     done = server.schedule(
         uploaded,
         name,
         arguments,
-        _launch(settings, experiment, service_account, pipeline_root),
+        _launch(settings, placed, experiment, service_account, pipeline_root),
         line,
         seconds,
         enabled=not paused,
@@ -241,13 +256,43 @@ def _connect(host: str, namespace: str, token_file: str, ca_file: str) -> Any:
     )
 
 
-def _launch(settings: Settings, experiment: str, service_account: str, pipeline_root: str) -> Any:
+def _placed(values: Path | None, package: Path | None) -> ClusterValues | None:
+    if values is None:
+        return None
+    from spectraqlora_pipelines.cluster_values import read_values
+
+    if package is not None:
+        raise InputError(
+            "--values", values, "nothing beside --package, which was compiled with its own values"
+        )
+    return read_values(values)
+
+
+def _launch(
+    settings: Settings,
+    placed: ClusterValues | None,
+    experiment: str,
+    service_account: str,
+    pipeline_root: str,
+) -> Any:
     from spectraqlora_pipelines.kubeflow import Launch
 
-    return Launch(experiment or settings.tracking.experiment, service_account or None, pipeline_root or None)
+    run = placed.run if placed else None
+    return Launch(
+        experiment or (run.experiment if run else "") or settings.tracking.experiment,
+        service_account or (run.service_account if run else None) or None,
+        pipeline_root or (run.pipeline_root if run else "") or None,
+    )
 
 
-def _upload(server: Any, settings: Settings, pipeline: str, name: str, package: Path | None) -> Any:
+def _upload(
+    server: Any,
+    settings: Settings,
+    pipeline: str,
+    name: str,
+    package: Path | None,
+    placed: ClusterValues | None,
+) -> Any:
     from spectraqlora_pipelines.dags import checked, compile_dag, describe
 
     kind = checked(pipeline)
@@ -256,7 +301,7 @@ def _upload(server: Any, settings: Settings, pipeline: str, name: str, package: 
     with tempfile.TemporaryDirectory() as scratch:
         if package is None:
             package = Path(scratch) / f"{kind}.yaml"
-            compile_dag(package, kind, settings)
+            compile_dag(package, kind, settings, placed)
         uploaded = server.upload(package, name or f"spectraqlora-{pipeline}", describe(kind))
     state = "uploaded" if uploaded.new else "is there already"
     console.print(f"Pipeline version {uploaded.name} {state}", soft_wrap=True, highlight=False)

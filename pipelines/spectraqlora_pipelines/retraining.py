@@ -10,23 +10,25 @@ from spectraqlora.prepare_data.component import prepare_data
 from spectraqlora.quantize_load.component import quantize_load
 from spectraqlora.snr_analyze.component import snr_analyze
 
-from spectraqlora_pipelines.ablation import DEFAULTS, RETRIES, branch_of, hand_over, named
+from spectraqlora_pipelines.ablation import DEFAULTS, branch_of, hand_over
+from spectraqlora_pipelines.placement import Placement
 
 
-def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RETRIES) -> Any:
+def retraining_pipeline(method: str, rounds: int, start: str, place: Placement = Placement()) -> Any:
     """The pipeline for one method.
 
     Args:
         method: the branch to run.
         rounds: unrolled.
         start: `base`, or `champion` to start from its adapter where it fits.
-        retries: of every step.
+        place: names and places the tasks.
     """
-    branch = branch_of(method, rounds, retries, from_champion=start == "champion")
+    branch = branch_of(method, rounds, place, from_champion=start == "champion")
 
     @dsl.pipeline(
         name="spectraqlora-retraining",
         description="Retrain when data or settings changed; the champion stays unless the gate lets another one in",
+        pipeline_config=place.pipeline_config(),
     )
     def retraining(
         base_model: str = DEFAULTS["model"]["base_model"],
@@ -48,18 +50,18 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
         export: dict = DEFAULTS["export"],
     ):
         looked = detect_changes(source=source, settings=data, tracking=tracking, recipe=recipe)
-        named(looked, "detect-changes", retries).set_caching_options(False)
+        place(looked, "detect-changes")
         digest = looked.outputs["Output"]
         with dsl.If(looked.outputs["Output"] != UNCHANGED, name="something-changed"):
             quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
-            named(quantized, "quantize-load", retries)
+            place(quantized, "quantize-load")
             four_bit = quantized.outputs["quantized"]
             prepared = prepare_data(
                 source=source, content=digest, settings=data, seed=seed, tokenizer=four_bit
             )
-            named(prepared, "prepare-data", retries)
+            place(prepared, "prepare-data")
             measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
-            named(measured, "snr-analyze", retries)
+            place(measured, "snr-analyze")
             outcome = branch(
                 method=method,
                 run_key=run_key,
@@ -81,7 +83,7 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
                 table=measured.outputs["table"],
                 **{method: outcome.outputs["evaluation"], f"{method}_adapter": outcome.outputs["adapter"]},
             )
-            named(compared, "compare", retries)
+            place(compared, "compare")
             hand_over(
                 run_key=run_key,
                 evaluate=evaluate,
@@ -92,7 +94,7 @@ def retraining_pipeline(method: str, rounds: int, start: str, retries: int = RET
                 four_bit=four_bit,
                 prepared=prepared,
                 winner=compared.outputs["winner"],
-                retries=retries,
+                place=place,
             )
 
     return retraining

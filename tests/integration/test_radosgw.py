@@ -202,7 +202,7 @@ def test_refusals_are_told_apart(
 def test_the_whole_dag_with_everything_in_object_storage(
     ceph: Ceph, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
-    """Base, data, table, checkpoints and export; two rounds of two methods; then other data."""
+    """Base, data, table, checkpoints and export; two rounds; then other data."""
     upload_folder(tiny_model, parse_address(f"s3://{BUCKET}/base"))
     client: Any = ceph.client()
     client.upload_file(str(tiny_rows), BUCKET, "rows/part-1.jsonl")
@@ -213,11 +213,11 @@ def test_the_whole_dag_with_everything_in_object_storage(
     arguments = [
         "run", "--base-model", f"s3://{BUCKET}/base", "--data", f"s3://{BUCKET}/rows",
         "--snr-table", f"s3://{BUCKET}/tables/snr.parquet", "--workdir", str(tmp_path / "w"),
-        "--methods", "qlora,hybrid", "--rounds", "2", "--max-steps", "8", "--set", "select.rank=4",
+        "--methods", "hybrid", "--rounds", "2", "--max-steps", "8", "--set", "select.rank=4",
         "--set", "evaluate.accuracy_rows=0", "--set", f"checkpoint.destination=s3://{BUCKET}/checkpoints",
         "--set", "checkpoint.every_steps=4", "--set", f"export.destination=s3://{BUCKET}/winner",
     ]  # fmt: skip
-    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert set(summary["published"]) == {"merged", "adapter"} and f"s3://{BUCKET}/winner" in done.stdout
@@ -225,7 +225,7 @@ def test_the_whole_dag_with_everything_in_object_storage(
     assert f"downloading s3://{BUCKET}/base, MiB" in log and "uploading" in log
 
     trainings = folders_below(parse_address(f"s3://{BUCKET}/checkpoints"))
-    assert len(trainings) == 3, "qlora spends both rounds in the first, hybrid trains twice"
+    assert len(trainings) == 2, "one for each round"
     for name in trainings:
         kept = folders_below(parse_address(f"s3://{BUCKET}/checkpoints/{name}"))
         assert len(kept) == 2 and all(kept.values())
@@ -246,12 +246,12 @@ assert merged(ids).logits.shape == tuned.shape
 """
     subprocess.run([CLI[0].replace("spectraqlora", "python"), "-c", probe], check=True)
 
-    again = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=900)
+    again = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=3000)
     assert again.returncode == 0, again.stdout + again.stderr
     client.put_object(
         Bucket=BUCKET, Key="rows/part-1.jsonl", Body=tiny_rows.read_bytes() + tiny_rows.read_bytes()[:500]
     )
-    other = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=900)
+    other = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=3000)
     assert other.returncode == 2 and "contents.data" in other.stderr and other.stderr.count("\n") == 1
     for text in (done.stdout, log, json.dumps(summary)):
         assert SECRET_KEY not in text

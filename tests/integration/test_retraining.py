@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from spectraqlora.registry import Registry
-from spectraqlora.sample import world
+from spectraqlora.sample.make import ensure_sample
 from spectraqlora.settings import TrackingSettings
 
 from tests.integration.test_dag import spectraqlora
@@ -20,6 +20,16 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.fixture(scope="module")
+def sample() -> Path:
+    """The offline sample: a model that can learn, so that more data really is better."""
+    return ensure_sample()
+
+
+def rows_of(sample: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (sample / "data.jsonl").read_text().splitlines()]
+
+
 class Retraining:
     """`spectraqlora run --pipeline retraining` on one workdir."""
 
@@ -27,9 +37,9 @@ class Retraining:
         self.data, self.workdir = folder / "rows.jsonl", folder / "work"
         self._arguments = [
             "run", "--pipeline", "retraining", "--base-model", str(model), "--data", str(self.data),
-            "--workdir", str(self.workdir), "--max-steps", "24", "--set", "select.rank=8",
-            "--set", "evaluate.accuracy_rows=0", "--set", "data.eval_fraction=0.3",
-            "--set", "promote.margin=0.01", *(part for text in settings for part in ("--set", text)),
+            "--workdir", str(self.workdir), "--max-steps", "60", "--set", "train.learning_rate=4e-3",
+            "--set", "retrain.method=qlora", "--set", "select.rank=8", "--set", "evaluate.accuracy_rows=0",
+            "--set", "promote.margin=0.02", *(part for text in settings for part in ("--set", text)),
         ]  # fmt: skip
 
     def __call__(self, *more: str) -> dict[str, Any]:
@@ -42,11 +52,11 @@ class Retraining:
         return Registry(settings).version("champion").number
 
 
-def test_better_same_and_worse_data_find_the_right_champion(tiny_model: Path, tmp_path: Path) -> None:
-    rows = world.questions(world.people(0, 40), 0)
-    retrain = Retraining(tiny_model, tmp_path)
+def test_better_same_and_worse_data_find_the_right_champion(sample: Path, tmp_path: Path) -> None:
+    rows = rows_of(sample)
+    retrain = Retraining(sample / "model", tmp_path)
 
-    _write(retrain.data, rows[:16])
+    _write(retrain.data, rows[:40])
     first = retrain()
     assert first["changes"]["changed"] and first["promotion"]["decision"] == "promoted"
     assert retrain.champion() == 1
@@ -63,7 +73,7 @@ def test_better_same_and_worse_data_find_the_right_champion(tiny_model: Path, tm
     assert retrain.champion() == 2
 
     # A tenth of the rows is left: who learns from so few is worse than the champion, on the same rows.
-    _write(retrain.data, rows[40:56])
+    _write(retrain.data, rows[100:140])
     worse = retrain()
     numbers = [worse["promotion"][side]["merged_eval_loss"] for side in ("challenger", "champion")]
     assert numbers[0] > numbers[1]
@@ -72,10 +82,10 @@ def test_better_same_and_worse_data_find_the_right_champion(tiny_model: Path, tm
     assert "not promoted" in retrain()["changes"]["reason"], "the same data is not tried again"
 
 
-def test_retraining_starts_from_the_champions_adapter(tiny_model: Path, tmp_path: Path) -> None:
-    rows = world.questions(world.people(0, 12), 0)
-    retrain = Retraining(tiny_model, tmp_path, "retrain.start=champion")
-    _write(retrain.data, rows[:24])
+def test_retraining_starts_from_the_champions_adapter(sample: Path, tmp_path: Path) -> None:
+    rows = rows_of(sample)
+    retrain = Retraining(sample / "model", tmp_path, "retrain.start=champion", "train.max_steps=20")
+    _write(retrain.data, rows[:200])
     retrain()
     log = (retrain.workdir / "run.log").read_text()
     assert "training starts from the base: there is no champion" in log

@@ -74,7 +74,7 @@ def test_runs_say_where_they_come_from(
     mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, prepared: Path
 ) -> None:
     key = "0b1f2c3d-0000-4000-8000-123456789abc"
-    monkeypatch.setenv("SPECTRAQLORA_IMAGE", "registry/spectraqlora/train:0.1.0")
+    monkeypatch.setenv("SPECTRAQLORA_IMAGE_REFERENCE", "registry/spectraqlora/train:0.1.0")
     monkeypatch.setenv("SPECTRAQLORA_REVISION", "abc123")
     tracker = Tracker(settings(mlflow_server, "origin"), key, "train")
     run_id = tracker.branch_run("qlora")

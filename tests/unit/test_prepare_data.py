@@ -88,3 +88,21 @@ def test_bad_sources_are_refused_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\nnot json\n')
     with pytest.raises(InputError, match="line 2"):
         check_source(DataSettings(source=str(tmp_path / "b.jsonl")))
+
+
+def test_rows_stay_on_their_side_as_data_grows(quantized: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(60)]
+
+    def held_out(part: list[dict], split_by: str) -> set[str]:
+        settings = DataSettings(
+            source=_jsonl(tmp_path / "r.jsonl", part), split_by=split_by, eval_fraction=0.5, max_eval_rows=10
+        )  # type: ignore[arg-type]
+        prepare(settings, str(quantized / "model"), 1, tmp_path / "data")
+        answers = PreparedData.read(tmp_path / "data").answers
+        return {answer["answer"] for answer in answers}
+
+    before, after = held_out(rows[:40], "content"), held_out(list(reversed(rows)), "content")
+    grown = {row["answer"] for row in rows[40:]}
+    assert len(before) == len(after) == 10
+    assert after - before <= grown, "no row that was trained on is held out later"
+    assert held_out(rows, "shuffle") - held_out(rows[:40], "shuffle") - grown

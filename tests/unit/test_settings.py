@@ -16,6 +16,12 @@ from spectraqlora.settings import Settings, parse, reference, with_overrides
         ({"methods": "qlora,qlora"}, ["methods", "each named once"]),
         ({"data": {"prompt_template": "x"}}, ["data.prompt_template", "{prompt}"]),
         ({"tracking": {"registered_model": "a/b"}}, ["tracking.registered_model", "a/b"]),
+        (
+            {"tracking": {"uri": "http://me:secret@host"}},
+            ["tracking.uri", "***@host", "MLFLOW_TRACKING_USERNAME"],
+        ),
+        ({"promote": {"guards": {"accuracy": -1}}}, ["promote.guards.accuracy", "-1"]),
+        ({"retrain": {"start": "middle"}}, ["retrain.start", "middle", "champion"]),
     ],
 )
 def test_bad_settings_name_the_key_the_value_and_what_was_expected(values: dict, words: list[str]) -> None:
@@ -23,7 +29,7 @@ def test_bad_settings_name_the_key_the_value_and_what_was_expected(values: dict,
         parse(values)
     for word in words:
         assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_overrides_reach_nested_keys_and_leave_the_input_alone() -> None:

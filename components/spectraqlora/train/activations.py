@@ -53,6 +53,11 @@ def _pack(tensor: torch.Tensor) -> torch.Tensor | _Remade:
     return tensor
 
 
+def made_again(tensor: torch.Tensor) -> bool:
+    """Whether `elementwise_remade` makes this tensor again instead of keeping it."""
+    return isinstance(_pack(tensor), _Remade)
+
+
 def _unpack(packed: torch.Tensor | _Remade) -> torch.Tensor:
     with torch.no_grad():
         return packed.tensor() if isinstance(packed, _Remade) else packed

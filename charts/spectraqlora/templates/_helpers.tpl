@@ -1,0 +1,258 @@
+{{- define "spectraqlora.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* Room is left for suffixes such as -publish: names have 63 characters at most. */}}
+{{- define "spectraqlora.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains (include "spectraqlora.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "spectraqlora.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.selector" -}}
+app.kubernetes.io/name: {{ include "spectraqlora.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* What network policies select: our pods, and by the pipeline's values the steps' pods. */}}
+{{- define "spectraqlora.partOf" -}}
+app.kubernetes.io/part-of: {{ include "spectraqlora.fullname" . }}
+{{- end -}}
+
+{{- define "spectraqlora.labels" -}}
+{{ include "spectraqlora.selector" . }}
+{{ include "spectraqlora.partOf" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* Argument: an image's values and, as .default, its tag where none is given. */}}
+{{- define "spectraqlora.image" -}}
+{{- $name := .image.repository -}}
+{{- if .image.registry -}}{{- $name = printf "%s/%s" .image.registry .image.repository -}}{{- end -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" $name .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $name (default .default .image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.stepsAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "spectraqlora.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.jobsAccount" -}}
+{{- printf "%s-jobs" (include "spectraqlora.fullname" .) -}}
+{{- end -}}
+
+{{- define "spectraqlora.cacheClaim" -}}
+{{- if .Values.cache.existingClaim -}}
+{{- .Values.cache.existingClaim -}}
+{{- else if .Values.cache.enabled -}}
+{{- printf "%s-cache" (include "spectraqlora.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.mlflowUri" -}}
+{{- if .Values.mlflow.server.enabled -}}
+{{- printf "http://%s-mlflow.%s.svc:%v" (include "spectraqlora.fullname" .) .Release.Namespace .Values.mlflow.server.port -}}
+{{- else -}}
+{{- .Values.mlflow.uri -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.environment" -}}
+{{- with .Values.s3.endpointUrl }}
+AWS_ENDPOINT_URL: {{ . | quote }}
+{{- end }}
+{{- with .Values.s3.region }}
+AWS_REGION: {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* The settings file: the user's, with the address of MLflow where they give none. */}}
+{{- define "spectraqlora.settings" -}}
+{{- $known := dict -}}
+{{- with include "spectraqlora.mlflowUri" . -}}
+{{- $known = dict "tracking" (dict "uri" .) -}}
+{{- end -}}
+{{- toYaml (mergeOverwrite $known (deepCopy .Values.pipeline.settings)) -}}
+{{- end -}}
+
+{{/* The values file of `spectraqlora compile --target kubernetes`: what the chart knows, then the user's. */}}
+{{- define "spectraqlora.clusterValues" -}}
+{{- $secrets := list -}}
+{{- with .Values.secrets.s3 -}}
+{{- if .name -}}
+{{- $secrets = append $secrets (dict "name" .name "env" (dict "AWS_ACCESS_KEY_ID" .accessKey "AWS_SECRET_ACCESS_KEY" .secretKey)) -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.secrets.mlflow -}}
+{{- if .name -}}
+{{- $secrets = append $secrets (dict "name" .name "env" (dict "MLFLOW_TRACKING_USERNAME" .username "MLFLOW_TRACKING_PASSWORD" .password)) -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.secrets.hub -}}
+{{- if .name -}}
+{{- $secrets = append $secrets (dict "name" .name "env" (dict "HF_TOKEN" .token)) -}}
+{{- end -}}
+{{- end -}}
+{{- $image := dict "tag" (default .Chart.AppVersion .Values.image.tag) "pull_policy" .Values.image.pullPolicy -}}
+{{- with .Values.image.registry -}}{{- $_ := set $image "registry" . -}}{{- end -}}
+{{- $defaults := dict "image" $image "labels" (fromYaml (include "spectraqlora.partOf" .)) -}}
+{{- with $secrets -}}{{- $_ := set $defaults "secrets" . -}}{{- end -}}
+{{- with .Values.image.pullSecrets -}}{{- $_ := set $defaults "pull_secrets" . -}}{{- end -}}
+{{- with fromYaml (include "spectraqlora.environment" .) -}}
+{{- $env := dict -}}
+{{- range $key, $_ := . -}}{{- $_ := set $env $key $key -}}{{- end -}}
+{{- $_ := set $defaults "config_maps" (list (dict "name" (printf "%s-environment" (include "spectraqlora.fullname" $)) "env" $env)) -}}
+{{- end -}}
+{{- with include "spectraqlora.cacheClaim" . -}}
+{{- $_ := set $defaults "cache" (dict "claim" . "path" $.Values.cache.mountPath) -}}
+{{- end -}}
+{{- $run := dict "service_account" (include "spectraqlora.stepsAccount" .) "experiment" .Values.kfp.experiment -}}
+{{- with .Values.kfp.pipelineRoot -}}{{- $_ := set $run "pipeline_root" . -}}{{- end -}}
+{{- toYaml (mergeOverwrite (dict "run" $run "defaults" $defaults) (deepCopy .Values.pipeline.values)) -}}
+{{- end -}}
+
+{{- define "spectraqlora.podSecurity" -}}
+runAsNonRoot: true
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "spectraqlora.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Pod of a job that talks to Kubeflow Pipelines. Arguments: .root, .arguments, .component. */}}
+{{- define "spectraqlora.jobPod" -}}
+{{- $root := .root -}}
+{{- with $root.Values -}}
+metadata:
+  labels:
+    {{- include "spectraqlora.labels" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ $.component }}
+spec:
+  restartPolicy: Never
+  serviceAccountName: {{ include "spectraqlora.jobsAccount" $root }}
+  automountServiceAccountToken: false
+  securityContext:
+    {{- include "spectraqlora.podSecurity" $root | nindent 4 }}
+  {{- with .image.pullSecrets }}
+  imagePullSecrets:
+    {{- range . }}
+    - name: {{ . }}
+    {{- end }}
+  {{- end }}
+  {{- with .jobs.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .jobs.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: spectraqlora
+      image: {{ include "spectraqlora.image" (dict "image" .image "default" $root.Chart.AppVersion) }}
+      imagePullPolicy: {{ .image.pullPolicy }}
+      command: [python3, -m, spectraqlora_pipelines.cli]
+      args:
+        {{- toYaml $.arguments | nindent 8 }}
+      env:
+        - name: HOME
+          value: /tmp
+        - name: SPECTRAQLORA_KFP_HOST
+          value: {{ .kfp.host | quote }}
+        {{- with .kfp.namespace }}
+        - name: SPECTRAQLORA_KFP_NAMESPACE
+          value: {{ . | quote }}
+        {{- end }}
+        {{- if .kfp.tokenSecret.name }}
+        - name: SPECTRAQLORA_KFP_TOKEN
+          valueFrom:
+            secretKeyRef:
+              name: {{ .kfp.tokenSecret.name }}
+              key: {{ .kfp.tokenSecret.key }}
+        {{- end }}
+        {{- if .kfp.cookieSecret.name }}
+        - name: SPECTRAQLORA_KFP_COOKIE
+          valueFrom:
+            secretKeyRef:
+              name: {{ .kfp.cookieSecret.name }}
+              key: {{ .kfp.cookieSecret.key }}
+        {{- end }}
+        {{- if .kfp.projectedToken.enabled }}
+        - name: SPECTRAQLORA_KFP_TOKEN_FILE
+          value: /var/run/secrets/kubeflow/pipelines/token
+        {{- end }}
+        {{- if .kfp.ca.configMap }}
+        - name: SPECTRAQLORA_KFP_CA_FILE
+          value: /etc/spectraqlora-ca/{{ .kfp.ca.key }}
+        {{- end }}
+      resources:
+        {{- toYaml .jobs.resources | nindent 8 }}
+      securityContext:
+        {{- include "spectraqlora.containerSecurity" $root | nindent 8 }}
+      volumeMounts:
+        - name: tmp
+          mountPath: /tmp
+        - name: config
+          mountPath: /etc/spectraqlora
+          readOnly: true
+        {{- if .kfp.projectedToken.enabled }}
+        - name: token
+          mountPath: /var/run/secrets/kubeflow/pipelines
+          readOnly: true
+        {{- end }}
+        {{- if .kfp.ca.configMap }}
+        - name: ca
+          mountPath: /etc/spectraqlora-ca
+          readOnly: true
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir:
+        sizeLimit: 256Mi
+    - name: config
+      configMap:
+        name: {{ include "spectraqlora.fullname" $root }}
+    {{- if .kfp.projectedToken.enabled }}
+    - name: token
+      projected:
+        sources:
+          - serviceAccountToken:
+              path: token
+              audience: {{ .kfp.projectedToken.audience }}
+              expirationSeconds: 7200
+    {{- end }}
+    {{- if .kfp.ca.configMap }}
+    - name: ca
+      configMap:
+        name: {{ .kfp.ca.configMap }}
+    {{- end }}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.files" -}}
+--config
+/etc/spectraqlora/settings.yaml
+--values
+/etc/spectraqlora/cluster-values.yaml
+{{- end -}}

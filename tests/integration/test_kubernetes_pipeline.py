@@ -1,0 +1,174 @@
+"""The DAG compiled for a cluster: golden files, KFP's own schema, KFP's loader, and a run of the same file."""
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp import components
+from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+CLI = [sys.executable, "-m", "spectraqlora_pipelines.cli"]
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "s3cr3t-0f-s3",
+    "HF_TOKEN": "hf_s3cr3t",
+    "MLFLOW_TRACKING_PASSWORD": "s3cr3t-0f-mlflow",
+    "KFP_TOKEN": "s3cr3t-0f-kfp",
+}
+
+
+def compile_for(values: str, output: Path, methods: str = "hybrid") -> Path:
+    subprocess.run(
+        [*CLI, "compile", "--target", "kubernetes", "--values", str(GOLDEN / values), "--methods", methods,
+         "--output", str(output)],
+        check=True, capture_output=True, env={**os.environ, **SECRETS},
+    )  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_for("values-full.yaml", tmp_path_factory.mktemp("compiled") / "full.yaml")
+
+
+def without_version(text: str) -> list[str]:
+    """Lines but for the one that a patch release of KFP changes."""
+    return [line for line in text.splitlines() if not line.startswith("sdkVersion:")]
+
+
+@pytest.mark.parametrize("name", ["minimal", "full"])
+def test_the_compiled_pipeline_is_the_golden_file(name: str, tmp_path: Path) -> None:
+    compiled = compile_for(f"values-{name}.yaml", tmp_path / "pipeline.yaml").read_text()
+    golden = (GOLDEN / f"pipeline-{name}.yaml").read_text()
+    changes = list(
+        difflib.unified_diff(
+            without_version(golden), without_version(compiled), "golden", "compiled", lineterm="", n=1
+        )
+    )
+    assert not changes, "\n".join(["look at the changes, then: make golden", *changes[:60]])
+
+
+def test_kfps_own_schema_knows_every_field(full: Path) -> None:
+    pipeline, platform = yaml.safe_load_all(full.read_text())
+    # ParseDict raises on any unknown field or wrong type.
+    spec = json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
+    assert spec.pipeline_info.name == "spectraqlora-ablation"
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert kubernetes.keys() == pipeline["deploymentSpec"]["executors"].keys()
+    for executor in kubernetes.values():
+        json_format.ParseDict(executor, KubernetesExecutorConfig())
+    deployment = json_format.ParseDict(
+        pipeline["deploymentSpec"], pipeline_spec_pb2.PipelineDeploymentConfig()
+    )
+    train = deployment.executors["exec-train"].container
+    assert train.image == "registry.example.com/ml/spectraqlora/train@sha256:" + "0123456789abcdef" * 4
+    assert train.resources.accelerator.resource_type == "nvidia.com/gpu"
+    assert train.resources.accelerator.resource_count == "2"
+
+
+def test_the_sdk_loads_it_back_with_its_parameters_and_platform(full: Path) -> None:
+    loaded = components.load_component_from_file(str(full))
+    assert {"base_model", "run_key", "select", "train", "tracking"} <= loaded.component_spec.inputs.keys()
+    executors = loaded.platform_spec.platforms["kubernetes"].deployment_spec.executors
+    assert executors["exec-train"]["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
+
+
+def test_every_step_is_placed_as_its_values_say(full: Path) -> None:
+    pipeline, platform = yaml.safe_load_all(full.read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for executor in executors.values():
+        assert executor["pvcMount"][0] | {"pvcNameParameter": None} == {
+            "constant": "hub-cache", "mountPath": "/hub", "subPath": "team", "pvcNameParameter": None,
+        }  # fmt: skip
+        assert executor["securityContext"] == {"runAsUser": "10001", "runAsGroup": "0", "runAsNonRoot": True}
+        assert executor["imagePullSecret"][0]["secretName"] == "registry-credentials"
+        assert executor["podMetadata"]["labels"] == {"team": "nlp"}
+    assert executors["exec-train"]["activeDeadlineSeconds"] == "86400"
+    assert executors["exec-compare"]["activeDeadlineSeconds"] == "7200"
+    assert "emptyDirMounts" not in executors["exec-compare"]
+
+    tasks = dict(pipeline["root"]["dag"]["tasks"])
+    tasks |= pipeline["components"]["comp-branch-hybrid"]["dag"]["tasks"]
+    steps = {n: t for n, t in tasks.items() if not n.startswith("branch")}
+    cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
+    assert cached == steps.keys() - {"register", "snr-analyze"}
+    assert steps["train"]["retryPolicy"] == {
+        "maxRetryCount": 6, "backoffDuration": "60s", "backoffFactor": 1.5, "backoffMaxDuration": "600s",
+    }  # fmt: skip
+    assert "retryPolicy" not in steps["snr-analyze"]
+    for executor in pipeline["deploymentSpec"]["executors"].values():
+        assert {"name": "HF_HOME", "value": "/hub/huggingface"} in executor["container"]["env"]
+
+
+def test_no_secret_of_the_environment_stands_in_the_yaml(full: Path) -> None:
+    text = full.read_text()
+    assert not [name for name, value in SECRETS.items() if value in text]
+    assert "secretName: s3-credentials" in text and "envVar: AWS_SECRET_ACCESS_KEY" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "mars"], "--target"),
+        (["--target", "kubernetes"], "--values"),
+        (["--values", str(GOLDEN / "values-full.yaml")], "--target kubernetes"),
+        (["--target", "kubernetes", "--values", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_a_bad_command_is_refused_in_one_line_and_writes_nothing(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.yaml"
+    refused = subprocess.run(
+        [*CLI, "compile", "--output", str(output), *arguments], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and not output.exists()
+    assert (
+        refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and words in refused.stderr
+    )
+
+
+@pytest.mark.e2e
+def test_the_very_same_file_runs_on_this_machine(
+    full: Path, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    from spectraqlora.settings import parse
+
+    small = {
+        "model": {"base_model": str(tiny_model)},
+        "data": {"source": str(tiny_rows)},
+        "select": {"rank": 4},
+        "train": {"max_steps": 2, "evaluations": 1},
+        "evaluate": {"accuracy_rows": 0},
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    }
+    sections = {
+        name: section
+        for name, section in parse(small).model_dump(mode="json").items()
+        if isinstance(section, dict)
+    }
+    loaded = components.load_component_from_file(str(full))
+    arguments = {name: value for name, value in sections.items() if name in loaded.component_spec.inputs}
+    arguments |= {"base_model": str(tiny_model), "source": str(tiny_rows), "run_key": "same-file", "seed": 1}
+    probe = f"""
+import json
+from kfp import components, local
+local.init(local.SubprocessRunner(use_venv=False), pipeline_root={str(tmp_path / "root")!r})
+components.load_component_from_file({str(full)!r})(**json.loads({json.dumps(arguments)!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    registered = next((tmp_path / "root").rglob("registered.json"))
+    assert json.loads(registered.read_text())["version"] == 1
+    assert next((tmp_path / "root").rglob("merged/model.safetensors")).stat().st_size > 0

@@ -1,0 +1,138 @@
+"""The values file of a cluster: what it means, and how faults are named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from spectraqlora.errors import InputError
+from spectraqlora_pipelines.cluster_values import (
+    NEVER_CACHED,
+    ClusterValues,
+    amount,
+    known_steps,
+    read_values,
+    reference,
+    seconds,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def values(text: str, folder: Path) -> ClusterValues:
+    path = folder / "values.yaml"
+    path.write_text(text)
+    return read_values(path)
+
+
+def test_a_steps_own_value_wins_mappings_merge_and_lists_are_replaced(tmp_path: Path) -> None:
+    found = values(
+        """
+defaults:
+  cpu: {request: 1, limit: 4}
+  labels: {team: nlp}
+  pull_secrets: [one, two]
+  retries: {attempts: 3}
+steps:
+  train:
+    cpu: {limit: 8}
+    labels: {tier: gpu}
+    pull_secrets: [three]
+""",
+        tmp_path,
+    )
+    train, other = found.step("train"), found.step("compare")
+    assert (train.cpu.request, train.cpu.limit) == ("1", "8")
+    assert train.labels == {"team": "nlp", "tier": "gpu"}
+    assert train.pull_secrets == ("three",)
+    assert train.retries.attempts == other.retries.attempts == 3
+    assert (other.cpu.limit, other.labels, other.pull_secrets) == ("4", {"team": "nlp"}, ("one", "two"))
+
+
+def test_an_empty_file_gives_training_shared_memory_and_every_deterministic_step_its_cache(
+    tmp_path: Path,
+) -> None:
+    found = values("", tmp_path)
+    assert found.step("train").shm == "1Gi" and found.step("compare").shm is None
+    assert {name for name in known_steps() if not found.step(name).caching} == NEVER_CACHED & set(
+        known_steps()
+    )
+    assert "register" in known_steps()
+
+
+def test_defaults_that_cache_leave_register_uncached(tmp_path: Path) -> None:
+    found = values("defaults: {caching: true}", tmp_path)
+    assert found.step("train").caching and not found.step("register").caching
+
+
+def test_quantities_and_durations_have_kubernetes_meaning() -> None:
+    assert amount("500m") == 0.5 and amount("2") == 2
+    assert amount("8Gi") == 8 * 2**30 and amount("1.5G") == 1.5e9 and amount("1Ei") == 2**60
+    assert [seconds(d) for d in ("45s", "10m", "12h", "2d")] == [45, 600, 43200, 172800]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value", "expected"),
+    [
+        ("nodes: 3", "nodes", "3", "run, defaults, steps"),
+        ("steps: {trian: {}}", "steps.trian", "trian", "train"),
+        ("steps: {train: {gpus: 1}}", "steps.train.gpus", "1", "gpu"),
+        ("defaults: {cpu: {limit: lots}}", "defaults.cpu.limit", "lots", "500m"),
+        ("defaults: {memory: {limit: 8}}", "defaults.memory.limit", "8", "24Gi"),
+        ("defaults: {memory: {request: 8Gi, limit: 4Gi}}", "defaults.memory", "", "at most the limit 4Gi"),
+        ("{defaults: {memory: {limit: 4Gi}}, steps: {train: {memory: {request: 8Gi}}}}",
+         "steps.train.memory", "", "at most the limit 4Gi"),
+        ("defaults: {gpu: {count: -1}}", "defaults.gpu.count", "-1", "greater than or equal to 0"),
+        ("defaults: {gpu: {resource: gpu}}", "defaults.gpu.resource", "gpu", "nvidia.com/gpu"),
+        ("defaults: {image: {registry: 'https://me'}}", "defaults.image.registry", "https://me", "without scheme"),
+        ("defaults: {image: {digest: 'sha256:1'}}", "defaults.image.digest", "sha256:1", "64"),
+        ("defaults: {time_limit: soon}", "defaults.time_limit", "soon", "12h"),
+        ("defaults: {tolerations: [{value: x}]}", "defaults.tolerations.0", "", "operator Exists"),
+        ("defaults: {secrets: [{name: s}]}", "defaults.secrets.0.env", "None", "required"),
+        ("defaults: {secrets: [{name: s, env: {A-B: c}}]}", "defaults.secrets.0.env.A-B", "A-B", "letters"),
+        ("defaults: {secrets: [{name: s, env: {A: c}}, {name: t, env: {A: c}}]}",
+         "defaults.secrets.1.env.A", "c", "set once"),
+        ("defaults: {labels: {team: 'a b'}}", "defaults.labels.team", "a b", "63"),
+        ("defaults: {cache: {path: cache}}", "defaults.cache.path", "cache", "absolute"),
+        ("defaults: {user: {run_as_user: 0}}", "defaults.user.run_as_user", "0", "greater than or equal to 1"),
+        ("steps: {register: {caching: true}}", "steps.register.caching", "True", "registry"),
+        ("run: {pipeline_root: /tmp}", "run.pipeline_root", "/tmp", "s3://"),
+        ("- 1", "--values", "values.yaml", "mapping"),
+        ("a: [", "--values", "values.yaml", "valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_one_line_with_key_value_and_expectation(
+    text: str, key: str, value: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        values(text, tmp_path)
+    line = str(caught.value)
+    assert line.startswith(f"{key}: ") and value in line and expected in line, line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["HF_TOKEN: hf_abcdef", "AWS_SECRET_ACCESS_KEY: abcdef", "DATABASE: postgres://me:abcdef@db/mlflow"],
+)
+def test_a_secret_in_plain_text_is_refused_and_not_repeated(line: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no secret in plain text") as caught:
+        values(f"defaults: {{env: {{{line}}}}}", tmp_path)
+    assert "abcdef" not in str(caught.value)
+
+
+def test_the_example_is_valid_and_the_reference_has_every_key_with_a_description() -> None:
+    example = read_values(ROOT / "pipelines" / "cluster-values.yaml")
+    assert example.step("train").gpu.count == 1 and example.run.service_account == "spectraqlora"
+    rows = reference()
+    assert all(description for _, _, description in rows)
+
+    def keys(node: object, prefix: str = "") -> set[str]:
+        if not isinstance(node, dict):
+            return {prefix}
+        return set().union(*(keys(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items()))
+
+    known = {key.split("[")[0] for key, _, _ in rows}
+    written = keys(
+        yaml.safe_load((ROOT / "pipelines" / "cluster-values.yaml").read_text())["defaults"], "defaults"
+    )
+    assert {key for key in written if not any(key.startswith(k) for k in known)} == set()
