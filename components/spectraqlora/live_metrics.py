@@ -13,6 +13,7 @@ from spectraqlora.tracking import Tracker
 
 SEND_SECONDS = 5.0
 SAMPLE_SECONDS = 10.0
+FAILED_SECONDS = 5.0
 
 
 class LiveMetrics:
@@ -48,12 +49,12 @@ class LiveMetrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Send the rest; after a failure only if the server answers at once."""
+        """Send the rest; a failed or stopped step waits for a moment only, since somebody may wait for its end."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(None if kind is None else FAILED_SECONDS)
         if kind is None:
             self._tracker.patiently(self._send, f"the end of the curves ({len(self._waiting)} points)")
-        elif self.away_since is None:
+        elif self.away_since is None and not self._thread.is_alive():
             self._try()
 
     def _send(self) -> None:

@@ -207,13 +207,14 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
     inputs: dict[int, int] = {}
     current: list[int | None] = [None]
 
-    def pack(tensor: torch.Tensor) -> None:
+    def pack(tensor: torch.Tensor) -> Any:
         if made_again(tensor):
-            return
+            return None
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters and storage._cdata not in seen:
             seen[storage._cdata] = storage
             counts[current[0]] = counts.get(current[0], 0) + storage.nbytes()
+        return None
 
     def enter(index: int) -> Callable[..., None]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -162,8 +162,10 @@ class TrainSettings(_Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input")
     evaluations: int = Field(5, ge=1, description="Evaluations during training; the best adapter is kept")
-    gradient_checkpointing: Switch = Field(
-        "auto", description="Recompute activations to save memory; auto is on for CUDA devices only"
+    gradient_checkpointing: Annotated[Literal["auto", "on", "some", "off"], BeforeValidator(_switch)] = Field(
+        "auto",
+        description="Recompute activations to save memory, of every block or, with some, of every third; "
+        "auto is on for CUDA devices only",
     )
     processes: int = Field(
         0, ge=0, description="Training processes; 0 is one per GPU, or one where there is none"

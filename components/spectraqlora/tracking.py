@@ -94,9 +94,7 @@ class Tracker:
             if run.info.run_id != chosen:
                 self.client.delete_run(run.info.run_id)
         if self.step:
-            self.client.set_tag(
-                chosen, f"image.{self.step}", os.environ.get(IMAGE) or "none, a local process"
-            )
+            self.client.set_tag(chosen, f"image.{self.step}", step_image())
         self._runs[branch] = chosen
         return chosen
 
@@ -209,7 +207,8 @@ class Tracker:
 
     def log_evaluation(self, run_id: str, evaluation: Evaluation, metrics: dict[str, float]) -> None:
         """Log what an evaluation holds of its branch: all rounds' curves, numbers and digests."""
-        settings = self.client.get_run(run_id).data.params
+        with refusals(self.settings):
+            settings = self.client.get_run(run_id).data.params
         max_steps = int(settings.get("train.max_steps", 0))
         for part in evaluation.rounds:
             if part.trained:

@@ -34,8 +34,9 @@ SIDES = {
     "qlora": {"method": "qlora"},
     "hybrid-50": {"method": "hybrid", "percent": 50},
     "hybrid-25": {"method": "hybrid", "percent": 25},
-    "hybrid-50, recomputing": {"method": "hybrid", "percent": 50, "recompute": "on"},
-    "hybrid-25, recomputing": {"method": "hybrid", "percent": 25, "recompute": "on"},
+    "hybrid-50, recomputing some": {"method": "hybrid", "percent": 50, "recompute": "some"},
+    "hybrid-25, recomputing some": {"method": "hybrid", "percent": 25, "recompute": "some"},
+    "hybrid-25, recomputing all": {"method": "hybrid", "percent": 25, "recompute": "on"},
 }
 
 
@@ -93,6 +94,7 @@ class Meter:
         import accelerate  # noqa: F401
         import datasets  # noqa: F401
         import torch
+        import torch._dynamo
         from peft import get_peft_model  # noqa: F401
         from spectraqlora.train import training  # noqa: F401
         from transformers import Trainer  # noqa: F401

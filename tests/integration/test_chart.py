@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,49 @@ def test_the_hook_creates_the_recurring_run_and_removes_it_with_the_release() ->
     cron = find(rendered("minimal", "schedule.mode=cronjob"), "CronJob")["spec"]
     assert cron["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][0] == "submit"
     assert cron["concurrencyPolicy"] == "Forbid"
+
+
+@pytest.mark.parametrize("case", ["full", "minimal"])
+def test_the_hooks_own_command_publishes_to_kubeflow_pipelines(case: str, tmp_path: Path) -> None:
+    from tests.kfp_server import KfpServer
+
+    objects = rendered(case)
+    data = find([o for o in objects if "settings.yaml" in o.get("data", {})], "ConfigMap")["data"]
+    if case == "minimal":
+        settings = yaml.safe_load(data["settings.yaml"])
+        settings |= {"model": {"base_model": "owner/model"}, "data": {"source": "owner/data"}}
+        data["settings.yaml"] = yaml.safe_dump(settings)
+    for name, text in data.items():
+        (tmp_path / name).write_text(text)
+    container = find(objects, "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]
+    with KfpServer() as server:
+        command = [sys.executable, *container["command"][1:]]
+        arguments = [a.replace("/etc/spectraqlora", str(tmp_path)) for a in container["args"]]
+        done = subprocess.run(
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "HOME": str(tmp_path), "SPECTRAQLORA_KFP_HOST": server.endpoint},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(server.state.versions) == 1
+        if case == "full":
+            (recurring,) = server.state.recurring.values()
+            assert recurring["display_name"] == "nightly" and recurring["service_account"] == "tuning"
+        else:
+            assert not server.state.runs and not server.state.recurring
+        assert server.problems == []
+
+
+def test_the_jobs_environment_has_names_that_the_command_line_reads() -> None:
+    from spectraqlora_pipelines import kubeflow_commands
+
+    source = Path(kubeflow_commands.__file__).read_text()
+    container = find(rendered("full"), "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]
+    names = {e["name"] for e in container["env"]} - {"HOME"}
+    assert len(names) >= 3
+    assert all(f'"{name}"' in source for name in names), names
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_every_step_is_placed_as_its_values_say(full: Path) -> None:
     tasks |= pipeline["components"]["comp-branch-hybrid"]["dag"]["tasks"]
     steps = {n: t for n, t in tasks.items() if not n.startswith("branch")}
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == steps.keys() - {"register", "snr-analyze"}
+    assert cached == steps.keys() - {"register", "promote", "snr-analyze"}
     assert steps["train"]["retryPolicy"] == {
         "maxRetryCount": 6, "backoffDuration": "60s", "backoffFactor": 1.5, "backoffMaxDuration": "600s",
     }  # fmt: skip
@@ -135,6 +135,66 @@ def test_a_bad_command_is_refused_in_one_line_and_writes_nothing(
     assert (
         refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and words in refused.stderr
     )
+
+
+def test_submit_and_schedule_take_images_and_the_runs_account_from_the_values_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectraqlora_pipelines import cli
+    from typer.testing import CliRunner
+
+    from tests.kfp_server import KfpServer
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text(
+        "{model: {base_model: owner/model}, data: {source: owner/data}, tracking: {uri: 'http://mlflow:5000'}}"
+    )
+    with KfpServer() as server:
+        shared = ["--host", server.endpoint, "--config", str(tmp_path / "settings.yaml"),
+                  "--values", str(GOLDEN / "values-full.yaml")]  # fmt: skip
+        for command in (["submit"], ["schedule", "create", "nightly", "--cron", "0 3 * * *"]):
+            done = CliRunner().invoke(cli.app, [*command, *shared])
+            assert done.exit_code == 0, (done.output, done.exception)
+        (run,) = server.state.runs.values()
+        (recurring,) = server.state.recurring.values()
+        for started in (run, recurring):
+            assert started["service_account"] == "spectraqlora"
+            assert started["runtime_config"]["pipeline_root"] == "s3://bucket/pipelines"
+        assert [e["display_name"] for e in server.state.experiments.values()] == ["nightly"]
+        uploaded = [json.dumps(version) for version in server.state.versions.values()]
+        assert len(uploaded) == 2
+        refused = CliRunner().invoke(
+            cli.app, ["submit", *shared, "--package", str(GOLDEN / "pipeline-full.yaml")]
+        )
+        assert "--values" in str(refused.exception)
+        assert server.problems == []
+
+
+@pytest.mark.parametrize("pipeline", ["ablation", "retraining"])
+def test_both_dags_place_every_step_on_a_cluster(pipeline: str, tmp_path: Path) -> None:
+    subprocess.run(
+        [*CLI, "compile", "--pipeline", pipeline, "--target", "kubernetes", "--values",
+         str(GOLDEN / "values-full.yaml"), "--set", "retrain.start=champion", "--output", str(tmp_path / "p.yaml")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    spec, platform = yaml.safe_load_all((tmp_path / "p.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert executors.keys() == spec["deploymentSpec"]["executors"].keys()
+    for executor in spec["deploymentSpec"]["executors"].values():
+        assert executor["container"]["image"].startswith("registry.example.com/ml/spectraqlora/")
+    dags = [spec["root"], *spec["components"].values()]
+    tasks = [t for dag in dags if "dag" in dag for t in dag["dag"]["tasks"].values()]
+    uncached = {
+        t["componentRef"]["name"].removeprefix("comp-")
+        for t in tasks
+        if "cachingOptions" in t and not t["cachingOptions"].get("enableCache")
+    }
+    looking = {"detect-changes", "start-point"} if pipeline == "retraining" else set()
+    assert (
+        uncached & {"register", "promote", "detect-changes", "start-point"}
+        == {"register", "promote"} | looking
+    )
+    assert platform["platforms"]["kubernetes"]["pipelineConfig"]["activeDeadlineSeconds"] == 172800
 
 
 @pytest.mark.e2e

@@ -7,7 +7,7 @@ import torch
 from spectraqlora import adapters
 from spectraqlora.models import load_quantized
 from spectraqlora.train import activations
-from spectraqlora.train.activations import elementwise_remade
+from spectraqlora.train.activations import elementwise_remade, recompute_blocks
 
 from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
 
@@ -52,3 +52,23 @@ def test_a_gated_layer_keeps_its_input_and_two_matrix_products_alone(
     assert kept - weights == {tensor.data_ptr() for tensor in (inputs, opened, carried)}
     loss.backward()
     assert all(weight.grad is not None for weight in (gate, up, down))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_recomputed_blocks_keep_gradients_and_force_none_below_the_first_adapter(
+    every: int, quantized: Path
+) -> None:
+    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {DOWN: 4}))
+    randomize(model)
+    model.train()
+    plain = _backward(model)
+    recompute_blocks(model, every)
+    runs: list[int] = []
+    for index, block in enumerate(model.get_base_model().model.layers):
+        block.self_attn.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
+    again = _backward(model)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    # The adapter is in block 2: blocks 0 and 1 have no backward pass in which to run again.
+    assert sorted(runs) == sorted([0, 1, 2, 3] + [index for index in (2, 3) if index % every == 0])
+    hidden = model(input_ids=torch.arange(3, 23)[None], output_hidden_states=True).hidden_states
+    assert [states.requires_grad for states in hidden] == [False, False, False, True, True]

@@ -69,7 +69,7 @@ def compare(digest: str, recipe: str, versions: list[Version]) -> Changes:
         if tags.get(SOURCE_DIGEST) == digest and tags.get(RECIPE_DIGEST) == recipe:
             if version == champion:
                 return Changes(digest, False, f"nothing changed since the champion, version {version.number}")
-            what = tags.get("promotion.decision", "registered")
+            what = tags.get("promotion.decision", "not decided on yet, which `spectraqlora promote` does")
             return Changes(digest, False, f"version {version.number} was made of the same data: {what}")
     if champion is None:
         return Changes(digest, True, "there is no champion yet")

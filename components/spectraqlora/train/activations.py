@@ -1,4 +1,4 @@
-"""Activations that cost a matrix product are kept for the backward pass; elementwise ones are made again.
+"""What the backward pass keeps: matrix products, or only the inputs of blocks; elementwise results never.
 
 A gated MLP computes down(act(gate) * up). Autograd keeps gate, up, act(gate) and, under an adapter of down,
 the product. The last two follow from the first two by one cheap operation each, so they are not kept.
@@ -71,3 +71,14 @@ def elementwise_remade() -> Iterator[None]:
     """
     with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
         yield
+
+
+def recompute_blocks(model: Any, every: int) -> None:
+    """Keep the input of every `every`-th block alone, and run the block again in the backward pass.
+
+    Unlike transformers' switch for this, no gradient is forced into the embeddings: blocks below the first
+    adapter still have no backward pass.
+    """
+    base = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    base.disable_input_require_grads()
