@@ -94,8 +94,11 @@ def main() -> None:
         )
         for source in sorted(IMAGES.glob("*/requirements.in")):
             if source.parent != BASE:
-                stands_on = common if source.parent.name == "light" else [*common, *above]
-                lock(source, source.with_suffix(".lock"), *without([*stands_on, *LEFT_OUT]))
+                light = source.parent.name == "light"
+                stands_on = [*common, "kfp"] if light else [*common, *above]
+                # KFP's client signs in with google-auth; the other images have no client.
+                left_out = LEFT_OUT[:1] if light else LEFT_OUT
+                lock(source, source.with_suffix(".lock"), *without([*stands_on, *left_out]))
 
 
 if __name__ == "__main__":

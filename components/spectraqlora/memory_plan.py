@@ -21,7 +21,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -496,13 +496,15 @@ def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: s
             parts["evaluation"] = scored
         process += found.adapters
     elif step == "re-evaluate":
+        # One after the other: scoring, the updated weights in float32, gradients where the signal needs them.
+        turns = {"evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest)}
+        if settings.select.needs_gradients and method in ("hybrid", "alors"):
+            turns["gradients"] = sum(_calibration(outline, settings, cuda, method).values())
         parts = {
             "4-bit weights": outline.weight_bytes,
-            "evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest),
             "adapters": _FLOAT32 * _trainable(outline, settings, method),
+            **{max(turns, key=lambda name: turns[name]): max(turns.values())},
         }
-        if settings.select.needs_gradients and method in ("hybrid", "alors"):
-            parts |= _calibration(outline, settings, cuda, method)
     else:
         parts = {"dequantized and original weights": 2 * outline.plain_bytes, "evaluation": scored}
         process += min(outline.plain_bytes, _SHARD_BYTES) if cuda else 0
@@ -537,10 +539,28 @@ def _scoring(outline: Outline, settings: Settings) -> int:
 
 def _calibration(outline: Outline, settings: Settings, cuda: bool, method: str) -> dict[str, int]:
     """Gradients of every candidate, sketched: activations, the model's own loss, sketches (see gradients)."""
+    candidates = {info.module for info in outline.modules}
+    if method == "sgm" and not settings.select.needs_gradients:
+        candidates = {entry.module for entry in surrogate_map(method, outline, settings).active()}
     rows, tokens = settings.select.calibration_rows, settings.data.max_length
+    side = settings.select.sketch_size
+    sides = (m.in_features * min(side, m.out_features) for m in outline.modules if m.module in candidates)
+    logits = rows * tokens * outline.vocabulary * (3 * _FLOAT32 + (4 if outline.dtype_bytes == 2 else 0))
+    return {
+        "activations": _watched(outline, frozenset(candidates), rows, tokens, not settings.data.pack, cuda),
+        "logits": logits,
+        "sketches": 2 * _FLOAT32 * sum(sides),
+        "working set": outline.working(rows * tokens),
+    }
+
+
+@lru_cache(maxsize=32)
+def _watched(
+    outline: Outline, candidates: frozenset[str], rows: int, tokens: int, padded: bool, cuda: bool
+) -> int:
+    """What a forward pass keeps whose candidates' inputs and output gradients are looked at."""
     model = outline.build()
     model.requires_grad_(False)
-    named = dict(model.named_modules())
     inputs: dict[int, Any] = {}
 
     def watch(_: object, args: tuple[Any, ...], output: Any) -> None:
@@ -549,22 +569,11 @@ def _calibration(outline: Outline, settings: Settings, cuda: bool, method: str) 
         if not output.requires_grad:
             output.requires_grad_(True)
 
-    candidates = outline.modules
-    if method == "sgm" and not settings.select.needs_gradients:
-        chosen = {entry.module for entry in surrogate_map(method, outline, settings).active()}
-        candidates = [info for info in candidates if info.module in chosen]
-    for info in candidates:
-        named[info.module].register_forward_hook(watch)
-    kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
-    side = settings.select.sketch_size
-    sketches = sum(2 * _FLOAT32 * m.in_features * min(side, m.out_features) for m in candidates)
-    logits = rows * tokens * outline.vocabulary * (3 * _FLOAT32 + (4 if outline.dtype_bytes == 2 else 0))
-    return {
-        "activations": sum(kept.blocks) + kept.outside + sum(s.nbytes() for s in inputs.values()),
-        "logits": logits,
-        "sketches": sketches,
-        "working set": outline.working(rows * tokens),
-    }
+    for name, module in model.named_modules():
+        if name in candidates:
+            module.register_forward_hook(watch)
+    kept = kept_activations(model, rows, tokens, padded, cuda)
+    return sum(kept.blocks) + kept.outside + sum(storage.nbytes() for storage in inputs.values())
 
 
 def _halves(value: int, least: int) -> list[int]:

@@ -94,7 +94,6 @@ class Meter:
         import accelerate  # noqa: F401
         import datasets  # noqa: F401
         import torch
-        import torch._dynamo
         from peft import get_peft_model  # noqa: F401
         from spectraqlora.train import training  # noqa: F401
         from transformers import Trainer  # noqa: F401

@@ -89,3 +89,11 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Pa
         f"{name}: planned {planned.above_weights / 2**20:.0f} MiB, measured {measured / 2**20:.0f}, ratio {ratio:.3f}"
     )
     assert abs(ratio - 1) <= TOLERANCE
+
+
+def test_the_readmes_table_of_sizes_is_the_formulas() -> None:
+    from tests.benchmarks.sizes import table
+
+    assert table() in (Path(__file__).resolve().parents[2] / "README.md").read_text(), (
+        "python -m tests.benchmarks.sizes"
+    )
