@@ -94,9 +94,7 @@ class Tracker:
             if run.info.run_id != chosen:
                 self.client.delete_run(run.info.run_id)
         if self.step:
-            self.client.set_tag(
-                chosen, f"image.{self.step}", os.environ.get(IMAGE) or "none, a local process"
-            )
+            self.client.set_tag(chosen, f"image.{self.step}", step_image())
         self._runs[branch] = chosen
         return chosen
 

@@ -43,6 +43,7 @@ def test_labels_user_and_size(docker: Any, name: str) -> None:
     labels = config["Labels"]
     assert labels["org.opencontainers.image.version"] == __version__
     assert re.fullmatch(r"[0-9a-f]{40}(-modified)?", labels["org.opencontainers.image.revision"])
+    assert f"SPECTRAQLORA_REVISION={labels['org.opencontainers.image.revision']}" in config["Env"]
     assert labels["org.opencontainers.image.title"] == f"spectraqlora/{name}"
     assert config["User"] == f"{IMAGE_USER}:0"
     megabytes = found.attrs["Size"] / 1e6

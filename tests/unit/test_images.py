@@ -36,7 +36,7 @@ def test_every_image_that_a_component_names_has_a_folder_and_its_own_name() -> N
     folders = {path.parent.name for path in IMAGES.glob("*/Dockerfile")} - {"base"}
     assert folders == set(images())
     for name in folders:
-        assert f"ENV SPECTRAQLORA_IMAGE={name}\n" in (IMAGES / name / "Dockerfile").read_text()
+        assert f"ENV SPECTRAQLORA_IMAGE={name} " in (IMAGES / name / "Dockerfile").read_text()
     assert set(by_hand.steps()) == {
         path.parent.name.replace("_", "-") for path in PACKAGE.glob("*/component.py")
     }
