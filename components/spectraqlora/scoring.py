@@ -55,7 +55,7 @@ def score(model: Any, rows: Any, batch_size: int, head: HeadLoss | None = None) 
     with head.hidden_states():
         for batch in collate.batches(rows, batch_size):
             labels = batch.pop("labels").to(device)
-            outputs = model(**{k: v.to(device) for k, v in batch.items()})
+            outputs = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
             per_row = head.counted(labels).sum(1)
             losses = head.losses(*head.kept(outputs.logits, labels)).double().cpu()
             sums += [float(part.sum()) for part in losses.split(per_row.tolist())]
