@@ -48,6 +48,10 @@ def bounds() -> str:
     return "".join(f"{line.replace('mlflow>', 'mlflow-skinny>')}\n" for line in project)
 
 
+SOURCE_ONLY = ("kfp-server-api",)
+"""Published without a wheel: images/wheels.sh builds one from the locked source."""
+
+
 def without(packages: Iterable[str]) -> list[str]:
     return [part for name in sorted(packages) for part in ("--no-emit-package", name)]
 
@@ -92,13 +96,14 @@ def main() -> None:
         (BASE / "torch-cpu.lock").write_text(
             HEADER.format("torch.in") + f"torch=={version} \\\n    --hash=sha256:{digest}\n"
         )
+        lock(IMAGES / "light" / "source.in", IMAGES / "light" / "source.lock", "--no-deps")
         for source in sorted(IMAGES.glob("*/requirements.in")):
             if source.parent != BASE:
                 light = source.parent.name == "light"
                 stands_on = [*common, "kfp"] if light else [*common, *above]
                 # KFP's client signs in with google-auth; the other images have no client.
                 left_out = LEFT_OUT[:1] if light else LEFT_OUT
-                lock(source, source.with_suffix(".lock"), *without([*stands_on, *left_out]))
+                lock(source, source.with_suffix(".lock"), *without([*stands_on, *left_out, *SOURCE_ONLY]))
 
 
 if __name__ == "__main__":

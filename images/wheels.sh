@@ -21,6 +21,8 @@ set --
 for name in kfp pip requirements torch; do set -- "$@" --requirement "images/base/$name.lock"; done
 for lock in images/*/requirements.lock; do set -- "$@" --requirement "$lock"; done
 fetch "$@"
+"${PYTHON:-python3}" -m pip wheel --quiet --quiet --no-deps --require-hashes --wheel-dir build/wheels \
+    --requirement images/light/source.lock
 if [ "$VARIANT" = cpu ]; then
     fetch --requirement images/base/torch-cpu.lock --retries 1 \
         --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"

@@ -11,6 +11,12 @@ for lock in "$@"; do
         --requirement "$lock"
 done
 
+# Built from sources whose hashes were checked where they were built.
+for package in ${SOURCES:-}; do
+    /opt/venv/bin/python "$pip/pip" install --quiet --no-index --find-links /wheels --no-deps --no-cache-dir \
+        --disable-pip-version-check --root-user-action ignore --no-compile "$package"
+done
+
 # Test suites, headers, type stubs.
 for package in matplotlib networkx numpy pandas pyarrow scipy sympy; do
     [ ! -d "$site/$package" ] || find "$site/$package" -depth -type d -name tests -exec rm -rf {} +

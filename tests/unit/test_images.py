@@ -27,9 +27,9 @@ def pins(*locks: Path) -> dict[str, str]:
 
 
 def locks_of(image: str) -> list[Path]:
-    own = [path for path in [IMAGES / image / "requirements.lock"] if path.exists()]
+    own = [IMAGES / image / f"{name}.lock" for name in ("requirements", "source")]
     below = ["requirements", "kfp"] + ([] if image == "light" else ["torch", "torch-cpu"])
-    return [IMAGES / "base" / f"{name}.lock" for name in below] + own
+    return [IMAGES / "base" / f"{name}.lock" for name in below] + [path for path in own if path.exists()]
 
 
 def test_every_image_that_a_component_names_has_a_folder_and_its_own_name() -> None:
