@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# A file's tests share what they start, so they stay in one process.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test e2e chart-test lint install images image-wheels lock golden clean
 
@@ -26,12 +28,12 @@ lint: install
 	$(BIN)/hadolint images/*/Dockerfile
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 # Images are built where a Docker engine answers.
 e2e: install $(VENV)/.chart
 	sh images/for-tests.sh
-	$(BIN)/pytest -m e2e -rs
+	$(PYTEST) -m e2e -rs
 
 VARIANT ?= cpu
 WHEELS := build/wheels/.$(VARIANT)
