@@ -44,17 +44,15 @@ class Arm:
 def arms() -> dict[str, list[Arm]]:
     """Arms by table: `equal rank` and `equal parameters`."""
     equal_rank = [Arm("qlora", "qlora", "qlora")]
-    for signal in ("spectrum", "energy", "combined"):
-        equal_rank.append(Arm(f"hybrid-50 {signal}", "hybrid", "hybrid-50", {"signal": signal}))
     for signal in ("spectrum", "energy"):
         equal_rank += [
+            Arm(f"hybrid-50 {signal}", "hybrid", "hybrid-50", {"signal": signal}),
             Arm(f"hybrid-25 {signal}", "hybrid", "hybrid-50", {"signal": signal, "percent": 25}),
             Arm(f"alors {signal}", "alors", "alors", {"signal": signal}),
             Arm(f"sgm {signal}", "sgm", "sgm", {"signal": signal}),
         ]
     equal_rank += [
         Arm("hybrid-50 energy, all types", "hybrid", "hybrid-50", {"signal": "energy", "scope": "all"}),
-        Arm("hybrid-50 spectrum, gradient start", "hybrid", "hybrid-50", {"gradient_init": "on"}),
         Arm("qlora, gradient start", "qlora", "qlora", {"gradient_init": "on"}),
         Arm("random-50", "random", "hybrid-50"),
         Arm("condition number-50", KAPPA, "hybrid-50"),
@@ -62,7 +60,7 @@ def arms() -> dict[str, list[Arm]]:
     equal_parameters = [
         Arm(f"{a.name}, budget 1", a.method, a.tuned_as, {**a.select, "budget": 1.0})
         for a in equal_rank
-        if a.method != "qlora" and a.select.get("signal") != "combined" and "gradient_init" not in a.select
+        if a.method != "qlora" and "scope" not in a.select
     ]
     return {"equal rank": equal_rank, "equal parameters": [equal_rank[0], *equal_parameters]}
 
