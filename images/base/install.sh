@@ -28,8 +28,8 @@ if [ -d "$site/botocore/data" ]; then
     find "$site/botocore/data" -mindepth 1 -maxdepth 1 -type d \
         -not -name s3 -not -name signin -not -name 'sso*' -not -name sts -exec rm -rf {} +
 fi
-# Arrow's network server and query plans; fonts are only read by matplotlib, not made.
-rm -rf "$site"/pyarrow/*flight* "$site"/pyarrow/*substrait*
+# Arrow's network server, and second and third copies of a library for linking; fonts are only read by matplotlib, not made.
+rm -rf "$site"/pyarrow/*flight* "$site"/pyarrow/libarrow_python*.so "$site"/pyarrow/*.so.*.*.*
 [ ! -d "$site/fontTools" ] || find "$site/fontTools" -mindepth 1 -maxdepth 1 -type d -not -name misc -exec rm -rf {} +
 # MLflow looks for parts of this package, which is left out of the locks, and expects the folder.
 [ ! -d "$site/mlflow" ] || mkdir -p "$site/databricks"
