@@ -54,13 +54,20 @@ def arms() -> dict[str, list[Arm]]:
     equal_rank += [
         Arm("hybrid-50 energy, all types", "hybrid", "hybrid-50", {"signal": "energy", "scope": "all"}),
         Arm("qlora, gradient start", "qlora", "qlora", {"gradient_init": "on"}),
+        Arm(
+            "hybrid-50 energy, random start",
+            "hybrid",
+            "hybrid-50",
+            {"signal": "energy", "gradient_init": "off"},
+        ),
+        Arm("random-50, gradient start", "random", "hybrid-50", {"gradient_init": "on"}),
         Arm("random-50", "random", "hybrid-50"),
         Arm("condition number-50", KAPPA, "hybrid-50"),
     ]
     equal_parameters = [
         Arm(f"{a.name}, budget 1", a.method, a.tuned_as, {**a.select, "budget": 1.0})
         for a in equal_rank
-        if a.method != "qlora" and "scope" not in a.select
+        if a.method != "qlora" and not a.select.keys() & {"scope", "gradient_init"}
     ]
     return {"equal rank": equal_rank, "equal parameters": [equal_rank[0], *equal_parameters]}
 
