@@ -184,8 +184,13 @@ def _last(tail: list[str]) -> str:
     return repr((telling or tail or [""])[-1])
 
 
-def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
+def collect(settings: Settings, workdir: Path, more: dict[str, Any] | None = None) -> dict[str, Any]:
     """Gather the steps' artifacts into `summary.json`, `merged/`, `adapter/` and `report.html`.
+
+    Args:
+        settings: of the run.
+        workdir: of the run.
+        more: what the summary says beside.
 
     Raises:
         InputError: the workdir holds no finished run.
@@ -236,6 +241,7 @@ def collect(settings: Settings, workdir: Path) -> dict[str, Any]:
         "registered": registered,
         "promotion": json.loads((found["decision"] / "decision.json").read_text()),
     }
+    summary |= more or {}
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))
     report(settings, workdir)
     return summary
@@ -250,7 +256,7 @@ def collect_retraining(settings: Settings, workdir: Path) -> dict[str, Any]:
     found = _newest(workdir, "changes/changes.json")
     changes = json.loads((found / "changes.json").read_text())
     if changes["changed"]:
-        return {**collect(settings, workdir), "changes": changes}
+        return collect(settings, workdir, {"changes": changes})
     summary = {"version": __version__, "changes": changes}
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))
     return summary
