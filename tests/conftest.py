@@ -42,6 +42,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():  # Weights are saved for their owner alone; steps in containers are others.
+        path.chmod(0o644)
     return folder
 
 

@@ -110,8 +110,8 @@ def test_a_stopped_run_leaves_no_container_and_goes_on_where_it_was(
     while process.poll() is None and not running():
         time.sleep(0.1)
     process.send_signal(number)
-    process.communicate(timeout=90)
-    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), said
     if number == signal.SIGTERM:
         assert not running()
     quantized = {path: path.stat().st_mtime_ns for path in work.rglob("quantized/manifest.json")}
