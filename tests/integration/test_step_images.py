@@ -91,7 +91,7 @@ def test_steps_run_by_hand_with_plain_arguments(
 ) -> None:
     """From base model to adapter, each step in its image, by a user that the images do not know."""
     tmp_path.chmod(0o777)
-    mounts = {tmp_path: "/work", tiny_model: "/model", tiny_rows.parent: "/rows"}
+    mounts = {tmp_path: "/steps", tiny_model: "/model", tiny_rows.parent: "/rows"}
     for path in (tiny_model.parent, *tiny_model.iterdir(), tiny_rows.parent, tiny_rows):
         path.chmod(path.stat().st_mode | 0o055)
 
@@ -100,20 +100,20 @@ def test_steps_run_by_hand_with_plain_arguments(
         assert code == 0, said
         return said
 
-    step("quantize-load", "--base-model", "/model", "--quantized", "/work/quantized")
+    step("quantize-load", "--base-model", "/model", "--quantized", "/steps/quantized")
     said = step(
-        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--tokenizer", "/work/quantized",
-        "--data", "/work/data", where="light",
+        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--tokenizer", "/steps/quantized",
+        "--data", "/steps/data", where="light",
     )  # fmt: skip
     assert json.loads(said.splitlines()[-1])["data"]["train_rows"] > 0
-    step("snr-analyze", "--quantized", "/work/quantized", "--table", "/work/table")
+    step("snr-analyze", "--quantized", "/steps/quantized", "--table", "/steps/table")
     step(
-        "select-layers", "--method", "hybrid", "--settings", '{"rank": 4}', "--quantized", "/work/quantized",
-        "--data", "/work/data", "--table", "/work/table", "--ranks", "/work/ranks",
+        "select-layers", "--method", "hybrid", "--settings", '{"rank": 4}', "--quantized", "/steps/quantized",
+        "--data", "/steps/data", "--table", "/steps/table", "--ranks", "/steps/ranks",
     )  # fmt: skip
     step(
-        "train", "--quantized", "/work/quantized", "--data", "/work/data", "--ranks", "/work/ranks",
-        "--adapter", "/work/adapter", "--settings", '{"max_steps": 3}',
+        "train", "--quantized", "/steps/quantized", "--data", "/steps/data", "--ranks", "/steps/ranks",
+        "--adapter", "/steps/adapter", "--settings", '{"max_steps": 3}',
     )  # fmt: skip
     assert RankMap.read(tmp_path / "ranks").method == "hybrid"
     assert TrainingLog.read(tmp_path / "adapter").round == 1
