@@ -75,5 +75,5 @@ def prepared(quantized: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPath
     from spectraqlora.settings import DataSettings
 
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(DataSettings(source=str(tiny_rows)), str(quantized / "model"), 1, folder)
+    prepare(DataSettings(source=str(tiny_rows)), quantized, 1, folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,36 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     ),
     "mamba": _named("Mamba", hidden_size=WIDTH, state_size=8, num_hidden_layers=LAYERS),
 }
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def write_own_code(folder: Path) -> Path:
+    """A toy Llama in `folder` under a name that only the Python file beside its weights knows."""
+    write_family("llama", folder)
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_family(name: str, folder: Path) -> Path:

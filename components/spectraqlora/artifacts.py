@@ -93,6 +93,7 @@ class QuantizedModel(_Manifest):
     revision: str
     source_path: str
     source_content: str = Field("", description="what the s3:// address held, by version or ETags")
+    trust_remote_code: bool = Field(False, description="the model's own code may run, as the settings say")
     base_digest: str
     compute_dtype: str
     quant_type: str = "nf4"
@@ -256,6 +257,7 @@ class MergedModel(_Manifest):
     eval_loss_quantized: float
     eval_loss_original: float
     verified_eval_loss: float
+    trust_remote_code: bool = Field(False, description="loading it runs the model's own code")
     published: dict[str, str] = Field(
         default_factory=dict, description="s3:// addresses of the plain files, by folder"
     )

@@ -66,10 +66,11 @@ def module_identity(name: str) -> tuple[int, str] | None:
     return int(match.group(1)), stack + name[match.end() :]
 
 
-def resolve_base(source: str, revision: str, content: str = "") -> Path:
+def resolve_base(source: str, revision: str, content: str = "", trust_remote_code: bool = False) -> Path:
     """Local folder of a base model: the folder itself, or a copy from the hub or an s3:// address.
 
-    `content` is what the address must still hold, as `storage.content_digest` says it.
+    `content` is what the address must still hold, as `storage.content_digest` says it. Code that a hub model
+    brings is fetched only where it is trusted.
     """
     if is_address(source):
         from spectraqlora.storage import local_copy, parse_address
@@ -81,12 +82,9 @@ def resolve_base(source: str, revision: str, content: str = "") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(
-            snapshot_download(
-                source, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
-            )
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise InputError("model.base_model", source, f"a folder or a reachable hub model ({first})") from None
@@ -96,7 +94,7 @@ def original_folder(manifest: QuantizedModel) -> Path:
     """Local folder of the model that was quantized; fetched again where another machine did that."""
     here = not is_address(manifest.source) and Path(manifest.source_path).is_dir()
     source = manifest.source_path if here else manifest.source
-    return resolve_base(source, manifest.revision, manifest.source_content)
+    return resolve_base(source, manifest.revision, manifest.source_content, manifest.trust_remote_code)
 
 
 def original_tensors(manifest: QuantizedModel) -> Tensors:
@@ -188,10 +186,13 @@ def load_quantized(folder: str | Path, on: str = "") -> tuple[Any, QuantizedMode
     from transformers import AutoConfig
 
     manifest = QuantizedModel.read(folder)
-    path = Path(folder) / "model"
+    path, trust = Path(folder) / "model", manifest.trust_remote_code
     with plain_linears(), quantizable_t5():
-        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
-            path, dtype=getattr(torch, manifest.compute_dtype), device_map={"": on or device()}
+        model = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=trust)).from_pretrained(
+            path,
+            dtype=getattr(torch, manifest.compute_dtype),
+            device_map={"": on or device()},
+            trust_remote_code=trust,
         )
     without_cpu_packing(model)
     model.eval()
@@ -210,20 +211,25 @@ def without_cpu_packing(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_plain(folder: Path, dtype: torch.dtype) -> Any:
+def load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """An unquantized model from safetensors on the best device."""
     from transformers import AutoConfig
 
-    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, device_map={"": device()}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return auto_class(config).from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        device_map={"": device()},
+        trust_remote_code=trust_remote_code,
     )
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a model; padding falls back to the end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -102,7 +102,7 @@ def run_prepare_data(
     from spectraqlora.prepare_data.prepare import prepare
 
     section = DataSettings(**{**settings, "source": source})
-    result = prepare(section, str(Path(tokenizer.path) / "model"), seed, _folder(data), content)
+    result = prepare(section, Path(tokenizer.path), seed, _folder(data), content)
     data.metadata.update(digest=result.digest, train_rows=result.train_rows, eval_rows=result.eval_rows)
 
 

@@ -109,7 +109,7 @@ class Study:
             settings = DataSettings(
                 source=str(source), max_length=self.max_length, max_rows=rows, max_eval_rows=eval_rows
             )
-            prepare(settings, str(self.work / "quantized" / "model"), 0, self.work / name)
+            prepare(settings, self.work / "quantized", 0, self.work / name)
 
     def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
         """Train one arm once; the result as one line of `runs.jsonl`."""

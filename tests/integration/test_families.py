@@ -1,6 +1,7 @@
 """Every family through all steps: four methods, two rounds, merge, and reload by transformers and peft alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +13,11 @@ from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel
 from spectraqlora.errors import InputError
 from spectraqlora.merge_export.merge import merge_export
 from spectraqlora.prepare_data.prepare import prepare
+from spectraqlora.promote.scoring import load_registered
 from spectraqlora.quantize_load.quantize import quantize
 from spectraqlora.re_evaluate.evaluate import re_evaluate
+from spectraqlora.register.registry import register
+from spectraqlora.registry import Registry
 from spectraqlora.select_layers.select import select
 from spectraqlora.settings import (
     DataSettings,
@@ -21,13 +25,15 @@ from spectraqlora.settings import (
     ModelSettings,
     SelectSettings,
     SnrSettings,
+    TrackingSettings,
     TrainSettings,
 )
 from spectraqlora.snr.table import read_table
 from spectraqlora.snr_analyze.analyze import analyze
+from spectraqlora.tracking import Tracker
 from spectraqlora.train.training import train
 
-from tests.families import FAMILIES, UNFORESEEN, write_family
+from tests.families import FAMILIES, UNFORESEEN, write_family, write_own_code
 
 METHODS = ("qlora", "hybrid", "alors", "sgm")
 SELECT = SelectSettings(rank=4, rank_high=4, rank_low=2, calibration_batches=2, sketch_size=64)
@@ -88,16 +94,19 @@ def reload() -> Iterator[Compare]:
 
 def _inputs(family: str, rows: Path, work: Path) -> QuantizedModel:
     """Base, 4-bit model, data and SNR table of a family."""
-    base = write_family(family, work / "base")
+    return _first_steps(ModelSettings(base_model=str(write_family(family, work / "base"))), rows, work)
+
+
+def _first_steps(settings: ModelSettings, rows: Path, work: Path) -> QuantizedModel:
     for name in ("quantized", "data", "table"):
         (work / name).mkdir()
-    manifest = quantize(ModelSettings(base_model=str(base)), work / "quantized")
-    prepare(DataSettings(source=str(rows)), str(work / "quantized" / "model"), 1, work / "data")
+    manifest = quantize(settings, work / "quantized")
+    prepare(DataSettings(source=str(rows)), work / "quantized", 1, work / "data")
     analyze(SnrSettings(), work / "quantized", work / "table")
     return manifest
 
 
-def _export(method: str, result: Evaluation, work: Path, reload: Compare) -> None:
+def _merge(method: str, result: Evaluation, work: Path) -> MergedModel:
     exported = work / "exported"
     exported.mkdir()
     adapter = work / method / "adapter2"
@@ -105,6 +114,11 @@ def _export(method: str, result: Evaluation, work: Path, reload: Compare) -> Non
     assert MergedModel.read(exported) == merged
     # The adapter was scored on the 4-bit weights; merged into them it is the same model.
     assert merged.eval_loss_quantized == pytest.approx(result.eval_loss, rel=1e-3)
+    return merged
+
+
+def _export(method: str, result: Evaluation, work: Path, reload: Compare) -> None:
+    merged, exported = _merge(method, result, work), work / "exported"
     found = reload(work / "base", exported / "merged", exported / "adapter")
     assert found["moved"] > 1e-3
     if merged.merged_into == "original":
@@ -146,6 +160,28 @@ def test_variants_of_lora_go_through_two_rounds_and_merge(
     config = json.loads((tmp_path / "alors" / "adapter2" / "adapter_config.json").read_text())
     assert config["use_rslora"] == (variant == "rslora") and config["use_dora"] == (variant == "dora")
     _export("alors", result, tmp_path, reload)
+
+
+def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_trusted(
+    tiny_rows: Path, tmp_path: Path
+) -> None:
+    base = ModelSettings(base_model=str(write_own_code(tmp_path / "base")))
+    with pytest.raises(InputError, match=r"model\.trust_remote_code=true runs it"):
+        quantize(base, tmp_path / "refused")
+    trusted = base.model_copy(update={"trust_remote_code": True})
+    assert _first_steps(trusted, tiny_rows, tmp_path).trust_remote_code
+    merged = _merge("hybrid", _branch("hybrid", tmp_path), tmp_path)
+    assert merged.trust_remote_code
+    exported = tmp_path / "exported"
+    tracking = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db", registered_model="own")
+    tags = {"merged_digest": "m", "base_digest": "b", "data_digest": "d"}
+    winner = tmp_path / "hybrid" / "eval2"
+    shutil.copytree(tmp_path / "hybrid" / "adapter2", winner / "adapter")
+    register(Tracker(tracking, "run"), exported, winner, tmp_path / "data", tags, {"merged_eval_loss": 1.0})
+    registry = Registry(tracking)
+    folder = registry.download_model(registry.version("challenger"), tmp_path / "registered")
+    with pytest.raises(InputError, match="without code of its own"):
+        load_registered(folder)
 
 
 @pytest.mark.parametrize(("family", "words"), [("bert", "looks ahead"), ("mamba", "fails")])

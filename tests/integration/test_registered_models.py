@@ -121,7 +121,7 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     shutil.rmtree(plain / "merged")
     shutil.copytree(tiny_model, plain / "merged")
     other = tmp_path / "other"
-    prepare(DataSettings(source=str(tiny_rows)), str(quantized / "model"), 2, other)
+    prepare(DataSettings(source=str(tiny_rows)), quantized, 2, other)
     # The numbers that were logged lie: only scoring again can tell which model is better.
     first = _register(uri, "again", exported, prepared, "run-1", "merged", merged_eval_loss=0.1)
     second = _register(uri, "again", plain, other, "run-2", "merged", merged_eval_loss=9.0)

@@ -42,7 +42,7 @@ def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: P
     rows += [{"question": "x", "answer": ""}, {"question": "y " * 300, "answer": "blue"}]
     source = _jsonl(tmp_path / "d.jsonl", rows)
     out = tmp_path / "out"
-    found = prepare(DataSettings(source=source, max_length=64), str(quantized / "model"), 1, out)
+    found = prepare(DataSettings(source=source, max_length=64), quantized, 1, out)
     assert (found.dropped_empty, found.dropped_long) == (1, 1)
     assert found.train_rows + found.eval_rows == 18
     from spectraqlora.models import load_tokenizer
@@ -57,16 +57,14 @@ def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: P
 
 def test_plain_text_counts_every_token_and_packs_to_full_sequences(quantized: Path, tmp_path: Path) -> None:
     source = _jsonl(tmp_path / "t.jsonl", [{"text": "mara likes red . " * 5} for _ in range(30)])
-    prepare(
-        DataSettings(source=source, max_length=32, pack=True), str(quantized / "model"), 1, tmp_path / "o"
-    )
+    prepare(DataSettings(source=source, max_length=32, pack=True), quantized, 1, tmp_path / "o")
     rows = load_rows(tmp_path / "o", "train")
     assert all(len(r["input_ids"]) == 32 and r["labels"] == r["input_ids"] for r in rows)
 
 
 def test_the_split_is_the_seeds(quantized: Path, tiny_rows: Path, tmp_path: Path) -> None:
     digests = [
-        prepare(DataSettings(source=str(tiny_rows)), str(quantized / "model"), seed, tmp_path / str(i)).digest
+        prepare(DataSettings(source=str(tiny_rows)), quantized, seed, tmp_path / str(i)).digest
         for i, seed in enumerate((1, 1, 2))
     ]
     assert digests[0] == digests[1] != digests[2]
@@ -97,7 +95,7 @@ def test_rows_stay_on_their_side_as_data_grows(quantized: Path, tmp_path: Path) 
         settings = DataSettings(
             source=_jsonl(tmp_path / "r.jsonl", part), split_by=split_by, eval_fraction=0.5, max_eval_rows=10
         )  # type: ignore[arg-type]
-        prepare(settings, str(quantized / "model"), 1, tmp_path / "data")
+        prepare(settings, quantized, 1, tmp_path / "data")
         answers = PreparedData.read(tmp_path / "data").answers
         return {answer["answer"] for answer in answers}
 

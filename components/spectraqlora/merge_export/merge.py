@@ -25,7 +25,7 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 
 def _original(manifest: QuantizedModel, dtype: Any) -> Any:
-    return load_plain(original_folder(manifest), dtype)
+    return load_plain(original_folder(manifest), dtype, manifest.trust_remote_code)
 
 
 def merge_export(
@@ -63,13 +63,14 @@ def merge_export(
         )
         best = plain
     best.save_pretrained(output / "merged", safe_serialization=True)
-    load_tokenizer(quantized / "model").save_pretrained(output / "merged")
+    trust = manifest.trust_remote_code
+    load_tokenizer(quantized / "model", trust).save_pretrained(output / "merged")
     del best
 
     shutil.copytree(
         adapter, output / "adapter", dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.json")
     )
-    reloaded = load_plain(output / "merged", dtype)
+    reloaded = load_plain(output / "merged", dtype, trust)
     verified = score(reloaded, held_out, settings.batch_size).loss
     expected = min(original_loss, quantized_loss)
     if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
@@ -79,6 +80,7 @@ def merge_export(
     result = MergedModel(
         method=evaluation.method,
         base_digest=manifest.base_digest,
+        trust_remote_code=trust,
         merged_into=into,
         adapter_eval_loss=evaluation.eval_loss,
         eval_loss_quantized=quantized_loss,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import PreparedData
+from spectraqlora.artifacts import PreparedData, QuantizedModel
 from spectraqlora.errors import InputError
 from spectraqlora.models import load_tokenizer
 from spectraqlora.prepare_data.layouts import Layout, messages_of, recognise
@@ -110,13 +110,13 @@ def _load(settings: DataSettings, content: str) -> Any:
 
 
 def prepare(
-    settings: DataSettings, model_path: str, seed: int, output: Path, content: str = ""
+    settings: DataSettings, quantized: Path, seed: int, output: Path, content: str = ""
 ) -> PreparedData:
     """Write `train/` and `eval/` (Arrow: input_ids, labels) and the manifest.
 
     Args:
         settings: the `data` section.
-        model_path: folder of the tokenizer.
+        quantized: artifact of quantize-load, for its tokenizer.
         seed: of the split.
         output: the artifact's folder.
         content: what an s3:// source must hold, as `storage.content_digest` says it; empty takes what is there.
@@ -129,8 +129,9 @@ def prepare(
 
     raw = _load(settings, content)
     layout = recognise(raw.column_names)
-    config = AutoConfig.from_pretrained(model_path)
-    encoder = _Encoder(load_tokenizer(model_path), settings, layout, config.is_encoder_decoder)
+    folder, trust = quantized / "model", QuantizedModel.read(quantized).trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    encoder = _Encoder(load_tokenizer(folder, trust), settings, layout, config.is_encoder_decoder)
     raw = raw.shuffle(seed=seed) if settings.split_by == "shuffle" else _by_content(raw, seed)
     if settings.max_rows:
         raw = raw.select(range(min(len(raw), settings.max_rows)))

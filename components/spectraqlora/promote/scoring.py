@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,14 @@ def load_registered(folder: Path) -> tuple[Any, Any]:
         model = load_plain(resolve_base(base, flavor.get("source_model_revision") or "main"), dtype)
         model = PeftModel.from_pretrained(model, folder / flavor["peft_adaptor"])
     else:
-        model = load_plain(folder / flavor["model_binary"], dtype)
+        binary = folder / flavor["model_binary"]
+        if "auto_map" in json.loads((binary / "config.json").read_text(encoding="utf-8")):
+            raise InputError(
+                "registered model",
+                folder,
+                "a model without code of its own, which would have to run here to score it",
+            )
+        model = load_plain(binary, dtype)
     return model.eval(), load_tokenizer(folder / "components" / "tokenizer")
 
 

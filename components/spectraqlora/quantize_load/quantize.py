@@ -41,10 +41,10 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
     remote = is_address(settings.base_model)
     if remote and not content:
         content = content_digest(parse_address(settings.base_model, "model.base_model"))
-    source = resolve_base(settings.base_model, settings.revision, content)
-    check_model_folder(source, settings.trust_remote_code)
-    dtype = compute_dtype(settings.compute_dtype)
     trust = settings.trust_remote_code
+    source = resolve_base(settings.base_model, settings.revision, content, trust)
+    check_model_folder(source, trust)
+    dtype = compute_dtype(settings.compute_dtype)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
     with plain_linears(), quantizable_t5():
         model = auto_class(config).from_pretrained(
@@ -66,7 +66,7 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
     check_computes(model, settings.base_model)
     modules = candidates(model, settings.base_model)
     model.save_pretrained(output / "model", safe_serialization=True)
-    load_tokenizer(source).save_pretrained(output / "model")
+    load_tokenizer(source, trust).save_pretrained(output / "model")
 
     four_bit = sum(
         m.out_features * m.in_features for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)
@@ -78,6 +78,7 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
         revision=settings.revision,
         source_path=str(source.resolve()),
         source_content=content if remote else "",
+        trust_remote_code=trust,
         base_digest=folder_digest(source),
         compute_dtype=str(dtype).removeprefix("torch."),
         parameters=total,

@@ -67,7 +67,7 @@ def re_evaluate(
         shutil.copytree(adapter, adapter_out, dirs_exist_ok=True)
         return result
 
-    tokenizer = load_tokenizer(quantized / "model")
+    tokenizer = load_tokenizer(quantized / "model", manifest.trust_remote_code)
     answers = prepared.answers[: settings.accuracy_rows]
 
     def exact() -> float | None:

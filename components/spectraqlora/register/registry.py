@@ -9,7 +9,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import Evaluation
+from spectraqlora.artifacts import Evaluation, MergedModel
 from spectraqlora.errors import InputError
 from spectraqlora.eval_rows import read_eval_rows, write_eval_rows
 from spectraqlora.families import auto_class
@@ -54,12 +54,13 @@ def register(
         rows = Path(scratch) / EVAL_ROWS
         tags["eval_digest"] = write_eval_rows(data, rows)
         tracker.log_folder(run_id, rows, EVAL_ROWS)
-        example = _example(rows, exported / "merged")
+        tokenizer = _tokenizer(exported)
+        example = _example(rows, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         Evaluation.read(winner).rounds[-1].rank_map.write(scratch)
         tracker.log_folder(run_id, winner / "adapter", ADAPTER)
         tracker.log_folder(run_id, Path(scratch), ADAPTER)
-    logged, tokenizer = _log(settings, run_id, exported, example)
+    logged = _log(settings, run_id, exported, tokenizer, example)
     tags["tokenizer_digest"] = vocabulary_digest(tokenizer)
     number = int(logged.registered_model_version)
     registry.tag(number, {**tags, **{name: f"{value:.9g}" for name, value in metrics.items()}})
@@ -68,24 +69,23 @@ def register(
     return settings.registered_model, number
 
 
-def _log(settings: TrackingSettings, run_id: str, exported: Path, example: str) -> tuple[Any, Any]:
+def _log(settings: TrackingSettings, run_id: str, exported: Path, tokenizer: Any, example: str) -> Any:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    merged = exported / "merged"
-    config = AutoConfig.from_pretrained(merged)
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    merged, trust = exported / "merged", MergedModel.read(exported).trust_remote_code
+    config = AutoConfig.from_pretrained(merged, trust_remote_code=trust)
     extra: dict[str, Any] = {}
     requirements = list(_REQUIREMENTS)
     if settings.registered_form == "adapter":
-        model, base_folder = _with_adapter(config, exported / "adapter")
+        model, base_folder = _with_adapter(config, exported / "adapter", trust)
         requirements.append("peft")
         extra = {"base_model_path": base_folder} if base_folder else {}
     else:
         # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
-        model = auto_class(config).from_pretrained(merged, use_safetensors=True)
+        model = auto_class(config).from_pretrained(merged, use_safetensors=True, trust_remote_code=trust)
     text = Schema([ColSpec(DataType.string)])
     mlflow.set_tracking_uri(settings.uri)
     mlflow.set_registry_uri(settings.uri)
@@ -100,10 +100,10 @@ def _log(settings: TrackingSettings, run_id: str, exported: Path, example: str) 
             input_example=example,
             **extra,
         )
-    return logged, tokenizer
+    return logged
 
 
-def _with_adapter(config: Any, adapter: Path) -> tuple[Any, str]:
+def _with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, str]:
     """The base with the adapter on it, and the base's folder where it is one: MLflow keeps a reference to it."""
     from peft import PeftModel
 
@@ -116,18 +116,22 @@ def _with_adapter(config: Any, adapter: Path) -> tuple[Any, str]:
             "adapter",
             f"merged; a reference to {base} cannot be loaded by transformers",
         )
-    model = auto_class(config).from_pretrained(base, use_safetensors=True)
+    model = auto_class(config).from_pretrained(base, use_safetensors=True, trust_remote_code=trust)
     return PeftModel.from_pretrained(model, adapter), base if Path(base).is_dir() else ""
 
 
-def _example(rows: Path, tokenizer_folder: Path) -> str:
-    """A prompt as the model was trained on it: of a scored answer, or the start of a row."""
+def _tokenizer(exported: Path) -> Any:
     from transformers import AutoTokenizer
 
+    trust = MergedModel.read(exported).trust_remote_code
+    return AutoTokenizer.from_pretrained(exported / "merged", trust_remote_code=trust)
+
+
+def _example(rows: Path, tokenizer: Any) -> str:
+    """A prompt as the model was trained on it: of a scored answer, or the start of a row."""
     scored, answers = read_eval_rows(rows)
     if answers:
         return answers[0]["prompt"]
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     return str(tokenizer.decode(scored[0]["input_ids"][:_NEW_TOKENS], skip_special_tokens=True)) or "Hello"
 
 
