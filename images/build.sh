@@ -37,15 +37,16 @@ for target in base torch; do
     build "$target" base --target "$target" --build-arg VARIANT="$VARIANT" \
         ${BASE_IMAGE:+--build-arg "BASE_IMAGE=$BASE_IMAGE"}
 done
-for dockerfile in images/*/Dockerfile; do
-    step=$(basename "$(dirname "$dockerfile")")
-    [ "$step" != base ] || continue
-    on=torch
-    [ "$step" != light ] || on=base
-    build "$step" "$step" --build-arg BASE="$REPOSITORY/$on:$TAG" --build-arg VERSION="$version" \
-        --build-arg REVISION="$revision"
+set -- --build-arg VERSION="$version" --build-arg REVISION="$revision"
+for lock in images/*/requirements.lock; do
+    step=$(basename "$(dirname "$lock")")
+    case $step in
+    base) ;;
+    light) build light light --build-arg BASE="$REPOSITORY/base:$TAG" "$@" ;;
+    *) build "$step" step --build-arg BASE="$REPOSITORY/torch:$TAG" --build-arg STEP="$step" "$@" ;;
+    esac
 done
-for dockerfile in images/*/Dockerfile; do
-    image=$REPOSITORY/$(basename "$(dirname "$dockerfile")"):$TAG
+for lock in images/*/requirements.lock; do
+    image=$REPOSITORY/$(basename "$(dirname "$lock")"):$TAG
     "$docker" image inspect --format "{{.Size}}" "$image" | awk -v image="$image" '{printf "%8.0f MB  %s\n", $1 / 1e6, image}'
 done

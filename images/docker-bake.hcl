@@ -41,8 +41,8 @@ target "step" {
   name       = step
   matrix     = { step = ["merge-export", "quantize-load", "re-evaluate", "select-layers", "snr-analyze", "train"] }
   context    = "."
-  dockerfile = "images/${step}/Dockerfile"
+  dockerfile = "images/step/Dockerfile"
   contexts   = { below = "target:torch" }
-  args       = { BASE = "below", VERSION = VERSION, REVISION = REVISION }
+  args       = { BASE = "below", STEP = step, VERSION = VERSION, REVISION = REVISION }
   tags       = ["${REPOSITORY}/${step}:${TAG}"]
 }

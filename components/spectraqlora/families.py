@@ -17,17 +17,24 @@ def auto_class(config: Any) -> Any:
 
 
 @contextlib.contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Inside, an attribute of a module, class or object is another."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+@contextlib.contextmanager
 def plain_linears() -> Iterator[None]:
     """Build Falcon from `nn.Linear`, which computes the same: bitsandbytes leaves its own class unpacked."""
     from torch import nn
     from transformers.models.falcon import modeling_falcon
 
-    own = modeling_falcon.FalconLinear
-    modeling_falcon.FalconLinear = nn.Linear
-    try:
+    with replaced(modeling_falcon, "FalconLinear", nn.Linear):
         yield
-    finally:
-        modeling_falcon.FalconLinear = own
 
 
 @contextlib.contextmanager
@@ -35,12 +42,14 @@ def quantizable_t5() -> Iterator[None]:
     """Let T5's `wo` be 4-bit: transformers keeps it in float32 against overflows of float16 alone."""
     from transformers import T5PreTrainedModel
 
-    kept = T5PreTrainedModel._keep_in_fp32_modules
-    T5PreTrainedModel._keep_in_fp32_modules = None
-    try:
+    with replaced(T5PreTrainedModel, "_keep_in_fp32_modules", None):
         yield
-    finally:
-        T5PreTrainedModel._keep_in_fp32_modules = kept
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where its config does not say."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
 
 
 def decoder_start(config: Any) -> int | None:

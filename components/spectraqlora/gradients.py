@@ -8,7 +8,9 @@ less variance than Gaussian ones, so cosines between sketches estimate cosines b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,60 @@ class GradientSketch:
         return float((values[:rank] ** 2).sum())
 
 
+Take = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called with a layer's input (… x in) and the gradient of its output (… x out)."""
+
+
+class _Watched(torch.autograd.Function):
+    """Passes a layer's output on; its gradient goes to `take` with the input, which autograd keeps or makes again."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, inputs: torch.Tensor, take: Take) -> torch.Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.take = take
+        # A copy: some models go on to change the output in place.
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.take(*ctx.saved_tensors, gradient)
+        return gradient, None, None
+
+
+def watch(layer: torch.nn.Module, take: Take) -> Any:
+    """Let `take` see every backward pass through a linear layer; returns the hook's handle."""
+
+    def hook(_: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        watched: torch.Tensor = _Watched.apply(output, args[0].detach(), take)
+        return watched
+
+    return layer.register_forward_hook(hook)
+
+
+@contextlib.contextmanager
+def blocks_made_again(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a forward pass keeps the inputs of the blocks alone; the backward pass runs each block again.
+
+    Unlike transformers' switch for it this needs no training mode, so dropout stays off, and asks for no gradients
+    below the blocks. Models whose blocks know no recomputation keep everything.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks: Any = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    before = [(block.gradient_checkpointing, block.training) for block in blocks]
+    for block in blocks:
+        block.gradient_checkpointing = block.training = True
+        block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, (recomputing, training) in zip(blocks, before, strict=True):
+            block.gradient_checkpointing, block.training = recomputing, training
+
+
 def _projection(features: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
     if size >= features:
         return torch.eye(features, device=device)
@@ -46,6 +102,8 @@ def sketch_gradients(
     model: Any, modules: list[LinearModule], batches: Iterable[dict[str, torch.Tensor]], size: int, seed: int
 ) -> dict[str, GradientSketch]:
     """One backward pass per batch serves all modules; the model's weights are not touched.
+
+    Of the forward pass only the blocks' inputs are kept (`blocks_made_again`).
 
     No gradient is asked for below the first of `modules`. Adapters on a module change its gradient only
     through the loss: what is measured is the gradient with respect to the weight under them.
@@ -61,39 +119,33 @@ def sketch_gradients(
     named = dict(getattr(getattr(model, "base_model", model), "model", model).named_modules())
     named |= dict(model.named_modules())
     current: dict[str, torch.Tensor] = {}
-    handles = []
 
-    def watch(info: LinearModule) -> None:
+    def sketching(info: LinearModule) -> Take:
         left = _projection(info.out_features, size, 2 * seed, device)
 
-        def forward(_: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs = args[0].detach().reshape(-1, info.in_features).float()
+        def take(inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+            narrow = gradient.reshape(-1, info.out_features).float() @ left
+            part = inputs.reshape(-1, info.in_features).float().T @ narrow
+            current[info.module] = current[info.module] + part if info.module in current else part
 
-            def backward(gradient: torch.Tensor) -> None:
-                part = inputs.T @ (gradient.reshape(-1, info.out_features).float() @ left)
-                current[info.module] = current[info.module] + part if info.module in current else part
+        return take
 
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(backward)
-
-        handles.append(named[info.module].register_forward_hook(forward))
-
-    for info in modules:
-        watch(info)
+    handles = [watch(named[info.module], sketching(info)) for info in modules]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     total: dict[str, torch.Tensor] = {}
     squares: dict[str, float] = {}
     count = 0
     try:
-        for batch in batches:
-            current.clear()
-            model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
-            count += 1
-            for name, value in current.items():
-                total[name] = total[name] + value if name in total else value.clone()
-                squares[name] = squares.get(name, 0.0) + float((value**2).sum())
+        with blocks_made_again(model):
+            for batch in batches:
+                current.clear()
+                inputs = {key: value.to(device) for key, value in batch.items()}
+                model(**inputs, use_cache=False).loss.backward()
+                count += 1
+                for name, value in current.items():
+                    total[name] = total[name] + value if name in total else value.clone()
+                    squares[name] = squares.get(name, 0.0) + float((value**2).sum())
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ Training a 4-bit model with LoRA adapters takes, with b bytes per number of the 
     adapters     4 each (float32); their gradients 4 each; AdamW's two moments 8 each (8-bit: 2)
     activations  what the forward pass keeps for the backward pass: counted, not guessed, by running the
                  model's own code on tensors without storage (meta device). With gradient checkpointing one
-                 input per block and everything inside one block
+                 input per block, and all tensors of the block that runs again
     working set  the largest dequantized weight and the gradients of one block's widest tensors
     loss         hidden states that count, and one chunk of logits (see head_loss)
 
@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from spectraqlora.artifacts import LinearModule, RankMap
 from spectraqlora.errors import InputError
-from spectraqlora.families import auto_class
-from spectraqlora.models import linear_modules
+from spectraqlora.families import auto_class, context_length, replaced
+from spectraqlora.models import candidates, linear_modules
 from spectraqlora.selection import by_type, rank_map
 from spectraqlora.settings import Settings
 from spectraqlora.signals import Scores
@@ -113,25 +113,27 @@ class Outline:
     Args:
         config: transformers config.
         dtype_bytes: bytes per number of the compute type, 2 or 4.
+
+    Raises:
+        InputError: it is no language model that generates text, or nothing in it can get an adapter.
     """
 
     def __init__(self, config: Any, dtype_bytes: int) -> None:
         self.config, self.dtype_bytes = config, dtype_bytes
         model = self.build()
-        self.modules: list[LinearModule] = linear_modules(model)
-        if not self.modules:
-            raise InputError(
-                "model.base_model",
-                config.model_type,
-                "linear layers inside numbered decoder blocks; found none",
-            )
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.four_bit = sum(m.out_features * m.in_features for m in self.modules)
-        self.largest = max(m.out_features * m.in_features for m in self.modules)
-        self.widest = max(max(m.out_features, m.in_features) for m in self.modules)
+        self.largest_tensor = max(p.numel() for p in model.parameters())
+        linear = linear_modules(model)
+        self.four_bit = sum(m.out_features * m.in_features for m in linear)
+        self.modules: list[LinearModule] = candidates(model, config.model_type)
+        self.largest = max(m.out_features * m.in_features for m in linear)
+        self.widest = max(max(m.out_features, m.in_features) for m in linear)
         embeddings = model.get_input_embeddings().weight
         self.vocabulary, self.hidden = (int(side) for side in embeddings.shape)
-        self.largest_tensor = max(self.largest, *(p.numel() for p in model.parameters()))
+
+    def row_tokens(self, settings: Settings) -> int:
+        """Tokens of a full row: data.max_length, or all that the model has positions for."""
+        return min(settings.data.max_length, context_length(self.config) or settings.data.max_length)
 
     def build(self) -> Any:
         """The model on the meta device, unquantized: its modules and shapes are those of the 4-bit one."""
@@ -181,8 +183,16 @@ class Kept:
     """Of every decoder block, in order."""
     outside: int
     """Of everything else: embeddings, last norm."""
-    inputs: int
-    """Of the blocks' inputs alone, all together: what gradient checkpointing keeps."""
+    inputs: tuple[int, ...]
+    """Of every block's input alone: what gradient checkpointing keeps."""
+    again: tuple[int, ...]
+    """Of every block when it runs again in the backward pass, where elementwise results are kept as well."""
+
+    def with_recomputation(self, every: int) -> tuple[int, int]:
+        """What is kept when every `every`-th block runs again (0: none), and what the largest of those then adds."""
+        chosen = range(0, len(self.blocks), every) if every else range(0)
+        kept = [self.inputs[i] if i in chosen else block for i, block in enumerate(self.blocks)]
+        return self.outside + sum(kept), max((self.again[i] for i in chosen), default=0)
 
 
 def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: bool) -> Kept:
@@ -202,18 +212,18 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
 
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     parameters |= {b.untyped_storage()._cdata for b in model.buffers()}
-    seen: dict[int, Any] = {}
-    counts: dict[int | None, int] = {}
+    seen: dict[tuple[bool, int], Any] = {}
+    counts: Counter[int | None] = Counter()
+    remade: Counter[int | None] = Counter()
     inputs: dict[int, int] = {}
     current: list[int | None] = [None]
 
     def pack(tensor: torch.Tensor) -> Any:
-        if made_again(tensor):
-            return None
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters and storage._cdata not in seen:
-            seen[storage._cdata] = storage
-            counts[current[0]] = counts.get(current[0], 0) + storage.nbytes()
+        known = (made_again(tensor), storage._cdata)
+        if storage._cdata not in parameters and known not in seen:
+            seen[known] = storage
+            (remade if known[0] else counts)[current[0]] += storage.nbytes()
         return None
 
     def enter(index: int) -> Callable[..., None]:
@@ -236,11 +246,10 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids
-    head = model.get_output_embeddings()
     try:
         with (
             _without_numbers(padded, cuda),
-            mock.patch.object(head, "forward", lambda hidden: hidden),
+            replaced(model.get_output_embeddings(), "forward", lambda hidden: hidden),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept),
         ):
             model(**batch, use_cache=False)
@@ -248,7 +257,10 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
         for handle in handles:
             handle.remove()
     return Kept(
-        tuple(counts.get(index, 0) for index in range(len(blocks))), counts.get(None, 0), sum(inputs.values())
+        blocks=tuple(counts[index] for index in range(len(blocks))),
+        outside=counts[None],
+        inputs=tuple(inputs[index] for index in range(len(blocks))),
+        again=tuple(counts[index] + remade[index] for index in range(len(blocks))),
     )
 
 
@@ -306,10 +318,12 @@ def _without_numbers(padded: bool, cuda: bool) -> Iterator[None]:
         return Fused.apply(query, key, value, attn_mask)
 
     with (
-        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None),
-        mock.patch.object(masking_utils, "fast_all", lambda *_: not padded),
-        mock.patch.object(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_: not padded),
+        replaced(torch.nn.functional, "scaled_dot_product_attention", attention),
+        # Experts: any one of them has the result's shape.
+        replaced(torch.nn.functional, "grouped_mm", lambda rows, experts, **_: rows @ experts[0]),
+        replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+        replaced(masking_utils, "fast_all", lambda *_: not padded),
+        replaced(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_: not padded),
     ):
         yield
 
@@ -360,24 +374,24 @@ def surrogate_map(method: str, outline: Outline, settings: Settings) -> RankMap:
     return rank_map(method, outline.modules, scores, settings.select, "", settings.seed)
 
 
-def training(
-    outline: Outline, ranks: RankMap, settings: Settings, checkpointing: bool, cuda: bool
-) -> Training:
+def training(outline: Outline, ranks: RankMap, settings: Settings, cuda: bool) -> Training:
     """Memory of training a rank map's adapters with batches of full rows."""
     from spectraqlora import adapters
+    from spectraqlora.train.activations import every_nth
 
     model = adapters.attach(outline.build(), ranks, settings.train.lora_dropout)
-    rows, tokens = settings.train.batch_size, settings.data.max_length
+    rows, tokens = settings.train.batch_size, outline.row_tokens(settings)
     kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
     count = adapters.trainable_parameters(model)
+    activations, block = kept.with_recomputation(every_nth(settings.train.gradient_checkpointing, cuda))
     moments = 2 * (_FLOAT32 if settings.train.optimizer == "adamw" else 1)
     return Training(
         weights=outline.weight_bytes,
         adapters=_FLOAT32 * count,
         gradients=_FLOAT32 * count,
         optimizer=moments * count,
-        activations=kept.outside + (kept.inputs if checkpointing else sum(kept.blocks)),
-        block=max(kept.blocks) if checkpointing else 0,
+        activations=activations,
+        block=block,
         working=outline.working(rows * tokens),
         loss=outline.loss(rows * tokens),
         probe=tokens
@@ -459,12 +473,6 @@ def available(device_bytes: int) -> int:
     return int(device_bytes * (1 - GPU_RESERVE_SHARE)) - GPU_RESERVE_BYTES
 
 
-def checkpoints(settings: Settings, cuda: bool) -> bool:
-    """Whether training recomputes activations."""
-    choice = settings.train.gradient_checkpointing
-    return choice == "on" or (choice == "auto" and cuda)
-
-
 def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: str) -> Need:
     process = CUDA_PROCESS_BYTES if cuda else 0
     idle = 0 if cuda else PROCESS_BYTES
@@ -482,11 +490,9 @@ def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: s
     elif step == "select-layers":
         if not _measures_gradients(settings, method):
             return Need(step, method, 0 if cuda else idle, PROCESS_BYTES if cuda else 0, "libraries")
-        parts = {"4-bit weights": outline.weight_bytes, **_calibration(outline, settings, cuda, method)}
+        parts = {"4-bit weights": outline.weight_bytes, **calibration(outline, settings, cuda, method)}
     elif step == "train":
-        found = training(
-            outline, surrogate_map(method, outline, settings), settings, checkpoints(settings, cuda), cuda
-        )
+        found = training(outline, surrogate_map(method, outline, settings), settings, cuda)
         fixed = found.adapters + found.gradients + found.optimizer
         between = found.weights + fixed + scored
         parts = {"4-bit weights": found.weights, "adapters, gradients, optimizer": fixed}
@@ -499,14 +505,18 @@ def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: s
         # One after the other: scoring, the updated weights in float32, gradients where the signal needs them.
         turns = {"evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest)}
         if settings.select.needs_gradients and method in ("hybrid", "alors"):
-            turns["gradients"] = sum(_calibration(outline, settings, cuda, method).values())
+            turns["gradients"] = sum(calibration(outline, settings, cuda, method).values())
         parts = {
             "4-bit weights": outline.weight_bytes,
             "adapters": _FLOAT32 * _trainable(outline, settings, method),
             **{max(turns, key=lambda name: turns[name]): max(turns.values())},
         }
     else:
-        parts = {"dequantized and original weights": 2 * outline.plain_bytes, "evaluation": scored}
+        parts = {
+            "merged weights": outline.plain_bytes,
+            "4-bit weights": outline.weight_bytes,
+            "evaluation": scored,
+        }
         process += min(outline.plain_bytes, _SHARD_BYTES) if cuda else 0
     return Need(step, method, idle + sum(parts.values()), process, max(parts, key=lambda name: parts[name]))
 
@@ -525,10 +535,9 @@ def _measures_gradients(settings: Settings, method: str) -> bool:
 
 def _scoring(outline: Outline, settings: Settings) -> int:
     """Working memory of scoring rows or generating answers; both keep every layer's keys and values."""
-    positions = settings.evaluate.batch_size * settings.data.max_length
-    tokens = settings.data.max_length + (
-        settings.evaluate.max_new_tokens if settings.evaluate.accuracy_rows else 0
-    )
+    longest = outline.row_tokens(settings)
+    positions = settings.evaluate.batch_size * longest
+    tokens = longest + (settings.evaluate.max_new_tokens if settings.evaluate.accuracy_rows else 0)
     text = outline.config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or outline.hidden // text.num_attention_heads
@@ -537,12 +546,12 @@ def _scoring(outline: Outline, settings: Settings) -> int:
     return outline.working(positions) + outline.loss(positions) + past
 
 
-def _calibration(outline: Outline, settings: Settings, cuda: bool, method: str) -> dict[str, int]:
+def calibration(outline: Outline, settings: Settings, cuda: bool, method: str) -> dict[str, int]:
     """Gradients of every candidate, sketched: activations, the model's own loss, sketches (see gradients)."""
     candidates = {info.module for info in outline.modules}
     if method == "sgm" and not settings.select.needs_gradients:
         candidates = {entry.module for entry in surrogate_map(method, outline, settings).active()}
-    rows, tokens = settings.select.calibration_rows, settings.data.max_length
+    rows, tokens = settings.select.calibration_rows, outline.row_tokens(settings)
     side = settings.select.sketch_size
     sides = (m.in_features * min(side, m.out_features) for m in outline.modules if m.module in candidates)
     logits = rows * tokens * outline.vocabulary * (3 * _FLOAT32 + (4 if outline.dtype_bytes == 2 else 0))
@@ -558,22 +567,15 @@ def _calibration(outline: Outline, settings: Settings, cuda: bool, method: str) 
 def _watched(
     outline: Outline, candidates: frozenset[str], rows: int, tokens: int, padded: bool, cuda: bool
 ) -> int:
-    """What a forward pass keeps whose candidates' inputs and output gradients are looked at."""
+    """What a forward and backward pass keep whose candidates' inputs and output gradients are looked at."""
+    from spectraqlora.gradients import watch
+
     model = outline.build()
     model.requires_grad_(False)
-    inputs: dict[int, Any] = {}
-
-    def watch(_: object, args: tuple[Any, ...], output: Any) -> None:
-        storage = args[0].detach().float().untyped_storage()
-        inputs[storage._cdata] = storage
-        if not output.requires_grad:
-            output.requires_grad_(True)
-
     for name, module in model.named_modules():
         if name in candidates:
-            module.register_forward_hook(watch)
-    kept = kept_activations(model, rows, tokens, padded, cuda)
-    return sum(kept.blocks) + kept.outside + sum(storage.nbytes() for storage in inputs.values())
+            watch(module, lambda *_: None)
+    return sum(kept_activations(model, rows, tokens, padded, cuda).with_recomputation(1))
 
 
 def _halves(value: int, least: int) -> list[int]:
@@ -593,7 +595,7 @@ def _remedies(found: Plan, need: Need) -> list[tuple[str, list[Any]]]:
     if need.step == "train":
         optimizer = [("train.optimizer", ["adamw_8bit"])] if found.cuda else []
         return [
-            ("train.gradient_checkpointing", ["on"]),
+            ("train.gradient_checkpointing", ["some", "on"]),
             evaluation,
             ("train.batch_size", _halves(settings.train.batch_size, 1)),
             *optimizer,

@@ -62,7 +62,9 @@ class DataSettings(_Section):
     max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
     max_eval_rows: int = Field(200, ge=1, description="Hold out at most this many rows")
     max_length: int = Field(
-        512, ge=8, description="Longest row in tokens; longer rows are dropped and counted"
+        512,
+        ge=8,
+        description="Longest row in tokens, the model's context at most; longer rows are dropped and counted",
     )
     split_by: Literal["shuffle", "content"] = Field(
         "shuffle",
@@ -164,7 +166,7 @@ class TrainSettings(_Section):
     evaluations: int = Field(5, ge=1, description="Evaluations during training; the best adapter is kept")
     gradient_checkpointing: Annotated[Literal["auto", "on", "some", "off"], BeforeValidator(_switch)] = Field(
         "auto",
-        description="Recompute activations to save memory, of every block or, with some, of every third; "
+        description="Recompute activations to save memory, of every block or, with some, of every second; "
         "auto is on for CUDA devices only",
     )
     processes: int = Field(

@@ -27,6 +27,14 @@ class Branch(NamedTuple):
     adapter: dsl.Model
 
 
+class Inputs(NamedTuple):
+    """What every branch works on: outputs of the first steps."""
+
+    quantized: Any
+    data: Any
+    table: Any
+
+
 def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = False) -> Any:
     """The nested pipeline of one method: select-layers, then train and re-evaluate for every round.
 
@@ -128,80 +136,112 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = 
         checkpoint: dict = DEFAULTS["checkpoint"],
         export: dict = DEFAULTS["export"],
     ):
-        quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
-        place(quantized, "quantize-load")
-        four_bit = quantized.outputs["quantized"]
-        prepared = prepare_data(
-            source=source, content=source_content, settings=data, seed=seed, tokenizer=four_bit
+        inputs = first_steps(
+            base_model,
+            base_content,
+            source,
+            source_content,
+            table_content,
+            seed,
+            {"model": model, "data": data, "snr": snr},
+            place,
         )
-        place(prepared, "prepare-data")
-        measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
-        place(measured, "snr-analyze")
-        results: dict[str, Any] = {}
-        for method, branch in branches.items():
-            outcome = branch(
-                method=method,
-                run_key=run_key,
-                seed=seed,
-                snr=snr,
-                select=select,
-                train_settings=train,
-                evaluate=evaluate,
-                tracking=tracking,
-                checkpoint=checkpoint,
-                quantized=four_bit,
-                data=prepared.outputs["data"],
-                table=measured.outputs["table"],
-            )
-            outcome.set_display_name(f"branch: {method}")
-            results[method] = outcome.outputs["evaluation"]
-            results[f"{method}_adapter"] = outcome.outputs["adapter"]
-        compared = compare(run_key=run_key, tracking=tracking, table=measured.outputs["table"], **results)
-        place(compared, "compare")
-        hand_over(
-            run_key=run_key,
-            evaluate=evaluate,
-            tracking=tracking,
-            promote=promote,
-            export=export,
-            origin={},
-            four_bit=four_bit,
-            prepared=prepared,
-            winner=compared.outputs["winner"],
-            place=place,
+        compare_and_register(
+            branches,
+            inputs,
+            run_key,
+            seed,
+            {
+                "snr": snr,
+                "select": select,
+                "train": train,
+                "evaluate": evaluate,
+                "tracking": tracking,
+                "promote": promote,
+                "checkpoint": checkpoint,
+                "export": export,
+            },
+            {},
+            place,
         )
 
     return ablation
 
 
-def hand_over(
+def first_steps(
+    base_model: Any,
+    base_content: Any,
+    source: Any,
+    source_content: Any,
+    table_content: Any,
+    seed: Any,
+    sections: dict[str, Any],
+    place: Placement,
+) -> Inputs:
+    """The start of every pipeline: quantize-load, prepare-data, snr-analyze; `sections` by their names."""
+    quantized = quantize_load(base_model=base_model, content=base_content, settings=sections["model"])
+    place(quantized, "quantize-load")
+    four_bit = quantized.outputs["quantized"]
+    prepared = prepare_data(
+        source=source, content=source_content, settings=sections["data"], seed=seed, tokenizer=four_bit
+    )
+    place(prepared, "prepare-data")
+    measured = snr_analyze(settings=sections["snr"], content=table_content, quantized=four_bit)
+    place(measured, "snr-analyze")
+    return Inputs(four_bit, prepared.outputs["data"], measured.outputs["table"])
+
+
+def compare_and_register(
+    branches: dict[str, Any],
+    inputs: Inputs,
     run_key: Any,
-    evaluate: Any,
-    tracking: Any,
-    promote: Any,
-    export: Any,
+    seed: Any,
+    sections: dict[str, Any],
     origin: Any,
-    four_bit: Any,
-    prepared: Any,
-    winner: Any,
     place: Placement,
 ) -> None:
-    """The end of every pipeline: merge-export, register, promote."""
-    data = prepared.outputs["data"]
-    exported = merge_export(settings=evaluate, export=export, quantized=four_bit, data=data, winner=winner)
+    """The rest of every pipeline: the branches, by method, then compare, merge-export, register, promote."""
+    evaluate, tracking = sections["evaluate"], sections["tracking"]
+    results: dict[str, Any] = {}
+    for method, branch in branches.items():
+        outcome = branch(
+            method=method,
+            run_key=run_key,
+            seed=seed,
+            snr=sections["snr"],
+            select=sections["select"],
+            train_settings=sections["train"],
+            evaluate=evaluate,
+            tracking=tracking,
+            checkpoint=sections["checkpoint"],
+            **inputs._asdict(),
+        )
+        outcome.set_display_name(f"branch: {method}")
+        results[method] = outcome.outputs["evaluation"]
+        results[f"{method}_adapter"] = outcome.outputs["adapter"]
+    compared = compare(run_key=run_key, tracking=tracking, table=inputs.table, **results)
+    place(compared, "compare")
+    winner = compared.outputs["winner"]
+    exported = merge_export(
+        settings=evaluate,
+        export=sections["export"],
+        quantized=inputs.quantized,
+        data=inputs.data,
+        winner=winner,
+    )
     place(exported, "merge-export")
     registered = register(
         run_key=run_key,
         tracking=tracking,
         origin=origin,
-        data=data,
+        data=inputs.data,
         winner=winner,
         exported=exported.outputs["exported"],
     )
     place(registered, "register")
     promoted = promote_step(
         tracking=tracking,
-        settings=promote,
+        settings=sections["promote"],
         evaluate=evaluate,
         registered=registered.outputs["registered"],
     )

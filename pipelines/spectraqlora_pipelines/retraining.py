@@ -3,14 +3,10 @@
 from typing import Any
 
 from kfp import dsl
-from spectraqlora.compare.component import compare
 from spectraqlora.detect_changes.changes import RECIPE_DIGEST, SOURCE_DIGEST, UNCHANGED
 from spectraqlora.detect_changes.component import detect_changes
-from spectraqlora.prepare_data.component import prepare_data
-from spectraqlora.quantize_load.component import quantize_load
-from spectraqlora.snr_analyze.component import snr_analyze
 
-from spectraqlora_pipelines.ablation import DEFAULTS, branch_of, hand_over
+from spectraqlora_pipelines.ablation import DEFAULTS, branch_of, compare_and_register, first_steps
 from spectraqlora_pipelines.placement import Placement
 
 
@@ -53,48 +49,33 @@ def retraining_pipeline(method: str, rounds: int, start: str, place: Placement =
         place(looked, "detect-changes")
         digest = looked.outputs["Output"]
         with dsl.If(looked.outputs["Output"] != UNCHANGED, name="something-changed"):
-            quantized = quantize_load(base_model=base_model, content=base_content, settings=model)
-            place(quantized, "quantize-load")
-            four_bit = quantized.outputs["quantized"]
-            prepared = prepare_data(
-                source=source, content=digest, settings=data, seed=seed, tokenizer=four_bit
+            inputs = first_steps(
+                base_model,
+                base_content,
+                source,
+                digest,
+                table_content,
+                seed,
+                {"model": model, "data": data, "snr": snr},
+                place,
             )
-            place(prepared, "prepare-data")
-            measured = snr_analyze(settings=snr, content=table_content, quantized=four_bit)
-            place(measured, "snr-analyze")
-            outcome = branch(
-                method=method,
-                run_key=run_key,
-                seed=seed,
-                snr=snr,
-                select=select,
-                train_settings=train,
-                evaluate=evaluate,
-                tracking=tracking,
-                checkpoint=checkpoint,
-                quantized=four_bit,
-                data=prepared.outputs["data"],
-                table=measured.outputs["table"],
-            )
-            outcome.set_display_name(f"branch: {method}")
-            compared = compare(
-                run_key=run_key,
-                tracking=tracking,
-                table=measured.outputs["table"],
-                **{method: outcome.outputs["evaluation"], f"{method}_adapter": outcome.outputs["adapter"]},
-            )
-            place(compared, "compare")
-            hand_over(
-                run_key=run_key,
-                evaluate=evaluate,
-                tracking=tracking,
-                promote=promote,
-                export=export,
-                origin={SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe},
-                four_bit=four_bit,
-                prepared=prepared,
-                winner=compared.outputs["winner"],
-                place=place,
+            compare_and_register(
+                {method: branch},
+                inputs,
+                run_key,
+                seed,
+                {
+                    "snr": snr,
+                    "select": select,
+                    "train": train,
+                    "evaluate": evaluate,
+                    "tracking": tracking,
+                    "promote": promote,
+                    "checkpoint": checkpoint,
+                    "export": export,
+                },
+                {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe},
+                place,
             )
 
     return retraining

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LEARNING_RATES = (4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0
 RANK = 16

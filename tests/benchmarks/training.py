@@ -123,16 +123,25 @@ class Meter:
         return {"memory": peak - self.start, "seconds": wall, "cpu_seconds": cpu}
 
 
+def load(folder: Path) -> Any:
+    """The 4-bit model, read from disk to the last byte: weights are mapped, and would else count as training's."""
+    from spectraqlora.models import load_quantized
+
+    model, _ = load_quantized(folder / "quantized")
+    for parameter in model.parameters():
+        parameter.detach().clone()
+    return model
+
+
 def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Plain PEFT as its documentation shows it."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from spectraqlora.models import load_quantized
     from spectraqlora.rows import Collator
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     torch.manual_seed(0)
-    model, _ = load_quantized(folder / "quantized")
+    model = load(folder)
     meter = Meter()
     model = prepare_model_for_kbit_training(model)
     model = get_peft_model(
@@ -169,7 +178,6 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     from datasets import Dataset
     from spectraqlora import adapters
     from spectraqlora.artifacts import QuantizedModel
-    from spectraqlora.models import load_quantized
     from spectraqlora.selection import rank_map
     from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
     from spectraqlora.signals import weight_scores
@@ -183,7 +191,7 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     data = Path(tempfile.mkdtemp(dir=folder))
     Dataset.from_list(rows(options, options.batch * options.steps)).save_to_disk(str(data / "train"))
     Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "eval"))
-    model, _ = load_quantized(folder / "quantized")
+    model = load(folder)
     meter = Meter()
     model = adapters.attach(model, ranks)
     trainable = adapters.trainable_parameters(model)

@@ -78,7 +78,10 @@ def test_every_block_keeps_the_same_and_checkpointing_one_input_of_each() -> Non
     assert len(kept.blocks) == 32
     # The embeddings below the first block need no gradient.
     assert len(set(kept.blocks[1:])) == 1 and kept.blocks[0] < kept.blocks[1]
-    assert kept.inputs == 32 * 128 * 4096 * 2
+    assert kept.inputs == (128 * 4096 * 2,) * 32
+    saved = sum(kept.blocks[0:32:3]) - sum(kept.inputs[0:32:3])
+    assert kept.with_recomputation(3) == (kept.outside + sum(kept.blocks) - saved, kept.again[3])
+    assert kept.with_recomputation(0) == (kept.outside + sum(kept.blocks), 0)
 
 
 def test_a_7b_model_in_four_bits_takes_what_its_numbers_say() -> None:
@@ -100,21 +103,34 @@ def test_the_named_shapes_have_the_published_number_of_parameters(name: str, bil
 def test_memory_follows_rank_batch_length_checkpointing_and_optimizer(tiny_model: Path) -> None:
     outline = memory_plan.Outline(memory_plan.config_of(str(tiny_model)), 4)
 
-    def of(checkpointing: bool = False, method: str = "qlora", **sections: Any) -> memory_plan.Training:
+    def of(method: str = "qlora", **sections: Any) -> memory_plan.Training:
         settings = small(**sections)
         ranks = memory_plan.surrogate_map(method, outline, settings)
-        return memory_plan.training(outline, ranks, settings, checkpointing, cuda=False)
+        return memory_plan.training(outline, ranks, settings, cuda=False)
 
     plain = of()
     rank_8 = 4 * 8 * sum(m.in_features + m.out_features for m in outline.modules)
     assert (plain.adapters, plain.gradients, plain.optimizer) == (rank_8, rank_8, 2 * rank_8)
     assert of(train={"batch_size": 16}).activations == pytest.approx(2 * plain.activations, rel=0.01)
-    assert of(data={"max_length": 1024, "pack": True}).activations == pytest.approx(
-        2 * of(data={"pack": True}).activations, rel=0.01
+    longest, half, beyond = (of(data={"max_length": n, "pack": True}).activations for n in (128, 64, 4096))
+    assert longest == pytest.approx(2 * half, rel=0.01) and beyond == longest, "the model has 128 positions"
+    some, every = (of(train={"gradient_checkpointing": choice}) for choice in ("some", "on"))
+    assert (
+        every.activations < plain.activations / 3 and every.activations < some.activations < plain.activations
     )
-    assert of(checkpointing=True).activations < plain.activations / 3
     assert of(method="hybrid").total < plain.total
     assert of(train={"optimizer": "adamw_8bit"}).optimizer == plain.optimizer // 4
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "mpt", "t5"])
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+def test_families_with_experts_own_masks_and_encoders_are_planned(
+    family: str, dtype_bytes: int, tmp_path: Path
+) -> None:
+    write_family(family, tmp_path)
+    outline = memory_plan.Outline(memory_plan.config_of(str(tmp_path)), dtype_bytes)
+    found = memory_plan.plan(outline, small(), cuda=dtype_bytes == 2)
+    assert all(need.device + need.host > 0 for need in found.needs)
 
 
 def test_every_step_and_method_is_planned_and_the_advice_fits(tiny_model: Path) -> None:

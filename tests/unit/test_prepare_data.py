@@ -55,6 +55,16 @@ def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: P
     assert PreparedData.read(out).answers[0]["answer"] == "red"
 
 
+def test_rows_end_where_the_model_has_no_more_positions(quantized: Path, tmp_path: Path) -> None:
+    # The model has 128.
+    rows = [{"question": "who?", "answer": "red"}] * 8 + [{"question": "y " * 200, "answer": "red"}] * 2
+    found = prepare(DataSettings(source=_jsonl(tmp_path / "d.jsonl", rows)), quantized, 1, tmp_path / "rows")
+    assert (found.dropped_long, found.train_rows + found.eval_rows) == (2, 8)
+    text = _jsonl(tmp_path / "t.jsonl", [{"text": "mara likes red . " * 80}] * 4)
+    prepare(DataSettings(source=text, pack=True), quantized, 1, tmp_path / "text")
+    assert {len(row["input_ids"]) for row in load_rows(tmp_path / "text", "train")} == {128}
+
+
 def test_plain_text_counts_every_token_and_packs_to_full_sequences(quantized: Path, tmp_path: Path) -> None:
     source = _jsonl(tmp_path / "t.jsonl", [{"text": "mara likes red . " * 5} for _ in range(30)])
     prepare(DataSettings(source=source, max_length=32, pack=True), quantized, 1, tmp_path / "o")

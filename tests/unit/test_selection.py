@@ -1,11 +1,13 @@
 """Rank maps: counts, tiers, learning rates; gradients and groups."""
 
+import contextlib
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from spectraqlora import gradients
 from spectraqlora.artifacts import GRADIENT_INIT, LinearModule, QuantizedModel, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.gradients import GradientSketch, sketch_gradients
@@ -165,6 +167,34 @@ def test_gradient_snr_and_energy_are_those_of_the_full_gradients(quantized: Path
     assert sketch.energy(4) == pytest.approx(float((torch.linalg.svdvals(mean)[:4] ** 2).sum()), rel=1e-3)
     expected = float((mean**2).sum() / exact.var(0).sum())
     assert sketch.gradient_snr == pytest.approx(expected, rel=1e-3)
+
+
+def test_calibration_keeps_the_inputs_of_the_blocks_and_runs_them_again(
+    quantized: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_quantized(quantized)
+    modules = QuantizedModel.read(quantized).modules
+    few = list(Collator(0, None).batches(load_rows(prepared, "train"), 8, limit=2))
+    runs: list[int] = []
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        again = sketch_gradients(model, modules, few, 64, seed=1)
+        assert sorted(runs) == sorted([0, 1, 2, 3] * 2 * len(few))
+        assert not any(module.training for module in model.modules())
+        few_kept = sum(kept)
+        monkeypatch.setattr(gradients, "blocks_made_again", lambda _: contextlib.nullcontext())
+        plain = sketch_gradients(model, modules, few, 64, seed=1)
+    assert sum(kept) - few_kept > 3 * few_kept
+    for name, sketch in plain.items():
+        assert torch.equal(sketch.range_sketch, again[name].range_sketch)
+        assert sketch.gradient_snr == again[name].gradient_snr
 
 
 def test_a_starts_from_the_leading_gradient_directions_of_its_group(

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel, write_text
-from spectraqlora.models import load_plain, load_quantized, load_tokenizer, original_folder
+from spectraqlora.models import (
+    dequantized_weight,
+    load_plain,
+    load_quantized,
+    load_tokenizer,
+    original_folder,
+)
 from spectraqlora.rows import load_rows
 from spectraqlora.scoring import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings, is_address
@@ -18,14 +24,18 @@ from spectraqlora.storage import parse_address, upload_folder
 FOLDERS = ("merged", "adapter")
 
 
-def _merged(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
+def _take_dequantized(plain: Any, quantized: Path) -> None:
+    """Give a plain model the weights of the 4-bit one, layer by layer."""
+    import bitsandbytes as bnb
 
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-
-
-def _original(manifest: QuantizedModel, dtype: Any) -> Any:
-    return load_plain(original_folder(manifest), dtype, manifest.trust_remote_code)
+    packed, manifest = load_quantized(quantized)
+    layers = dict(plain.named_modules())
+    transposed = {m.module for m in manifest.modules if m.transposed}
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = dequantized_weight(module)
+                layers[name].weight.copy_(weight.T if name in transposed else weight)
 
 
 def merge_export(
@@ -43,36 +53,39 @@ def merge_export(
     base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
     and scored as proof.
     """
+    from peft import PeftModel
+
     held_out = load_rows(data, "eval")
-    model, manifest = load_quantized(quantized)
-    print("merging into the dequantized 4-bit weights", flush=True)
-    dequantized = _merged(model.dequantize(), adapter)
-    quantized_loss = score(dequantized, held_out, settings.batch_size).loss
-    print("merging into the original weights", flush=True)
-    dtype = getattr(torch, manifest.compute_dtype)
-    original = _merged(_original(manifest, dtype), adapter)
-    original_loss = score(original, held_out, settings.batch_size).loss
-    into, best = ("original", original) if original_loss <= quantized_loss else ("quantized", dequantized)
-    del original, dequantized, model
+    manifest = QuantizedModel.read(quantized)
+    dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+
+    def merged(into: str) -> Any:
+        plain = load_plain(original_folder(manifest), dtype, trust)
+        if into == "quantized":
+            _take_dequantized(plain, quantized)
+        return PeftModel.from_pretrained(plain, adapter).merge_and_unload(safe_merge=True)
+
+    losses: dict[str, float] = {}
+    best: Any = None
+    for into in ("quantized", "original"):
+        best = None  # One whole model at a time.
+        print(f"merging into the {into} weights", flush=True)
+        best = merged(into)
+        losses[into] = score(best, held_out, settings.batch_size).loss
+    into = "original" if losses["original"] <= losses["quantized"] else "quantized"
     if into == "quantized":
-        # A model that was loaded in 4 bits cannot be saved as a plain one; a plain one takes its weights.
-        plain = _original(manifest, dtype)
-        transposed = {f"{m.module}.weight" for m in manifest.modules if m.transposed}
-        plain.load_state_dict(
-            {name: w.T if name in transposed else w for name, w in best.state_dict().items()}
-        )
-        best = plain
+        best = None
+        best = merged(into)
     best.save_pretrained(output / "merged", safe_serialization=True)
-    trust = manifest.trust_remote_code
     load_tokenizer(quantized / "model", trust).save_pretrained(output / "merged")
-    del best
+    best = None
 
     shutil.copytree(
         adapter, output / "adapter", dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.json")
     )
     reloaded = load_plain(output / "merged", dtype, trust)
     verified = score(reloaded, held_out, settings.batch_size).loss
-    expected = min(original_loss, quantized_loss)
+    expected = losses[into]
     if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
         raise RuntimeError(
             f"the exported model scores {verified:.4f} where {expected:.4f} was measured before"
@@ -83,8 +96,8 @@ def merge_export(
         trust_remote_code=trust,
         merged_into=into,
         adapter_eval_loss=evaluation.eval_loss,
-        eval_loss_quantized=quantized_loss,
-        eval_loss_original=original_loss,
+        eval_loss_quantized=losses["quantized"],
+        eval_loss_original=losses["original"],
         verified_eval_loss=verified,
     )
     card = model_card(result, evaluation, manifest)

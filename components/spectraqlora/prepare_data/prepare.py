@@ -9,6 +9,7 @@ from typing import Any
 
 from spectraqlora.artifacts import PreparedData, QuantizedModel
 from spectraqlora.errors import InputError
+from spectraqlora.families import context_length
 from spectraqlora.models import load_tokenizer
 from spectraqlora.prepare_data.layouts import Layout, messages_of, recognise
 from spectraqlora.prepare_data.source import (
@@ -132,6 +133,9 @@ def prepare(
     folder, trust = quantized / "model", QuantizedModel.read(quantized).trust_remote_code
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     encoder = _Encoder(load_tokenizer(folder, trust), settings, layout, config.is_encoder_decoder)
+    length = min(settings.max_length, context_length(config) or settings.max_length)
+    if length < settings.max_length:
+        print(f"rows end at the model's {length} positions, not at data.max_length={settings.max_length}")
     raw = raw.shuffle(seed=seed) if settings.split_by == "shuffle" else _by_content(raw, seed)
     if settings.max_rows:
         raw = raw.select(range(min(len(raw), settings.max_rows)))
@@ -145,7 +149,7 @@ def prepare(
             empty += 1
             continue
         ids, labels, text = encoded
-        if max(len(ids), len(labels)) > settings.max_length and not (layout == "text" and settings.pack):
+        if max(len(ids), len(labels)) > length and not (layout == "text" and settings.pack):
             too_long += 1
             continue
         kept.append({"input_ids": ids, "labels": labels, "text": text, "row": row})
@@ -154,14 +158,14 @@ def prepare(
     if len(kept) < 2:
         raise InputError(
             "data.max_length",
-            settings.max_length,
+            length,
             f"a length that leaves rows; {too_long} of {len(raw)} are longer",
         )
     train_count, eval_count = split_sizes(len(kept), settings)
     held_out, train = kept[:eval_count], kept[eval_count : eval_count + train_count]
     splits = {"train": _tokens(train), "eval": _tokens(held_out)}
     if layout == "text" and settings.pack:
-        splits = {name: _packed(rows, settings.max_length) for name, rows in splits.items()}
+        splits = {name: _packed(rows, length) for name, rows in splits.items()}
     total = hashlib.sha256()
     for name, rows in splits.items():
         total.update(json.dumps([name, rows]).encode())

@@ -11,6 +11,7 @@ import yaml
 
 from spectraqlora.artifacts import file_digest
 from spectraqlora.errors import InputError
+from spectraqlora.families import context_length
 from spectraqlora.models import compute_dtype, load_plain, load_tokenizer, resolve_base
 from spectraqlora.scoring import accuracy, score
 from spectraqlora.settings import EvaluateSettings, is_address
@@ -89,7 +90,7 @@ def guard_perplexity(model: Any, tokenizer: Any, source: str, limit: int, batch_
         batch_size: sequences per forward pass.
     """
     texts = _texts(guard_file(source))
-    length = min(GUARD_TOKENS, int(getattr(model.config, "max_position_embeddings", None) or GUARD_TOKENS))
+    length = min(GUARD_TOKENS, context_length(model.config) or GUARD_TOKENS)
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -73,6 +73,13 @@ def elementwise_remade() -> Iterator[None]:
         yield
 
 
+def every_nth(choice: str, cuda: bool) -> int:
+    """Every how many blocks one runs again in the backward pass, by the name in the settings; 0 is none."""
+    if choice == "auto":
+        choice = "on" if cuda else "off"
+    return {"on": 1, "some": 2, "off": 0}[choice]
+
+
 def recompute_blocks(model: Any, every: int) -> None:
     """Keep the input of every `every`-th block alone, and run the block again in the backward pass.
 

@@ -22,7 +22,7 @@ from spectraqlora.progress import Progress
 from spectraqlora.rows import Collator, load_rows, order
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
 from spectraqlora.train import distributed
-from spectraqlora.train.activations import elementwise_remade, recompute_blocks
+from spectraqlora.train.activations import elementwise_remade, every_nth, recompute_blocks
 from spectraqlora.train.checkpoints import Checkpoints, identity
 from spectraqlora.train.interruption import noted
 from spectraqlora.train.state import Course, capture, restore, restore_random
@@ -164,14 +164,6 @@ def check_optimizer(settings: TrainSettings) -> None:
         raise InputError("train.optimizer", settings.optimizer, "adamw; 8-bit optimizers need a CUDA device")
 
 
-def recomputed(settings: TrainSettings) -> int:
-    """Every how many blocks one is run again in the backward pass; 0 is none."""
-    choice = settings.gradient_checkpointing
-    if choice == "auto":
-        choice = "on" if device() == "cuda" else "off"
-    return {"on": 1, "some": 3, "off": 0}[choice]
-
-
 def _optimizer(model: Any, ranks: RankMap, settings: TrainSettings) -> torch.optim.Optimizer:
     groups = adapters.parameter_groups(model, ranks, settings.learning_rate, settings.lora_plus_ratio)
     if settings.optimizer == "adamw":
@@ -295,7 +287,7 @@ def fit(
                 where = f"stopped after step {course.step} of {part.steps}"
                 raise Stopped(signal, f"{where}; a retry goes on from there")
 
-    every_block = recomputed(settings)
+    every_block = every_nth(settings.gradient_checkpointing, device() == "cuda")
     if every_block:
         recompute_blocks(model, every_block)
     if begun and not found:
