@@ -50,65 +50,6 @@ def _gpt2(vocabulary: int) -> Any:
     )
 
 
-def _opt(vocabulary: int) -> Any:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=vocabulary,
-            hidden_size=WIDTH,
-            word_embed_proj_dim=WIDTH,
-            ffn_dim=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
-def _falcon(vocabulary: int) -> Any:
-    from transformers import FalconConfig, FalconForCausalLM
-
-    return FalconForCausalLM(
-        FalconConfig(
-            vocab_size=vocabulary,
-            hidden_size=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_kv_heads=1,
-            multi_query=True,
-            bias=False,
-            parallel_attn=True,
-            alibi=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
-def _t5(vocabulary: int) -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=INNER,
-            num_layers=LAYERS,
-            num_heads=4,
-            decoder_start_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
 def _named(name: str, **sizes: Any) -> Callable[[int], Any]:
     """A model whose config calls things by other names; `sizes` are all of it but the vocabulary."""
 
@@ -132,9 +73,29 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     "gemma3": _llama_like("Gemma3", "Gemma3TextConfig", head_dim=16, query_pre_attn_scalar=16),
     "gemma2": _llama_like("Gemma2", head_dim=16, query_pre_attn_scalar=16),
     "gpt2": _gpt2,
-    "opt": _opt,
-    "falcon": _falcon,
-    "t5": _t5,
+    "opt": _named(
+        "OPT",
+        hidden_size=WIDTH,
+        word_embed_proj_dim=WIDTH,
+        ffn_dim=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "falcon": _named(
+        "Falcon",
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_kv_heads=1,
+        multi_query=True,
+        bias=False,
+        parallel_attn=True,
+        alibi=False,
+    ),
+    "t5": _named(
+        "T5", d_model=WIDTH, d_kv=16, d_ff=INNER, num_layers=LAYERS, num_heads=4, decoder_start_token_id=0
+    ),
     "qwen3-moe": _llama_like(
         "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),

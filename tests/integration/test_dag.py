@@ -220,3 +220,23 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
     assert words in refused.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.e2e
+def test_a_given_table_takes_the_place_of_the_scan(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    path = tmp_path / "snr.json"
+    assert spectraqlora("snr", str(tiny_model), "--spectrum-json", str(path)).returncode == 0
+    table = json.loads(path.read_text())
+    for name, row in table.items():
+        row["snr"] = 9.0 if ".layers.2." in name else 1.0
+    path.write_text(json.dumps(table))
+    workdir = tmp_path / "work"
+    done = spectraqlora(
+        "run", "--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(workdir),
+        "--snr-table", str(path), "--methods", "hybrid", "--rounds", "1", "--max-steps", "2",
+        "--set", "select.signal=spectrum", "--set", "select.percent=25", "--set", "select.rank=4",
+        "--set", "evaluate.accuracy_rows=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (selected,) = workdir.rglob("selected.txt")
+    assert len(chosen := selected.read_text().split()) == 7 and all(".layers.2." in name for name in chosen)
