@@ -1,5 +1,8 @@
 """Training: same seed, same numbers; the best adapter is kept."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,13 @@ def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quanti
     hidden = model(input_ids=torch.arange(3, 23)[None], output_hidden_states=True).hidden_states
     # The embedding and the outputs of blocks 0 and 1, then that of block 2, which holds the adapter.
     assert [states.requires_grad for states in hidden] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(own: dict[str, str], policy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import spectraqlora.train.training"],
+        env={**environment, **own, "OMP_DISPLAY_ENV": "true"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
