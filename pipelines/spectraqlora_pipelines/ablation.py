@@ -27,14 +27,6 @@ class Branch(NamedTuple):
     adapter: dsl.Model
 
 
-class Inputs(NamedTuple):
-    """What every branch works on: outputs of the first steps."""
-
-    quantized: Any
-    data: Any
-    table: Any
-
-
 def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = False) -> Any:
     """The nested pipeline of one method: select-layers, then train and re-evaluate for every round.
 
@@ -136,97 +128,67 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = 
         checkpoint: dict = DEFAULTS["checkpoint"],
         export: dict = DEFAULTS["export"],
     ):
-        inputs = first_steps(
-            base_model,
-            base_content,
-            source,
-            source_content,
-            table_content,
-            seed,
-            {"model": model, "data": data, "snr": snr},
-            place,
-        )
-        compare_and_register(
-            branches,
-            inputs,
-            run_key,
-            seed,
-            {
-                "snr": snr,
-                "select": select,
-                "train": train,
-                "evaluate": evaluate,
-                "tracking": tracking,
-                "promote": promote,
-                "checkpoint": checkpoint,
-                "export": export,
-            },
-            {},
-            place,
-        )
+        whole_course(branches, dict(locals()), {}, place)
 
     return ablation
 
 
-def first_steps(
-    base_model: Any,
-    base_content: Any,
-    source: Any,
-    source_content: Any,
-    table_content: Any,
-    seed: Any,
-    sections: dict[str, Any],
-    place: Placement,
-) -> Inputs:
-    """The start of every pipeline: quantize-load, prepare-data, snr-analyze; `sections` by their names."""
-    quantized = quantize_load(base_model=base_model, content=base_content, settings=sections["model"])
+def whole_course(
+    branches: dict[str, Any], given: dict[str, Any], origin: dict[str, Any], place: Placement
+) -> None:
+    """The steps of every pipeline, from quantize-load to promote.
+
+    Args:
+        branches: by method.
+        given: the pipeline's parameters by name.
+        origin: what the registered version says of where it comes from.
+        place: names and places the tasks.
+    """
+    run_key, seed, evaluate, tracking = (given[name] for name in ("run_key", "seed", "evaluate", "tracking"))
+    quantized = quantize_load(
+        base_model=given["base_model"], content=given["base_content"], settings=given["model"]
+    )
     place(quantized, "quantize-load")
     four_bit = quantized.outputs["quantized"]
     prepared = prepare_data(
-        source=source, content=source_content, settings=sections["data"], seed=seed, tokenizer=four_bit
+        source=given["source"],
+        content=given["source_content"],
+        settings=given["data"],
+        seed=seed,
+        tokenizer=four_bit,
     )
     place(prepared, "prepare-data")
-    measured = snr_analyze(settings=sections["snr"], content=table_content, quantized=four_bit)
+    rows = prepared.outputs["data"]
+    measured = snr_analyze(settings=given["snr"], content=given["table_content"], quantized=four_bit)
     place(measured, "snr-analyze")
-    return Inputs(four_bit, prepared.outputs["data"], measured.outputs["table"])
-
-
-def compare_and_register(
-    branches: dict[str, Any],
-    inputs: Inputs,
-    run_key: Any,
-    seed: Any,
-    sections: dict[str, Any],
-    origin: Any,
-    place: Placement,
-) -> None:
-    """The rest of every pipeline: the branches, by method, then compare, merge-export, register, promote."""
-    evaluate, tracking = sections["evaluate"], sections["tracking"]
+    table = measured.outputs["table"]
     results: dict[str, Any] = {}
     for method, branch in branches.items():
         outcome = branch(
             method=method,
             run_key=run_key,
             seed=seed,
-            snr=sections["snr"],
-            select=sections["select"],
-            train_settings=sections["train"],
+            snr=given["snr"],
+            select=given["select"],
+            train_settings=given["train"],
             evaluate=evaluate,
             tracking=tracking,
-            checkpoint=sections["checkpoint"],
-            **inputs._asdict(),
+            checkpoint=given["checkpoint"],
+            quantized=four_bit,
+            data=rows,
+            table=table,
         )
         outcome.set_display_name(f"branch: {method}")
         results[method] = outcome.outputs["evaluation"]
         results[f"{method}_adapter"] = outcome.outputs["adapter"]
-    compared = compare(run_key=run_key, tracking=tracking, table=inputs.table, **results)
+    compared = compare(run_key=run_key, tracking=tracking, table=table, **results)
     place(compared, "compare")
     winner = compared.outputs["winner"]
     exported = merge_export(
         settings=evaluate,
-        export=sections["export"],
-        quantized=inputs.quantized,
-        data=inputs.data,
+        export=given["export"],
+        quantized=four_bit,
+        data=rows,
         winner=winner,
     )
     place(exported, "merge-export")
@@ -234,14 +196,14 @@ def compare_and_register(
         run_key=run_key,
         tracking=tracking,
         origin=origin,
-        data=inputs.data,
+        data=rows,
         winner=winner,
         exported=exported.outputs["exported"],
     )
     place(registered, "register")
     promoted = promote_step(
         tracking=tracking,
-        settings=sections["promote"],
+        settings=given["promote"],
         evaluate=evaluate,
         registered=registered.outputs["registered"],
     )

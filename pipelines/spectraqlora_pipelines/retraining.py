@@ -6,7 +6,7 @@ from kfp import dsl
 from spectraqlora.detect_changes.changes import RECIPE_DIGEST, SOURCE_DIGEST, UNCHANGED
 from spectraqlora.detect_changes.component import detect_changes
 
-from spectraqlora_pipelines.ablation import DEFAULTS, branch_of, compare_and_register, first_steps
+from spectraqlora_pipelines.ablation import DEFAULTS, branch_of, whole_course
 from spectraqlora_pipelines.placement import Placement
 
 
@@ -45,37 +45,12 @@ def retraining_pipeline(method: str, rounds: int, start: str, place: Placement =
         checkpoint: dict = DEFAULTS["checkpoint"],
         export: dict = DEFAULTS["export"],
     ):
+        given = dict(locals())
         looked = detect_changes(source=source, settings=data, tracking=tracking, recipe=recipe)
         place(looked, "detect-changes")
         digest = looked.outputs["Output"]
-        with dsl.If(looked.outputs["Output"] != UNCHANGED, name="something-changed"):
-            inputs = first_steps(
-                base_model,
-                base_content,
-                source,
-                digest,
-                table_content,
-                seed,
-                {"model": model, "data": data, "snr": snr},
-                place,
-            )
-            compare_and_register(
-                {method: branch},
-                inputs,
-                run_key,
-                seed,
-                {
-                    "snr": snr,
-                    "select": select,
-                    "train": train,
-                    "evaluate": evaluate,
-                    "tracking": tracking,
-                    "promote": promote,
-                    "checkpoint": checkpoint,
-                    "export": export,
-                },
-                {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe},
-                place,
-            )
+        with dsl.If(digest != UNCHANGED, name="something-changed"):
+            origin = {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe}
+            whole_course({method: branch}, {**given, "source_content": digest}, origin, place)
 
     return retraining
