@@ -16,8 +16,13 @@ group "default" {
   targets = ["light", "step"]
 }
 
+target "offline" {
+  context = "."
+  network = "none"
+}
+
 target "base" {
-  context    = "."
+  inherits   = ["offline"]
   dockerfile = "images/base/Dockerfile"
   target     = "base"
   args       = { BASE_IMAGE = BASE_IMAGE }
@@ -30,7 +35,7 @@ target "torch" {
 }
 
 target "light" {
-  context    = "."
+  inherits   = ["offline"]
   dockerfile = "images/light/Dockerfile"
   contexts   = { below = "target:base" }
   args       = { BASE = "below", VERSION = VERSION, REVISION = REVISION }
@@ -40,7 +45,7 @@ target "light" {
 target "step" {
   name       = step
   matrix     = { step = ["merge-export", "quantize-load", "re-evaluate", "select-layers", "snr-analyze", "train"] }
-  context    = "."
+  inherits   = ["offline"]
   dockerfile = "images/step/Dockerfile"
   contexts   = { below = "target:torch" }
   args       = { BASE = "below", STEP = step, VERSION = VERSION, REVISION = REVISION }
