@@ -37,7 +37,9 @@ class Retraining:
         self.data, self.workdir = folder / "rows.jsonl", folder / "work"
         self._arguments = [
             "run", "--pipeline", "retraining", "--base-model", str(model), "--data", str(self.data),
-            "--workdir", str(self.workdir), "--max-steps", "60", "--set", "train.learning_rate=4e-3",
+            "--workdir", str(self.workdir), "--max-steps", "120", "--set", "train.learning_rate=4e-3",
+            # Half of the rows judge: of a few rows, few would say nothing.
+            "--set", "data.eval_fraction=0.5",
             "--set", "retrain.method=qlora", "--set", "select.rank=8", "--set", "evaluate.accuracy_rows=0",
             "--set", "promote.margin=0.02", *(part for text in settings for part in ("--set", text)),
         ]  # fmt: skip
@@ -72,8 +74,8 @@ def test_better_same_and_worse_data_find_the_right_champion(sample: Path, tmp_pa
     assert not same["changes"]["changed"] and "nothing changed" in same["changes"]["reason"]
     assert retrain.champion() == 2
 
-    # A tenth of the rows is left: who learns from so few is worse than the champion, on the same rows.
-    _write(retrain.data, rows[100:140])
+    # A twentieth of the rows is left: who learns from so few is worse than the champion, on the same rows.
+    _write(retrain.data, rows[100:120])
     worse = retrain()
     numbers = [worse["promotion"][side]["merged_eval_loss"] for side in ("challenger", "champion")]
     assert numbers[0] > numbers[1]
