@@ -54,11 +54,11 @@ def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quanti
     assert [states.requires_grad for states in hidden] == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize(("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
-def test_threads_that_wait_leave_the_cores_to_others(own: dict[str, str], policy: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+@pytest.mark.parametrize(("own", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_soon_leave_the_cores_to_others(own: dict[str, str], count: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run(
         [sys.executable, "-c", "import spectraqlora.train.training"],
-        env={**environment, **own, "OMP_DISPLAY_ENV": "true"}, capture_output=True, text=True, check=True,
+        env={**environment, **own, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
