@@ -54,7 +54,7 @@ def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quanti
     assert [states.requires_grad for states in hidden] == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize(("own", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("own", "count"), [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_that_wait_soon_leave_the_cores_to_others(own: dict[str, str], count: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run(
