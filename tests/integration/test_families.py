@@ -173,15 +173,19 @@ def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_truste
     merged = _merge("hybrid", _branch("hybrid", tmp_path), tmp_path)
     assert merged.trust_remote_code
     exported = tmp_path / "exported"
-    tracking = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db", registered_model="own")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     tags = {"merged_digest": "m", "base_digest": "b", "data_digest": "d"}
     winner = tmp_path / "hybrid" / "eval2"
     shutil.copytree(tmp_path / "hybrid" / "adapter2", winner / "adapter")
-    register(Tracker(tracking, "run"), exported, winner, tmp_path / "data", tags, {"merged_eval_loss": 1.0})
-    registry = Registry(tracking)
-    folder = registry.download_model(registry.version("challenger"), tmp_path / "registered")
-    with pytest.raises(InputError, match="without code of its own"):
-        load_registered(folder)
+    for form in ("merged", "adapter"):
+        tracking = TrackingSettings(uri=uri, registered_model=form, registered_form=form)
+        register(
+            Tracker(tracking, form), exported, winner, tmp_path / "data", tags, {"merged_eval_loss": 1.0}
+        )
+        registry = Registry(tracking)
+        folder = registry.download_model(registry.version("challenger"), tmp_path / f"registered-{form}")
+        with pytest.raises(InputError, match="without code of its own"):
+            load_registered(folder)
 
 
 @pytest.mark.parametrize(("family", "words"), [("bert", "looks ahead"), ("mamba", "fails")])

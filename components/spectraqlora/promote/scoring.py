@@ -31,18 +31,22 @@ def load_registered(folder: Path) -> tuple[Any, Any]:
         from peft import PeftModel
 
         base = flavor.get("local_base_model_path") or flavor["source_model_name"]
-        model = load_plain(resolve_base(base, flavor.get("source_model_revision") or "main"), dtype)
-        model = PeftModel.from_pretrained(model, folder / flavor["peft_adaptor"])
+        plain = _without_own_code(resolve_base(base, flavor.get("source_model_revision") or "main"))
+        model = PeftModel.from_pretrained(load_plain(plain, dtype), folder / flavor["peft_adaptor"])
     else:
-        binary = folder / flavor["model_binary"]
-        if "auto_map" in json.loads((binary / "config.json").read_text(encoding="utf-8")):
-            raise InputError(
-                "registered model",
-                folder,
-                "a model without code of its own, which would have to run here to score it",
-            )
-        model = load_plain(binary, dtype)
+        model = load_plain(_without_own_code(folder / flavor["model_binary"]), dtype)
     return model.eval(), load_tokenizer(folder / "components" / "tokenizer")
+
+
+def _without_own_code(folder: Path) -> Path:
+    """The folder; refused where loading its model would run code that lies beside it."""
+    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise InputError(
+            "registered model",
+            folder,
+            "a model without code of its own, which would have to run here to score it",
+        )
+    return folder
 
 
 def score_again(

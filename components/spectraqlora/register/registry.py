@@ -13,6 +13,7 @@ from spectraqlora.artifacts import Evaluation, MergedModel
 from spectraqlora.errors import InputError
 from spectraqlora.eval_rows import read_eval_rows, write_eval_rows
 from spectraqlora.families import auto_class
+from spectraqlora.models import load_tokenizer
 from spectraqlora.registry import ADAPTER, CHALLENGER, EVAL_ROWS, Registry
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking import Tracker
@@ -54,13 +55,14 @@ def register(
         rows = Path(scratch) / EVAL_ROWS
         tags["eval_digest"] = write_eval_rows(data, rows)
         tracker.log_folder(run_id, rows, EVAL_ROWS)
-        tokenizer = _tokenizer(exported)
+        trust = MergedModel.read(exported).trust_remote_code
+        tokenizer = load_tokenizer(exported / "merged", trust)
         example = _example(rows, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         Evaluation.read(winner).rounds[-1].rank_map.write(scratch)
         tracker.log_folder(run_id, winner / "adapter", ADAPTER)
         tracker.log_folder(run_id, Path(scratch), ADAPTER)
-    logged = _log(settings, run_id, exported, tokenizer, example)
+    logged = _log(settings, run_id, exported, tokenizer, example, trust)
     tags["tokenizer_digest"] = vocabulary_digest(tokenizer)
     number = int(logged.registered_model_version)
     registry.tag(number, {**tags, **{name: f"{value:.9g}" for name, value in metrics.items()}})
@@ -69,13 +71,15 @@ def register(
     return settings.registered_model, number
 
 
-def _log(settings: TrackingSettings, run_id: str, exported: Path, tokenizer: Any, example: str) -> Any:
+def _log(
+    settings: TrackingSettings, run_id: str, exported: Path, tokenizer: Any, example: str, trust: bool
+) -> Any:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from transformers import AutoConfig
 
-    merged, trust = exported / "merged", MergedModel.read(exported).trust_remote_code
+    merged = exported / "merged"
     config = AutoConfig.from_pretrained(merged, trust_remote_code=trust)
     extra: dict[str, Any] = {}
     requirements = list(_REQUIREMENTS)
@@ -118,13 +122,6 @@ def _with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, str]:
         )
     model = auto_class(config).from_pretrained(base, use_safetensors=True, trust_remote_code=trust)
     return PeftModel.from_pretrained(model, adapter), base if Path(base).is_dir() else ""
-
-
-def _tokenizer(exported: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    trust = MergedModel.read(exported).trust_remote_code
-    return AutoTokenizer.from_pretrained(exported / "merged", trust_remote_code=trust)
 
 
 def _example(rows: Path, tokenizer: Any) -> str:
