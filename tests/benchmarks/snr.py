@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from spectraqlora.checkpoint import Checkpoint
+from spectraqlora.snr.gram import bfloat16_units
 from spectraqlora.snr.marchenko_pastur import from_singular_values
 from spectraqlora.snr.scan import memory_budget, scan
 from spectraqlora.snr.workers import measured
@@ -78,7 +79,8 @@ def speed(layer: list[Shape], layers: int, device: str) -> None:
         found: dict[str, float] = {}
 
         def ours(group: list[tuple[str, torch.Tensor]] = group, into: dict[str, float] = found) -> None:
-            into.update({result.module: result.found.snr for result in measured(group, budget)})
+            with bfloat16_units():
+                into.update({result.module: result.found.snr for result in measured(group, budget)})
 
         own = _seconds(ours)
         spent = dict.fromkeys(references, 0.0)
@@ -95,7 +97,10 @@ def speed(layer: list[Shape], layers: int, device: str) -> None:
             totals[name] += spent[name]
         _add(table, f"{shape[0]}x{shape[1]}", len(group), own, spent)
     table.add_section()
-    _add(table, "all, mixed", len(weights), _seconds(lambda: list(measured(weights, budget))), totals)
+    with bfloat16_units():
+        _add(table, "all, mixed", len(weights), _seconds(lambda: list(measured(weights, budget))), totals)
+    without = _seconds(lambda: list(measured(weights, budget)))
+    _add(table, "without bfloat16 units", len(weights), without, totals)
     console.print(table)
     console.print(f"Largest relative difference of an snr from a float32 reference: {difference:.1e}")
 

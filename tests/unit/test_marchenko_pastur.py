@@ -3,12 +3,15 @@
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectraqlora.snr.gram import ErrorBounds, bfloat16_units, fill_gram, measured_error
 from spectraqlora.snr.marchenko_pastur import (
+    _from_grams,
     _settled,
     batch_statistics,
     calibrated,
@@ -123,7 +126,8 @@ def test_ordinary_matrices_need_no_exact_routine() -> None:
         weight = matrix_of("random", 300, 400, 0, torch.float64)
         weight += strength * torch.outer(weight[:, 0], weight[0]) / 20
         values = torch.linalg.eigvalsh(weight @ weight.T).flip(0).sqrt()
-        assert _settled(values, from_singular_values(values, (300, 400)), (300, 400))
+        found = from_singular_values(values, (300, 400))
+        assert _settled(values, found, (300, 400), ErrorBounds(0.0, 0.0))
 
 
 @pytest.mark.parametrize("shape", [(1100, 300), (300, 1100), (300, 300)])
@@ -137,6 +141,66 @@ def test_a_large_rank_deficient_matrix_has_the_values_of_svdvals(shape: tuple[in
         pytest.approx(exact.signal, rel=1e-9),
         pytest.approx(exact.noise, rel=1e-7),
     )
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "bfloat16 units"])
+def units(request: pytest.FixtureRequest) -> Iterator[None]:
+    with bfloat16_units() if request.param else nullcontext():
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_bfloat16_matrices_agree_with_svdvals_in_float64(kind: str, units: None) -> None:
+    for shape in [(1024, 1024)] if kind != "random" else [(1024, 1024), (1030, 1500), (2100, 1025)]:
+        weight = matrix_of(kind, *shape, 5, torch.bfloat16)
+        exact = from_singular_values(torch.linalg.svdvals(weight.double()), shape)
+        found = statistics(weight)
+        assert found.snr == pytest.approx(exact.snr, rel=1e-4)
+        assert found.above == exact.above
+
+
+def few_strong_directions(rows: int, cols: int) -> torch.Tensor:
+    weight = matrix_of("random", rows, cols, 6, torch.float64)
+    strong = weight[:, :4] @ matrix_of("random", 4, cols, 7, torch.float64)
+    return (0.02 * (weight + 0.2 * strong)).bfloat16()
+
+
+def test_a_gram_matrix_in_float32_is_enough_unless_the_spectrum_is_steep(units: None) -> None:
+    weights = {
+        0: few_strong_directions(1024, 1536),
+        1: matrix_of("ill-conditioned", 1024, 1536, 8, torch.bfloat16),
+        2: matrix_of("random", 1024, 1536, 9, torch.float32),
+        3: few_strong_directions(1024, 1536) * 2.0**100,  # its products overflow
+    }
+    found = _from_grams(weights, torch.float32)
+    assert found.keys() == {0}
+    precise = _from_grams({0: weights[0]}, torch.float64)[0]
+    assert found[0].snr == pytest.approx(precise.snr, rel=1e-6)
+    assert found[0].snr != precise.snr
+    assert statistics(weights[3]).above == precise.above
+
+
+def test_the_measured_error_bounds_the_error_of_a_gram_matrix_and_is_no_wild_guess(units: None) -> None:
+    for weight in (few_strong_directions(300, 700), matrix_of("one outlier", 700, 300, 1, torch.bfloat16)):
+        gram, exact = torch.full((2, 300, 300), math.nan, dtype=torch.float64)
+        fill_gram(gram, weight, torch.float32)
+        fill_gram(exact, weight, torch.float64)
+        error = gram - exact
+        assert torch.equal(exact, exact.tril())
+        error += error.tril(-1).T
+        spectral = float(torch.linalg.matrix_norm(error, 2))
+        frobenius = float(torch.linalg.matrix_norm(error))
+        bounds = measured_error(gram, weight)
+        assert 0 < spectral <= bounds.spectral <= 8 * spectral
+        assert frobenius <= bounds.frobenius <= 8 * frobenius
+
+
+def test_other_products_have_their_precision_again_after_bfloat16_units() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), bfloat16_units():
+        torch.set_float32_matmul_precision("medium")
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_batch_of_equal_shape_equals_its_matrices_one_by_one() -> None:

@@ -14,14 +14,14 @@ from functools import lru_cache
 
 import torch
 
+from spectraqlora.snr.gram import CHUNK, ErrorBounds, fast_pays, fill_gram, measured_error
+
 IQR_OF_NORMAL = 1.349
 """Interquartile range of a normal distribution in standard deviations, rounded as Spectrum rounds it."""
-TOLERANCE = 1e-5
-"""Relative error of signal, noise and s1 up to which eigenvalues of the Gram matrix are taken for exact."""
+TOLERANCE = 8e-5
+"""Bound of an snr's relative error up to which it is taken from the eigenvalues of the Gram matrix."""
 _EPS = torch.finfo(torch.float64).eps
-CHUNK = 256
-"""Columns, or rows, of a matrix that are held in float64 at a time."""
-_BLOCK = 256
+_STD_BLOCK = 2**17
 _REFERENCE_SIDE = 512
 
 
@@ -53,34 +53,60 @@ def batch_statistics(weights: Sequence[torch.Tensor]) -> list[SnrStatistics]:
     """SNR statistics of matrices of equal shape on one device, in one call of the eigenvalue routine.
 
     Squared singular values are the eigenvalues of the smaller Gram matrix, of which LAPACK needs a quarter
-    of the memory traffic of a singular value decomposition. Squaring costs digits of the small ones:
-    `_settled` decides from an error bound whether that can matter, and where it can, the exact routine runs.
+    of the memory traffic of a singular value decomposition. Squaring costs digits of the small ones, and
+    summing in float32, a few times as fast, some of all. `_settled` decides from an error bound whether that
+    can matter: where it can, the Gram matrix is summed in float64, and if need be the exact routine runs.
     """
     found = [_DEGENERATE] * len(weights)
-    sound = [index for index, weight in enumerate(weights) if _has_spectrum(weight)]
-    if not sound:
-        return found
-    rows, cols = weights[sound[0]].shape
-    side = min(rows, cols)
-    grams = torch.zeros(len(sound), side, side, dtype=torch.float64, device=weights[sound[0]].device)
-    for gram, index in zip(grams, sound, strict=True):
-        _add_gram(gram, weights[index])
-    squares = torch.linalg.eigvalsh(grams)
-    del grams, gram
-    for values, index in zip(squares.cpu().flip(-1).clamp_min(0).sqrt(), sound, strict=True):
-        result = from_singular_values(values, (rows, cols))
-        if not _settled(values, result, (rows, cols)):
-            result = from_singular_values(_exact_values(weights[index]).cpu(), (rows, cols))
-        found[index] = result
+    left = {index: weight for index, weight in enumerate(weights) if _has_spectrum(weight)}
+    for precision in (torch.float32, torch.float64):
+        for index, result in _from_grams(left, precision).items():
+            found[index] = result
+            del left[index]
+    for index, weight in left.items():
+        found[index] = from_singular_values(_exact_values(weight).cpu(), _shape(weight))
     return found
 
 
+def _from_grams(weights: dict[int, torch.Tensor], precision: torch.dtype) -> dict[int, SnrStatistics]:
+    """Statistics by Gram matrices summed in `precision`, of those weights of which that is exact enough."""
+    if fast := precision == torch.float32:
+        weights = {index: weight for index, weight in weights.items() if fast_pays(weight)}
+    if not weights:
+        return {}
+    first = next(iter(weights.values()))
+    shape, side = _shape(first), min(first.shape)
+    grams = torch.empty(len(weights), side, side, dtype=torch.float64, device=first.device)
+    errors: dict[int, ErrorBounds] = {}
+    for index, weight in weights.items():
+        gram = grams[len(errors)]
+        fill_gram(gram, weight, precision)
+        error = measured_error(gram, weight) if fast else ErrorBounds(0.0, 0.0)
+        # Where the error reaches a tenth of the mean distance of eigenvalues, one of them is too likely to
+        # lie within reach of the threshold.
+        if error.spectral < 0.1 * float(gram.trace()) / side**2 < math.inf:
+            errors[index] = error
+    roots = torch.linalg.eigvalsh(grams[: len(errors)]).cpu().flip(-1).clamp_min(0).sqrt()
+    found = {index: from_singular_values(values, shape) for index, values in zip(errors, roots, strict=True)}
+    return {
+        index: found[index]
+        for (index, error), values in zip(errors.items(), roots, strict=True)
+        if _settled(values, found[index], shape, error)
+    }
+
+
 def entry_std(weight: torch.Tensor) -> float:
-    """Standard deviation of the entries of an (n, m) matrix, in float64."""
-    blocks = weight.split(CHUNK)
-    mean = sum(float(block.double().sum()) for block in blocks) / weight.numel()
-    squares = sum(float((block.double() - mean).square_().sum()) for block in blocks)
-    return math.sqrt(squares / max(1, weight.numel() - 1))
+    """Standard deviation of the entries of an (n, m) matrix, in float64, a block that fits in cache at a time."""
+    count, mean, squares = 0, 0.0, 0.0
+    for block in weight.reshape(-1).split(_STD_BLOCK):
+        entries = block.double()
+        size, own_mean = len(entries), float(entries.mean())
+        entries = entries - own_mean
+        step = own_mean - mean
+        squares += float(entries @ entries) + step**2 * count * size / (count + size)
+        mean += step * size / (count + size)
+        count += size
+    return math.sqrt(squares / max(1, count - 1))
 
 
 def _has_spectrum(weight: torch.Tensor) -> bool:
@@ -88,21 +114,6 @@ def _has_spectrum(weight: torch.Tensor) -> bool:
         return False
     low, high = (float(extreme) for extreme in weight.aminmax())
     return math.isfinite(low) and math.isfinite(high) and low < high
-
-
-def _add_gram(gram: torch.Tensor, weight: torch.Tensor) -> None:
-    """Add W·Wᵀ (W: n x m, n <= m, transposed where it is tall) to the lower triangle of `gram`, in float64.
-
-    By chunks of columns, so that only a chunk is ever held in float64, and by blocks of rows up to the
-    diagonal, which halves the work: `eigvalsh` reads nothing above it.
-    """
-    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    for columns in wide.split(CHUNK, dim=1):
-        chunk = columns.double()
-        for top in range(0, len(gram), _BLOCK):
-            gram[top : top + _BLOCK, : top + _BLOCK].addmm_(
-                chunk[top : top + _BLOCK], chunk[: top + _BLOCK].T
-            )
 
 
 def _exact_values(weight: torch.Tensor) -> torch.Tensor:
@@ -138,34 +149,57 @@ def from_singular_values(values: torch.Tensor, shape: tuple[int, int]) -> SnrSta
     return SnrStatistics(s1, tau, signal, noise, snr, int(above.sum()))
 
 
+def _shape(weight: torch.Tensor) -> tuple[int, int]:
+    rows, cols = weight.shape
+    return rows, cols
+
+
 def _edge(shape: tuple[int, int]) -> float:
     return 1 + math.sqrt(min(shape) / max(shape))
 
 
-def _settled(values: torch.Tensor, found: SnrStatistics, shape: tuple[int, int]) -> bool:
+def _settled(
+    values: torch.Tensor, found: SnrStatistics, shape: tuple[int, int], product: ErrorBounds
+) -> bool:
     """Whether statistics of square roots of eigenvalues are those of the singular values.
 
     The eigenvalues are off by at most E = max(n, m) · eps · s1² (a generous reading of the backward error
-    of Gram product and eigenvalue routine), and |sqrt(x) - sqrt(y)| <= E / max(sqrt(x), sqrt(E)) for
-    |x - y| <= E. Settled means: that moves no value across the threshold, which itself moves with the
-    quartiles, and none of the three sums that make the snr by more than `TOLERANCE`.
+    of Gram product and eigenvalue routine in float64), to which comes what a `product` in float32 is off, and
+    |sqrt(x) - sqrt(y)| <= E / max(sqrt(x), sqrt(E)) for |x - y| <= E. Settled means: that moves no value
+    across the threshold, which itself moves with the quartiles, and signal, noise and s1 together by no
+    more than `TOLERANCE`, relative to each.
     """
-    error = max(shape) * _EPS * found.s1**2
-    if error == 0:
+    rounding = max(shape) * _EPS * found.s1**2
+    error = ErrorBounds(rounding + product.spectral, math.sqrt(len(values)) * rounding + product.frobenius)
+    if error.spectral == 0:
         return False
-    deltas = error / values.clamp_min(math.sqrt(error))
+    inverse = 1 / values.clamp_min(math.sqrt(error.spectral))
+    deltas = error.spectral * inverse
     quartiles = torch.quantile(
         deltas, torch.tensor([0.25, 0.75], dtype=torch.float64), interpolation="higher"
     )
     threshold_error = float(quartiles.sum()) / IQR_OF_NORMAL * _edge(shape)
     if bool(((values - found.threshold).abs() <= deltas + threshold_error).any()):
         return False
-    above = values > found.threshold
-    return (
-        float(deltas[0]) <= TOLERANCE * found.s1
-        and float(deltas[above].sum()) <= TOLERANCE * found.signal
-        and float(deltas[~above].sum()) <= TOLERANCE * found.noise
-    )
+    parts = [
+        (inverse[:1], found.s1),
+        (inverse[: found.above], found.signal),
+        (inverse[found.above :], found.noise),
+    ]
+    errors = ((_error_of_sum(of, error), total) for of, total in parts if len(of))
+    return sum(off / total if total else math.inf for off, total in errors) <= TOLERANCE
+
+
+def _error_of_sum(inverse: torch.Tensor, error: ErrorBounds) -> float:
+    """How far a sum of singular values can be off whose reciprocals are `inverse`, ascending.
+
+    For the smallest ones each by the spectral bound, for the others all together by the Frobenius bound
+    (Cauchy and Schwarz); wherever one draws the line between the two, the sum of both is a bound.
+    """
+    smallest_first = torch.cat([inverse.new_zeros(1), inverse.flip(0)])
+    others = (inverse**2).sum() - (smallest_first**2).cumsum(0)
+    bounds = error.spectral * smallest_first.cumsum(0) + error.frobenius * others.clamp_min(0).sqrt()
+    return float(bounds.min())
 
 
 @lru_cache(maxsize=256)

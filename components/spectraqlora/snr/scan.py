@@ -13,6 +13,7 @@ from spectraqlora.checkpoint import Tensors
 from spectraqlora.errors import InputError
 from spectraqlora.models import module_identity
 from spectraqlora.snr.finished import FinishedRows, Row
+from spectraqlora.snr.gram import bfloat16_units
 from spectraqlora.snr.marchenko_pastur import calibrated
 from spectraqlora.snr.workers import Measured, measured
 
@@ -74,13 +75,14 @@ def scan(
         report(before, len(plan), "")
     stream = ((matrix.module, checkpoint.load(matrix.tensor, matrix.expert)) for matrix in missing)
     largest = max((checkpoint.matrix_bytes(matrix.tensor) for matrix in plan), default=0)
-    for done, result in enumerate(measured(stream, memory_budget(largest)), before + 1):
-        row = _row(result, "quantized" if checkpoint.packed else "original")
-        rows[result.module] = row
-        if finished:
-            finished.add(row)
-        if report:
-            report(done, len(plan), result.module)
+    with bfloat16_units():
+        for done, result in enumerate(measured(stream, memory_budget(largest)), before + 1):
+            row = _row(result, "quantized" if checkpoint.packed else "original")
+            rows[result.module] = row
+            if finished:
+                finished.add(row)
+            if report:
+                report(done, len(plan), result.module)
     return _table([rows[matrix.module] for matrix in plan])
 
 

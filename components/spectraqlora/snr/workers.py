@@ -8,13 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from spectraqlora.snr.marchenko_pastur import (
-    CHUNK,
-    SnrStatistics,
-    batch_statistics,
-    entry_std,
-    statistics,
-)
+from spectraqlora.snr.gram import CHUNK
+from spectraqlora.snr.marchenko_pastur import SnrStatistics, batch_statistics, entry_std, statistics
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 """(module, n x m weight) pairs."""
