@@ -79,7 +79,8 @@ def measured_error(gram: torch.Tensor, weight: torch.Tensor) -> ErrorBounds:
 
     Z are p Gaussian vectors. With u the leading eigenvector of E, |E²·Z| is at least |E|² |Zᵀu|, and |Zᵀu|² is
     chi-squared distributed with p degrees of freedom: for p = 16 it is below p / 9 with probability 4e-6.
-    So |E|² <= 3 |E²·Z| / sqrt(p), and likewise the Frobenius norm of E is at most 3 / sqrt(p) times that of E·Z.
+    So |E|² <= 3 |E²·Z| / sqrt(p). The Frobenius norm f of E, the root of the mean square e of the columns of E·Z,
+    and any t obey f² - 2 f |E| sqrt(t / p) <= e² but with probability exp(-t) (Laurent and Massart 2000, lemma 1).
 
     Args:
         gram: n x n, as `fill_gram` leaves it.
@@ -97,8 +98,9 @@ def measured_error(gram: torch.Tensor, weight: torch.Tensor) -> ErrorBounds:
         return ErrorBounds(0.0, 0.0)
     # Divided by its size in between: the square of a small error could underflow.
     twice = size * float(torch.linalg.matrix_norm(_apply_error(gram, weight, once / size), 2))
-    factor = 3 / math.sqrt(_PROBES)
-    return ErrorBounds(math.sqrt(factor * twice), factor * size)
+    spectral = math.sqrt(3 * twice / math.sqrt(_PROBES))
+    slack = spectral * math.sqrt(12.4 / _PROBES)
+    return ErrorBounds(spectral, slack + math.hypot(slack, size / math.sqrt(_PROBES)))
 
 
 def _apply_error(gram: torch.Tensor, weight: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
