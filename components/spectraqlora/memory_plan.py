@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from spectraqlora.artifacts import LinearModule, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.families import auto_class, context_length, replaced
@@ -414,6 +416,11 @@ class Need:
     largest: str
     """What takes most of it."""
 
+    @property
+    def label(self) -> str:
+        """The step, with its method where it has one."""
+        return f"{self.step} ({self.method})" if self.method else self.step
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -451,6 +458,24 @@ class Plan:
         elif self.cuda:
             made = [*made, "and a GPU of" if made else "a GPU of"]
         return " ".join([*made, f"{gib} GiB of memory"]), need.device
+
+
+def plan_for(source: str, settings: Settings, gpu_bytes: int) -> tuple[Plan, int]:
+    """The plan of a run with the base model `source`, and the bytes that a step has.
+
+    Args:
+        source: name of a shape, model folder, or hub id.
+        settings: of the run.
+        gpu_bytes: memory of the GPU; 0 is none, and steps have this machine's main memory.
+
+    Raises:
+        InputError: as `config_of` and `Outline`.
+    """
+    choice = settings.model.compute_dtype
+    short = choice in ("bfloat16", "float16") or (choice == "auto" and gpu_bytes > 0)
+    config = config_of(source, settings.model.revision, settings.model.trust_remote_code)
+    found = plan(Outline(config, 2 if short else 4), settings, cuda=gpu_bytes > 0)
+    return found, available(gpu_bytes) if gpu_bytes else int(psutil.virtual_memory().total)
 
 
 def plan(outline: Outline, settings: Settings, cuda: bool) -> Plan:

@@ -153,6 +153,9 @@ def run(
         contents = {"base_model": preflight.content_digest(base), "data": preflight.content_digest(source)}
         if settings.snr.table:
             contents["snr_table"] = preflight.content_digest(settings.snr.table)
+        memory = preflight.memory_warning(settings, base)
+    if memory:
+        console.print(memory, style="yellow", soft_wrap=True, highlight=False, markup=False)
     workdir = workdir.absolute()
     # Retraining is run again because its data changed.
     fixed = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}

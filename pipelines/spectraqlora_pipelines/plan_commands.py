@@ -52,22 +52,17 @@ def plan(
     device = size(gpu, "--gpu") if gpu else 0
     import warnings
 
-    import psutil
     from spectraqlora import memory_plan
 
     warnings.simplefilter("ignore")
 
-    choice = settings.model.compute_dtype
-    short = choice in ("bfloat16", "float16") or (choice == "auto" and bool(gpu))
     source = settings.model.base_model
     if source == "sample":
         from spectraqlora.sample.make import ensure_sample
 
         source = str(ensure_sample() / "model")
-    loaded = memory_plan.config_of(source, settings.model.revision, settings.model.trust_remote_code)
-    outline = memory_plan.Outline(loaded, 2 if short else 4)
-    found = memory_plan.plan(outline, settings, cuda=bool(gpu))
-    free = memory_plan.available(device) if gpu else int(psutil.virtual_memory().total)
+    found, free = memory_plan.plan_for(source, settings, device)
+    outline = found.outline
     where = f"a GPU of {gpu}" if gpu else "this machine"
     rows = [row(found, need, free) for need in found.needs]
     title = (
@@ -89,16 +84,14 @@ def plan(
     for need in found.needs:
         if need.device > free:
             change, then = found.changes(need, free)
-            label = f"{need.step} ({need.method})" if need.method else need.step
-            line = f"{label} takes {then / _GIB:.1f} GiB with {change}"
+            line = f"{need.label} takes {then / _GIB:.1f} GiB with {change}"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def row(found: Plan, need: Need, free: int) -> tuple[str, ...]:
     """A step's cells: name, device, host, fits, what takes most."""
-    name = f"{need.step} ({need.method})" if need.method else need.step
     host = f"{need.host / _GIB:.1f}" if found.cuda else ""
-    return name, f"{need.device / _GIB:.1f}", host, "yes" if need.device <= free else "no", need.largest
+    return need.label, f"{need.device / _GIB:.1f}", host, "yes" if need.device <= free else "no", need.largest
 
 
 def _without_host(cells: tuple[str, ...], gpu: Any) -> tuple[str, ...]:

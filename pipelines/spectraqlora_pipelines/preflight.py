@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 from spectraqlora import __version__
@@ -75,6 +76,34 @@ def _check_fit(settings: Settings, folder: Path) -> None:
 
         with _silence():
             read_given(given_table(settings.snr.table), modules)
+
+
+def memory_warning(settings: Settings, base_model: str) -> str:
+    """A line where a step may take more memory than this machine, or its GPU, has; empty where all fit.
+
+    No refusal: the plan's figures are upper bounds, and those of unusual models may be far off. A model at an
+    address is not looked at.
+    """
+    if is_address(base_model):
+        return ""
+    import torch
+    from spectraqlora.memory_plan import GIB, plan_for
+
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    try:
+        with _silence(), warnings.catch_warnings(action="ignore"):
+            plan, free = plan_for(base_model, settings, gpu)
+    except InputError:
+        return ""  # the step that loads the model says it in full
+    except Exception as error:  # of the model's own code, which runs on tensors without content
+        return f"Memory: what this model takes could not be planned ({type(error).__name__})"
+    most = max(plan.needs, key=lambda need: need.device)
+    if most.device <= free:
+        return ""
+    return (
+        f"Memory: {most.label} takes up to {most.device / GIB:.1f} GiB of the {free / GIB:.1f} GiB that "
+        f"{'the GPU' if gpu else 'this machine'} has; the command plan, given the same settings, says what to change"
+    )
 
 
 def _check_destinations(settings: Settings) -> None:

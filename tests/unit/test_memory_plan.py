@@ -13,6 +13,7 @@ from spectraqlora.models import load_quantized
 from spectraqlora.quantize_load.quantize import quantize
 from spectraqlora.settings import ModelSettings, Settings, parse
 from spectraqlora.train.activations import made_again
+from spectraqlora_pipelines.preflight import memory_warning
 from transformers import AutoConfig
 
 from tests.families import write_family
@@ -175,3 +176,11 @@ def test_the_command_prints_steps_and_advice_and_refuses_bad_sizes(tiny_model: P
     assert "train (qlora) takes" in done.stdout
     refused = subprocess.run([*CLI, "plan", "--gpu", "lots"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: --gpu: ")
+
+
+def test_a_run_warns_of_a_step_that_takes_more_than_this_machine_has(tiny_model: Path) -> None:
+    assert memory_warning(small(), str(tiny_model)) == ""
+    warning = memory_warning(small(train={"batch_size": 2**24}), str(tiny_model))
+    assert warning.startswith("Memory: train (")
+    assert "GiB that this machine has; the command plan" in warning
+    assert memory_warning(small(), "s3://bucket/model") == ""
