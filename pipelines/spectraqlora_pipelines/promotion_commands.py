@@ -150,9 +150,15 @@ def _table(settings: Settings, versions: list[Version]) -> Table:
         for metric in dict.fromkeys(wanted)
         if metric in known and any(metric in version.metrics for version in versions)
     ]
-    table = Table(title=f"Versions of {settings.tracking.registered_model}")
+    table = Table(title=f"Versions of {settings.tracking.registered_model}", pad_edge=False)
     for column in ("version", "aliases", "method", *columns, "decision"):
-        table.add_column(column, justify="right" if column in columns else "left", overflow="fold")
+        heading = column.replace("_", " ")  # a narrow terminal breaks it between words
+        table.add_column(
+            heading,
+            justify="right" if column in columns else "left",
+            overflow="fold",
+            min_width=max(map(len, heading.split())),
+        )
 
     def number(value: float | None) -> str:
         if value is None:
