@@ -79,8 +79,9 @@ def measured_error(gram: torch.Tensor, weight: torch.Tensor) -> ErrorBounds:
 
     Z are p Gaussian vectors. With u the leading eigenvector of E, |E²·Z| is at least |E|² |Zᵀu|, and |Zᵀu|² is
     chi-squared distributed with p degrees of freedom: for p = 16 it is below p / 9 with probability 4e-6.
-    So |E|² <= 3 |E²·Z| / sqrt(p). The Frobenius norm f of E, the root of the mean square e of the columns of E·Z,
-    and any t obey f² - 2 f |E| sqrt(t / p) <= e² but with probability exp(-t) (Laurent and Massart 2000, lemma 1).
+    So |E|² <= 3 |E²·Z| / sqrt(p). The Frobenius norm f of E and the root mean square e of the norms of the columns
+    of E·Z obey f² - 2 f |E| sqrt(t / p) <= e² but with probability exp(-t) (Laurent and Massart 2000, lemma 1);
+    t is 12.4, for 4e-6.
 
     Args:
         gram: n x n, as `fill_gram` leaves it.
