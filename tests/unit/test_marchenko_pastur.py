@@ -214,7 +214,7 @@ def test_a_batch_of_equal_shape_equals_its_matrices_one_by_one() -> None:
 
 def test_entry_std_is_that_of_the_entries() -> None:
     weight = 3 + torch.randn(1500, 7, generator=torch.Generator().manual_seed(2))
-    for same in (weight, weight.double()):
+    for same in (weight, weight.double(), weight.T):
         before = same.clone()
         assert entry_std(same) == pytest.approx(float(weight.double().std()), rel=1e-12)
         assert torch.equal(same, before)

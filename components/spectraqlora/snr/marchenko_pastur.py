@@ -22,6 +22,7 @@ TOLERANCE = 8e-5
 """Bound of an snr's relative error up to which it is taken from the eigenvalues of the Gram matrix."""
 _EPS = torch.finfo(torch.float64).eps
 _STD_BLOCK = 2**17
+"""Entries that fit in a core's cache in float64."""
 _REFERENCE_SIDE = 512
 
 
@@ -64,7 +65,7 @@ def batch_statistics(weights: Sequence[torch.Tensor]) -> list[SnrStatistics]:
             found[index] = result
             del left[index]
     for index, weight in left.items():
-        found[index] = from_singular_values(_exact_values(weight).cpu(), _shape(weight))
+        found[index] = from_singular_values(_exact_values(weight).cpu(), shape_of(weight))
     return found
 
 
@@ -75,7 +76,7 @@ def _from_grams(weights: dict[int, torch.Tensor], precision: torch.dtype) -> dic
     if not weights:
         return {}
     first = next(iter(weights.values()))
-    shape, side = _shape(first), min(first.shape)
+    shape, side = shape_of(first), min(first.shape)
     grams = torch.empty(len(weights), side, side, dtype=torch.float64, device=first.device)
     errors: dict[int, ErrorBounds] = {}
     for index, weight in weights.items():
@@ -96,10 +97,10 @@ def _from_grams(weights: dict[int, torch.Tensor], precision: torch.dtype) -> dic
 
 
 def entry_std(weight: torch.Tensor) -> float:
-    """Standard deviation of the entries of an (n, m) matrix, in float64, a block that fits in cache at a time."""
+    """Standard deviation of the entries of an (n, m) matrix, in float64, some rows at a time."""
     count, mean, squares = 0, 0.0, 0.0
-    for block in weight.reshape(-1).split(_STD_BLOCK):
-        entries = block.double()
+    for rows in weight.split(max(1, _STD_BLOCK // weight.shape[1])):
+        entries = rows.double().reshape(-1)
         size, own_mean = len(entries), float(entries.mean())
         entries = entries - own_mean
         step = own_mean - mean
@@ -149,7 +150,8 @@ def from_singular_values(values: torch.Tensor, shape: tuple[int, int]) -> SnrSta
     return SnrStatistics(s1, tau, signal, noise, snr, int(above.sum()))
 
 
-def _shape(weight: torch.Tensor) -> tuple[int, int]:
+def shape_of(weight: torch.Tensor) -> tuple[int, int]:
+    """(rows, columns) of a matrix."""
     rows, cols = weight.shape
     return rows, cols
 
@@ -194,12 +196,14 @@ def _error_of_sum(inverse: torch.Tensor, error: ErrorBounds) -> float:
     """How far a sum of singular values can be off whose reciprocals are `inverse`, ascending.
 
     For the smallest ones each by the spectral bound, for the others all together by the Frobenius bound
-    (Cauchy and Schwarz); wherever one draws the line between the two, the sum of both is a bound.
+    (Cauchy and Schwarz); wherever one draws the line between the two, the sum of both is a bound. The
+    Frobenius bound says nothing of those below the root of the spectral one, whose reciprocal is capped.
     """
     smallest_first = torch.cat([inverse.new_zeros(1), inverse.flip(0)])
     others = (inverse**2).sum() - (smallest_first**2).cumsum(0)
     bounds = error.spectral * smallest_first.cumsum(0) + error.frobenius * others.clamp_min(0).sqrt()
-    return float(bounds.min())
+    capped = int((inverse * math.sqrt(error.spectral) > 1 - 1e-9).sum())
+    return float(bounds[capped:].min())
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from spectraqlora.snr.gram import CHUNK
-from spectraqlora.snr.marchenko_pastur import SnrStatistics, batch_statistics, entry_std, statistics
+from spectraqlora.snr.marchenko_pastur import SnrStatistics, batch_statistics, entry_std, shape_of, statistics
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 """(module, n x m weight) pairs."""
@@ -79,17 +79,17 @@ def in_threads(weights: Weights, budget: int) -> Iterator[Measured]:
 
 def _measure(module: str, weight: torch.Tensor, threads: int) -> Measured:
     torch.set_num_threads(threads)
-    return Measured(module, _shape(weight), entry_std(weight), statistics(weight))
+    return Measured(module, shape_of(weight), entry_std(weight), statistics(weight))
 
 
 def in_batches(weights: Weights, device: torch.device) -> Iterator[Measured]:
     """Up to `_GPU_BATCH` matrices of equal shape in one call on `device`."""
     waiting: dict[tuple[int, int], list[tuple[str, torch.Tensor]]] = {}
     for module, weight in weights:
-        batch = waiting.setdefault(_shape(weight), [])
+        batch = waiting.setdefault(shape_of(weight), [])
         batch.append((module, weight.to(device)))
         if len(batch) == _GPU_BATCH:
-            yield from _batch(waiting.pop(_shape(weight)))
+            yield from _batch(waiting.pop(shape_of(weight)))
     for batch in waiting.values():
         yield from _batch(batch)
 
@@ -97,9 +97,4 @@ def in_batches(weights: Weights, device: torch.device) -> Iterator[Measured]:
 def _batch(batch: list[tuple[str, torch.Tensor]]) -> Iterator[Measured]:
     results = batch_statistics([weight for _, weight in batch])
     for (module, weight), found in zip(batch, results, strict=True):
-        yield Measured(module, _shape(weight), entry_std(weight), found)
-
-
-def _shape(weight: torch.Tensor) -> tuple[int, int]:
-    rows, cols = weight.shape
-    return int(rows), int(cols)
+        yield Measured(module, shape_of(weight), entry_std(weight), found)
