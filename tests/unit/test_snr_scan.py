@@ -41,18 +41,26 @@ def stream(count: int, rows: int = 60, cols: int = 90) -> Iterator[tuple[str, to
         yield f"model.layers.{index}.mlp.up_proj", weight
 
 
-@pytest.mark.parametrize("percent", [10, 25, 50, 75])
-def test_the_selection_equals_that_of_svdvals_in_float64(percent: float) -> None:
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "dtype"), [(60, 90, 20, torch.float32), (1024, 1100, 8, torch.bfloat16)]
+)
+def test_the_selection_equals_that_of_svdvals_in_float64(
+    rows: int, cols: int, count: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    weights = {name: weight.to(dtype) for name, weight in stream(count, rows, cols)}
+    save_file({f"{name}.weight": weight for name, weight in weights.items()}, tmp_path / "model.safetensors")
     exact = pd.DataFrame(
         {
             "module": name,
             "type": "mlp.up_proj",
-            "snr": from_singular_values(torch.linalg.svdvals(weight.double()), (60, 90)).snr,
+            "snr": from_singular_values(torch.linalg.svdvals(weight.double()), (rows, cols)).snr,
             "calibrated": 0.0,
         }
-        for name, weight in stream(20)
+        for name, weight in weights.items()
     )
-    assert top_modules(scan_tensors(stream(20)), percent) == top_modules(exact, percent)
+    found = scan(Checkpoint(tmp_path))
+    for percent in (10, 25, 50, 75):
+        assert top_modules(found, percent) == top_modules(exact, percent)
 
 
 def test_degenerate_matrices_have_a_row_without_snr_and_are_never_selected() -> None:
