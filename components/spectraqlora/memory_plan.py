@@ -104,8 +104,8 @@ def config_of(source: str, revision: str = "main", trust_remote_code: bool = Fal
         raise InputError(
             "model.base_model",
             source,
-            f"{', '.join(name.upper() for name in SHAPES)}, a model folder, or a reachable hub id "
-            f"({str(error).splitlines()[0]})",
+            f"a model folder or a reachable hub id ({str(error).splitlines()[0]}), "
+            f"or for the command plan {', '.join(name.upper() for name in SHAPES)}",
         ) from None
 
 

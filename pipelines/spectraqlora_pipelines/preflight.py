@@ -83,6 +83,9 @@ def memory_warning(settings: Settings, base_model: str) -> str:
 
     No refusal: the plan's figures are upper bounds, and those of unusual models may be far off. A model at an
     address is not looked at.
+
+    Raises:
+        InputError: the hub has no such model or cannot be reached, or it is no language model.
     """
     if is_address(base_model):
         return ""
@@ -94,7 +97,7 @@ def memory_warning(settings: Settings, base_model: str) -> str:
         with _silence(), warnings.catch_warnings(action="ignore"):
             plan, free = plan_for(base_model, settings, gpu)
     except InputError:
-        return ""  # the step that loads the model says it in full
+        raise
     except Exception as error:  # of the model's own code, which runs on tensors without content
         return f"Memory: what this model takes could not be planned ({type(error).__name__})"
     most = max(plan.needs, key=lambda need: need.device)
