@@ -60,8 +60,8 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quantized(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in 4 bits."""
-    from spectraqlora.quantize_load.quantize import quantize
     from spectraqlora.settings import ModelSettings
+    from spectraqlora.steps.quantize_load.quantize import quantize
 
     folder = tmp_path_factory.mktemp("quantized")
     quantize(ModelSettings(base_model=str(tiny_model)), folder)
@@ -71,8 +71,8 @@ def quantized(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def prepared(quantized: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows tokenized and split."""
-    from spectraqlora.prepare_data.prepare import prepare
     from spectraqlora.settings import DataSettings
+    from spectraqlora.steps.prepare_data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared")
     prepare(DataSettings(source=str(tiny_rows)), quantized, 1, folder)

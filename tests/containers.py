@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora.step_images import image
-from spectraqlora_pipelines.step_containers import connect
+from spectraqlora.runtime.images import image_reference
+from spectraqlora_pipelines.local.containers import connect
 
 
 def engine() -> Any:
@@ -24,7 +24,7 @@ def contained(
 ) -> tuple[int, str]:
     """Run a step image as strictly as a cluster does; (exit code, what it printed)."""
     container = client.containers.create(
-        image(name),
+        image_reference(name),
         list(command),
         **{
             "user": "1000680000:0",

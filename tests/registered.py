@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectraqlora.registry import CHALLENGER, Registry
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.registry import CHALLENGER, Registry
 
 
 def registry(uri: str, name: str) -> Registry:

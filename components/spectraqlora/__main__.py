@@ -6,6 +6,6 @@ import sys
 # KFP's runtime part needs none of the dependencies of its compiler.
 os.environ.setdefault("_KFP_RUNTIME", "true")
 
-from spectraqlora.by_hand import main
+from spectraqlora.runtime.command_line import main
 
 main(sys.argv[1:])

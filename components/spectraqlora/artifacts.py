@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectraqlora.errors import InputError
+from spectraqlora.files import write_text
 
 SCHEMA_VERSION = 1
 GRADIENT_INIT = "a_init.safetensors"
 """Beside a rank map: the first A (rank x in) of a module, or of a group by its first module."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of one file, in hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files, in hex."""
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
-    return total.hexdigest()
 
 
 class _Manifest(BaseModel):
@@ -245,6 +219,21 @@ class Evaluation(_Manifest):
     @classmethod
     def filename(cls) -> str:
         return "evaluation.json"
+
+    def headline(self) -> dict[str, float]:
+        """The numbers of an evaluation that a table of runs shows."""
+        values = {
+            "eval_loss": self.eval_loss,
+            "base_eval_loss": self.base_eval_loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "base_accuracy": self.base_accuracy,
+            "trainable_parameters": float(self.trainable_parameters),
+            "train_seconds": self.train_seconds,
+            "train_tokens_per_second": self.train_tokens_per_second,
+            "peak_memory_bytes": float(self.peak_memory_bytes),
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class MergedModel(_Manifest):

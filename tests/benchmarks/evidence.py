@@ -85,10 +85,10 @@ class Study:
 
     def prepare(self, data: Path, rows: int, eval_rows: int) -> None:
         """Quantize, measure SNR, and prepare the tuning rows and the study's rows, none in both."""
-        from spectraqlora.prepare_data.prepare import prepare
-        from spectraqlora.quantize_load.quantize import quantize
         from spectraqlora.settings import DataSettings, ModelSettings, SnrSettings
-        from spectraqlora.snr_analyze.analyze import analyze
+        from spectraqlora.steps.prepare_data.prepare import prepare
+        from spectraqlora.steps.quantize_load.quantize import quantize
+        from spectraqlora.steps.snr_analyze.analyze import analyze
 
         if (self.work / "study" / "manifest.json").exists():
             return
@@ -113,9 +113,9 @@ class Study:
 
     def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
         """Train one arm once; the result as one line of `runs.jsonl`."""
-        from spectraqlora.select_layers.select import select
         from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
-        from spectraqlora.train.training import train
+        from spectraqlora.steps.select_layers.select import select
+        from spectraqlora.steps.train.training import train
 
         quantized, data = self.work / "quantized", self.work / split
         settings = SelectSettings(rank=RANK, rank_high=RANK, rank_low=RANK // 2, **arm.select)
@@ -154,8 +154,8 @@ class Study:
         import torch
         from peft.helpers import find_kappa_target_modules
         from spectraqlora.artifacts import QuantizedModel
-        from spectraqlora.models import load_plain
-        from spectraqlora.selection import rank_map
+        from spectraqlora.methods.ranks import rank_map
+        from spectraqlora.models.loading import load_plain
 
         manifest = QuantizedModel.read(self.work / "quantized")
         model = load_plain(Path(self.base), torch.float32)
@@ -295,9 +295,9 @@ def main() -> None:
     known = runs.read()
     results = [known[key] for key in wanted]
 
-    from spectraqlora.models import load_quantized
-    from spectraqlora.rows import load_rows
-    from spectraqlora.scoring import score
+    from spectraqlora.models.loading import load_quantized
+    from spectraqlora.scoring.batches import load_rows
+    from spectraqlora.scoring.loss import score
 
     base = score(
         load_quantized(study.work / "quantized")[0], load_rows(study.work / "study", "eval"), 32

@@ -18,7 +18,7 @@ METHODS = ("qlora", "hybrid", "alors", "sgm")
 
 def table() -> str:
     """The Markdown table, GiB."""
-    from spectraqlora import memory_plan
+    from spectraqlora.planning import memory_plan
     from spectraqlora.settings import parse
 
     settings = parse(SETTINGS)

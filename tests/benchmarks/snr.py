@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from spectraqlora.checkpoint import Checkpoint
+from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.snr.gram import bfloat16_units
 from spectraqlora.snr.marchenko_pastur import from_singular_values
 from spectraqlora.snr.scan import memory_budget, scan
@@ -148,7 +148,7 @@ def write_checkpoint(folder: Path, size: int, layer: list[Shape], shard_size: in
 def scan_and_print_peak(folder: Path) -> None:
     """Scan a checkpoint and print {matrices, seconds, peak} (bytes resident) as JSON."""
     start = time.perf_counter()
-    table = scan(Checkpoint(folder))
+    table = scan(LocalTensors(folder))
     seconds = time.perf_counter() - start
     print(json.dumps({"matrices": len(table), "seconds": seconds, "peak": _peak_resident()}))
 

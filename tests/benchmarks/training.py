@@ -43,10 +43,10 @@ SIDES = {
 def make_model(folder: Path, options: argparse.Namespace) -> int:
     """Write the model's 4-bit and SNR artifacts; returns its parameter count."""
     import torch
-    from spectraqlora.quantize_load.quantize import quantize
     from spectraqlora.sample import make, world
     from spectraqlora.settings import ModelSettings, SnrSettings
-    from spectraqlora.snr_analyze.analyze import analyze
+    from spectraqlora.steps.quantize_load.quantize import quantize
+    from spectraqlora.steps.snr_analyze.analyze import analyze
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -95,7 +95,6 @@ class Meter:
         import datasets  # noqa: F401
         import torch
         from peft import get_peft_model  # noqa: F401
-        from spectraqlora.train import training  # noqa: F401
         from transformers import Trainer  # noqa: F401
 
         # Libraries are imported by now: their code is no memory of the training.
@@ -125,7 +124,7 @@ class Meter:
 
 def load(folder: Path) -> Any:
     """The 4-bit model, read from disk to the last byte: weights are mapped, and would else count as training's."""
-    from spectraqlora.models import load_quantized
+    from spectraqlora.models.loading import load_quantized
 
     model, _ = load_quantized(folder / "quantized")
     for parameter in model.parameters():
@@ -137,7 +136,7 @@ def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Plain PEFT as its documentation shows it."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from spectraqlora.rows import Collator
+    from spectraqlora.scoring.batches import Collator
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     torch.manual_seed(0)
@@ -176,13 +175,13 @@ def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, float]:
     """The train step's own code, timed by its progress calls."""
     from datasets import Dataset
-    from spectraqlora import adapters
     from spectraqlora.artifacts import QuantizedModel
-    from spectraqlora.selection import rank_map
+    from spectraqlora.methods.ranks import rank_map
+    from spectraqlora.models import adapters
     from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
-    from spectraqlora.signals import weight_scores
+    from spectraqlora.signals.scores import weight_scores
     from spectraqlora.snr.table import read_table
-    from spectraqlora.train import training
+    from spectraqlora.steps.train import training
 
     manifest = QuantizedModel.read(folder / "quantized")
     settings = SelectSettings(rank=16, percent=side.get("percent", 100))

@@ -205,7 +205,7 @@ def test_secrets_stand_in_the_release_by_name_alone(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_config_map_holds_settings_and_a_values_file_that_we_accept(case: str, tmp_path: Path) -> None:
     from spectraqlora.settings import parse
-    from spectraqlora_pipelines.cluster_values import read_values
+    from spectraqlora_pipelines.cluster.values import read_values
 
     data = find(
         [o for o in rendered(case) if o["kind"] == "ConfigMap" and "settings.yaml" in o["data"]], "ConfigMap"
@@ -293,7 +293,7 @@ def test_the_hooks_own_command_publishes_to_kubeflow_pipelines(case: str, tmp_pa
 
 
 def test_the_jobs_environment_has_names_that_the_command_line_reads() -> None:
-    from spectraqlora_pipelines import kubeflow_commands
+    from spectraqlora_pipelines.cli import kubeflow_commands
 
     source = Path(kubeflow_commands.__file__).read_text()
     container = find(rendered("full"), "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]

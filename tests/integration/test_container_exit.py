@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from kfp import dsl, local
-from spectraqlora.step_images import image
-from spectraqlora_pipelines.step_containers import WORKDIR_LABEL, Surroundings, replace_kfps
+from spectraqlora.runtime.images import image_reference
+from spectraqlora_pipelines.local.containers import WORKDIR_LABEL, Surroundings, replace_kfps
 
 from tests.containers import engine
 from tests.integration.test_dag import CLI, spectraqlora
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 TIMES = 50
 
 
-@dsl.component(base_image=image("light"), install_kfp_package=False)
+@dsl.component(base_image=image_reference("light"), install_kfp_package=False)
 def fails(number: int, left: dsl.Output[dsl.Artifact]):  # type: ignore[no-untyped-def]
     """Write the output, then end with an error: only the exit code tells."""
     import os
@@ -30,12 +30,12 @@ def fails(number: int, left: dsl.Output[dsl.Artifact]):  # type: ignore[no-untyp
     sys.exit(number % 3 + 1)
 
 
-@dsl.component(base_image=image("light"), install_kfp_package=False)
+@dsl.component(base_image=image_reference("light"), install_kfp_package=False)
 def forgets(left: dsl.Output[dsl.Artifact]):  # type: ignore[no-untyped-def]
     """End well without an output."""
 
 
-@dsl.component(base_image=image("light"), install_kfp_package=False)
+@dsl.component(base_image=image_reference("light"), install_kfp_package=False)
 def writes(left: dsl.Output[dsl.Artifact]):  # type: ignore[no-untyped-def]
     """Do as it should."""
     import os

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import boto3  # type: ignore[import-untyped]
 import pytest
-from spectraqlora.artifacts import folder_digest
-from spectraqlora_pipelines.step_containers import IMAGE_USER
+from spectraqlora.files import folder_digest
+from spectraqlora_pipelines.local.containers import IMAGE_USER
 
 from tests.containers import engine
 from tests.integration.test_dag import CLI, METHODS

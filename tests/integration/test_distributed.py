@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from spectraqlora import adapters
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError
-from spectraqlora.models import load_quantized
+from spectraqlora.models import adapters
+from spectraqlora.models.loading import load_quantized
 from spectraqlora.settings import EvaluateSettings, TrackingSettings, TrainSettings
-from spectraqlora.step import run_train
-from spectraqlora.train import distributed
+from spectraqlora.steps.train import distributed
+from spectraqlora.steps.train.step import run as run_train
 
 from tests.unit.test_adapters import DOWN, Q0, Q1, logits, randomize, rank_map
 

@@ -33,7 +33,7 @@ STEPS = 400
 SETTINGS = TrainSettings(
     max_steps=STEPS, batch_size=2, gradient_accumulation=2, lora_dropout=0.2, evaluations=5, weight_decay=0.01
 )
-PRELOADED = ["spectraqlora.train.training", "transformers", "peft", "bitsandbytes", "datasets", "boto3"]
+PRELOADED = ["spectraqlora.steps.train.training", "transformers", "peft", "bitsandbytes", "datasets", "boto3"]
 
 
 def attempt(
@@ -200,7 +200,7 @@ SEVERAL = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from spectraqlora.step import run_train
+from spectraqlora.steps.train.step import run as run_train
 quantized, data, ranks, adapter, uri, kept = sys.argv[1:]
 run_train(
     "run", 1, {"max_steps": 30, "batch_size": 4, "lora_dropout": 0.2, "processes": 2, "evaluations": 3}, {},

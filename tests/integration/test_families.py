@@ -11,14 +11,6 @@ import pytest
 import torch
 from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel
 from spectraqlora.errors import InputError
-from spectraqlora.merge_export.merge import merge_export
-from spectraqlora.prepare_data.prepare import prepare
-from spectraqlora.promote.scoring import load_registered
-from spectraqlora.quantize_load.quantize import quantize
-from spectraqlora.re_evaluate.evaluate import re_evaluate
-from spectraqlora.register.registry import register
-from spectraqlora.registry import Registry
-from spectraqlora.select_layers.select import select
 from spectraqlora.settings import (
     DataSettings,
     EvaluateSettings,
@@ -29,9 +21,17 @@ from spectraqlora.settings import (
     TrainSettings,
 )
 from spectraqlora.snr.table import read_table
-from spectraqlora.snr_analyze.analyze import analyze
-from spectraqlora.tracking import Tracker
-from spectraqlora.train.training import train
+from spectraqlora.steps.merge_export.merge import merge_export
+from spectraqlora.steps.prepare_data.prepare import prepare
+from spectraqlora.steps.promote.rescore import load_registered
+from spectraqlora.steps.quantize_load.quantize import quantize
+from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
+from spectraqlora.steps.register.register import register
+from spectraqlora.steps.select_layers.select import select
+from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora.steps.train.training import train
+from spectraqlora.tracking.registry import Registry
+from spectraqlora.tracking.runs import Tracker
 
 from tests.families import FAMILIES, UNFORESEEN, write_family, write_own_code
 
@@ -220,7 +220,7 @@ def _branch(
 
 
 def test_falcon_computes_the_same_from_plain_linear_layers(tmp_path: Path) -> None:
-    from spectraqlora.families import plain_linears
+    from spectraqlora.models.families import plain_linears
     from transformers import AutoModelForCausalLM
 
     base = write_family("falcon", tmp_path / "base")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
-from spectraqlora_pipelines import cli
+from spectraqlora_pipelines.app import app
 from typer.testing import CliRunner, Result
 
 from tests.kfp_server import KfpServer
@@ -48,7 +48,7 @@ def command(server: KfpServer, config: Path, monkeypatch: pytest.MonkeyPatch, tm
 
     def run(*arguments: str, **environment: str) -> Result:
         variables = {"SPECTRAQLORA_KFP_HOST": server.endpoint, "SPECTRAQLORA_CONFIG": str(config)}
-        return CliRunner().invoke(cli.app, list(arguments), env={**variables, **environment})
+        return CliRunner().invoke(app.app, list(arguments), env={**variables, **environment})
 
     return run
 

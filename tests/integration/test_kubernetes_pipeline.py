@@ -16,7 +16,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-CLI = [sys.executable, "-m", "spectraqlora_pipelines.cli"]
+CLI = [sys.executable, "-m", "spectraqlora_pipelines.app"]
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "s3cr3t-0f-s3",
     "HF_TOKEN": "hf_s3cr3t",
@@ -140,7 +140,7 @@ def test_a_bad_command_is_refused_in_one_line_and_writes_nothing(
 def test_submit_and_schedule_take_images_and_the_runs_account_from_the_values_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectraqlora_pipelines import cli
+    from spectraqlora_pipelines.app import app
     from typer.testing import CliRunner
 
     from tests.kfp_server import KfpServer
@@ -153,7 +153,7 @@ def test_submit_and_schedule_take_images_and_the_runs_account_from_the_values_fi
         shared = ["--host", server.endpoint, "--config", str(tmp_path / "settings.yaml"),
                   "--values", str(GOLDEN / "values-full.yaml")]  # fmt: skip
         for command in (["submit"], ["schedule", "create", "nightly", "--cron", "0 3 * * *"]):
-            done = CliRunner().invoke(cli.app, [*command, *shared])
+            done = CliRunner().invoke(app.app, [*command, *shared])
             assert done.exit_code == 0, (done.output, done.exception)
         (run,) = server.state.runs.values()
         (recurring,) = server.state.recurring.values()
@@ -164,7 +164,7 @@ def test_submit_and_schedule_take_images_and_the_runs_account_from_the_values_fi
         uploaded = [json.dumps(version) for version in server.state.versions.values()]
         assert len(uploaded) == 2
         refused = CliRunner().invoke(
-            cli.app, ["submit", *shared, "--package", str(GOLDEN / "pipeline-full.yaml")]
+            app.app, ["submit", *shared, "--package", str(GOLDEN / "pipeline-full.yaml")]
         )
         assert "--values" in str(refused.exception)
         assert server.problems == []

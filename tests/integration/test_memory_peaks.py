@@ -48,7 +48,7 @@ CALIBRATION = """
 import json, sys
 from pathlib import Path
 from spectraqlora.artifacts import QuantizedModel
-from spectraqlora.gradients import sketch_gradients
+from spectraqlora.signals.gradients import sketch_gradients
 from tests.benchmarks import training as bench
 
 folder, rows, tokens, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
@@ -82,7 +82,7 @@ def _last_line(script: list[str]) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Path) -> None:
-    from spectraqlora import memory_plan
+    from spectraqlora.planning import memory_plan
     from spectraqlora.settings import parse
 
     side = CASES[name]
@@ -109,7 +109,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Pa
 
 
 def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_peak(model: Path) -> None:
-    from spectraqlora import memory_plan
+    from spectraqlora.planning import memory_plan
     from spectraqlora.settings import parse
 
     rows, tokens = OPTIONS["batch"], OPTIONS["tokens"]

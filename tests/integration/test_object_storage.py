@@ -12,15 +12,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from spectraqlora import adapters
 from spectraqlora.artifacts import MergedModel, QuantizedModel
 from spectraqlora.errors import InputError
-from spectraqlora.quantize_load.quantize import quantize
+from spectraqlora.models import adapters
 from spectraqlora.settings import ExportSettings, ModelSettings, SnrSettings, parse
 from spectraqlora.snr.table import read_table
-from spectraqlora.snr_analyze.analyze import analyze
+from spectraqlora.steps.quantize_load.quantize import quantize
+from spectraqlora.steps.snr_analyze.analyze import analyze
 from spectraqlora.storage import download_folder, parse_address, upload_file, upload_folder
-from spectraqlora_pipelines import cli, preflight
+from spectraqlora_pipelines.app import app
+from spectraqlora_pipelines.local import preflight
 
 from tests.integration.test_dag import CLI
 from tests.s3 import BUCKET, SECRET_KEY, Fault, Proxy, Server, environment, free_port
@@ -74,20 +75,20 @@ def test_snr_of_a_model_in_object_storage_needs_no_copy_of_it(
 def test_a_packed_model_is_scanned_in_object_storage_as_on_disk(
     server: Server, quantized: Path, tmp_path: Path
 ) -> None:
-    from spectraqlora.checkpoint import Checkpoint
+    from spectraqlora.models.remote_tensors import S3Tensors
+    from spectraqlora.models.tensors import LocalTensors
     from spectraqlora.snr.scan import scan
-    from spectraqlora.storage import S3Checkpoint
 
     upload_folder(quantized / "model", parse_address(f"s3://{BUCKET}/models/packed"))
-    remote = S3Checkpoint(parse_address(f"s3://{BUCKET}/models/packed"))
+    remote = S3Tensors(parse_address(f"s3://{BUCKET}/models/packed"))
     assert remote.packed
-    pd.testing.assert_frame_equal(scan(remote), scan(Checkpoint(quantized / "model")))
+    pd.testing.assert_frame_equal(scan(remote), scan(LocalTensors(quantized / "model")))
 
 
 def test_steps_take_the_base_from_its_address_and_notice_another_one(
     server: Server, model: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    from spectraqlora.models import original_folder
+    from spectraqlora.models.loading import original_folder
 
     address = f"s3://{BUCKET}/models/changing"
     upload_folder(tiny_model, parse_address(address))
@@ -132,9 +133,9 @@ def test_the_content_digest_follows_what_is_there(server: Server, tmp_path: Path
 
 
 def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path, server: Server) -> None:
-    from spectraqlora.merge_export.merge import merge_export
-    from spectraqlora.models import load_quantized
+    from spectraqlora.models.loading import load_quantized
     from spectraqlora.settings import EvaluateSettings
+    from spectraqlora.steps.merge_export.merge import merge_export
 
     from tests.unit.results import evaluation
     from tests.unit.test_adapters import Q0, randomize, rank_map
@@ -234,7 +235,7 @@ def test_what_is_wrong_with_an_address_is_one_line_and_exit_code_2(
             for name, value in variables.items():
                 patch.setenv(name, value)
             with pytest.raises(SystemExit) as end:
-                cli.main()
+                app.main()
         printed = capsys.readouterr()
         assert end.value.code == 2, (changes, variables, printed)
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err

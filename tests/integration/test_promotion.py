@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora.promote.promotion import Outcome, Promotion, rollback
-from spectraqlora.registry import CHAMPION, PREVIOUS, Registry
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
-from spectraqlora_pipelines import cli
+from spectraqlora.steps.promote.promotion import Outcome, Promotion, rollback
+from spectraqlora.tracking.registry import CHAMPION, PREVIOUS, Registry
+from spectraqlora_pipelines.app import app
 from typer.testing import CliRunner, Result
 
 from tests.registered import register, registry
@@ -152,7 +152,7 @@ def command(workdir: Path, models: Registry, monkeypatch: pytest.MonkeyPatch) ->
     def run(*arguments: str, uri: str = str(workdir)) -> Result:
         given = ["--uri", uri, "--name", models.name]
         given += ["--set", "tracking.experiment=registry tests"]
-        return CliRunner().invoke(cli.app, [*arguments, *given])
+        return CliRunner().invoke(app.app, [*arguments, *given])
 
     return run
 
@@ -187,7 +187,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
     arguments: list[str], words: list[str], models: Registry, command: Callable[..., Result]
 ) -> None:
     register(models, loss=2.0)
-    result = command(*arguments) if "a/b" not in str(arguments) else CliRunner().invoke(cli.app, arguments)
+    result = command(*arguments) if "a/b" not in str(arguments) else CliRunner().invoke(app.app, arguments)
     assert isinstance(result.exception, InputError), (result.output, result.exception)
     for word in words:
         assert word in str(result.exception) and "\n" not in str(result.exception)

@@ -7,9 +7,9 @@ import multiprocessing
 from typing import Any
 
 import pytest
-from spectraqlora.promote.promotion import Outcome, Promotion
-from spectraqlora.registry import CHAMPION, PREVIOUS
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
+from spectraqlora.steps.promote.promotion import Outcome, Promotion
+from spectraqlora.tracking.registry import CHAMPION, PREVIOUS
 
 from tests.mlflow_server import MlflowServer
 from tests.registered import register, registry

@@ -8,19 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from spectraqlora.artifacts import MergedModel, QuantizedModel, folder_digest
-from spectraqlora.eval_rows import read_eval_rows
-from spectraqlora.promote.promotion import Promotion
-from spectraqlora.promote.scoring import guard_perplexity, load_registered, score_again
-from spectraqlora.register.registry import register
-from spectraqlora.registry import ADAPTER, EVAL_ROWS, Registry
-from spectraqlora.settings import (
-    EvaluateSettings,
-    PromoteSettings,
-    SelectSettings,
-    TrackingSettings,
-)
-from spectraqlora.tracking import Tracker
+from spectraqlora.artifacts import MergedModel, QuantizedModel
+from spectraqlora.files import folder_digest
+from spectraqlora.scoring.held_out import read_eval_rows
+from spectraqlora.settings import EvaluateSettings, PromoteSettings, SelectSettings, TrackingSettings
+from spectraqlora.steps.promote.promotion import Promotion
+from spectraqlora.steps.promote.rescore import guard_perplexity, load_registered, score_again
+from spectraqlora.steps.register.register import register
+from spectraqlora.tracking.registry import ADAPTER, EVAL_ROWS, Registry
+from spectraqlora.tracking.runs import Tracker
 
 from tests.unit.results import evaluation
 
@@ -46,9 +42,9 @@ def exported(quantized: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     """A winner: an adapter that is not zero, and the base with it merged in."""
     import torch
     from peft import PeftModel
-    from spectraqlora import adapters
-    from spectraqlora.models import load_plain
-    from spectraqlora.selection import rank_map
+    from spectraqlora.methods.ranks import rank_map
+    from spectraqlora.models import adapters
+    from spectraqlora.models.loading import load_plain
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("winner")
@@ -112,8 +108,8 @@ def test_the_champion_generates_text_with_mlflow_alone(
 def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     exported: Path, prepared: Path, quantized: Path, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
-    from spectraqlora.prepare_data.prepare import prepare
     from spectraqlora.settings import DataSettings
+    from spectraqlora.steps.prepare_data.prepare import prepare
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     plain = tmp_path / "plain"

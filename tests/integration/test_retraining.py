@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spectraqlora.registry import Registry
 from spectraqlora.sample.make import ensure_sample
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.registry import Registry
 
 from tests.integration.test_dag import spectraqlora
 

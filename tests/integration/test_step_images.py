@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from spectraqlora import __version__
 from spectraqlora.artifacts import RankMap, TrainingLog
-from spectraqlora.step_images import image, images
-from spectraqlora_pipelines.step_containers import IMAGE_USER
+from spectraqlora.runtime.images import image_reference, images
+from spectraqlora_pipelines.local.containers import IMAGE_USER
 
 from tests.containers import contained, engine
 
@@ -19,14 +19,13 @@ pytestmark = pytest.mark.e2e
 LIMIT_BYTES = {"light": 600e6, "train": 2.0e9}
 IMPORTS = """
 import importlib.util, os, sys
-from spectraqlora.by_hand import steps
+from spectraqlora.runtime.command_line import steps
 for step in steps():
-    package = "spectraqlora." + step.replace("-", "_")
+    package = "spectraqlora.steps." + step.replace("-", "_")
     folder = importlib.import_module(package).__path__[0]
     for name in sorted(os.listdir(folder)):
         if name.endswith(".py") and name != "component.py":
             importlib.import_module(f"{package}.{name[:-3]}")
-import spectraqlora.step
 print("torch" in sys.modules or importlib.util.find_spec("torch") is not None)
 """
 
@@ -38,7 +37,7 @@ def docker() -> Any:
 
 @pytest.mark.parametrize("name", images())
 def test_labels_user_and_size(docker: Any, name: str) -> None:
-    found = docker.images.get(image(name))
+    found = docker.images.get(image_reference(name))
     config = found.attrs["Config"]
     labels = config["Labels"]
     assert labels["org.opencontainers.image.version"] == __version__
@@ -65,7 +64,7 @@ ls /usr/local/share/ca-certificates
     if "/usr/local/bin/pip" in said:  # Docker's own Python image brings the installer.
         said = re.sub(r"/usr/local/bin/pip3?\nfound\n", "", said)
     assert (code, said) == (0, "")
-    history = json.dumps(docker.images.get(image(name)).history())
+    history = json.dumps(docker.images.get(image_reference(name)).history())
     assert not re.search(r"secret|token=|password|PIP_|https?://", history, re.IGNORECASE)
 
 

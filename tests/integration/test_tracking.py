@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from spectraqlora import live_metrics
 from spectraqlora.artifacts import PreparedData, RankMap, TrainingLog
 from spectraqlora.errors import InputError
-from spectraqlora.live_metrics import LiveMetrics
 from spectraqlora.settings import EvaluateSettings, SelectSettings, TrackingSettings, TrainSettings
-from spectraqlora.tracking import Tracker
+from spectraqlora.tracking import live as live_metrics
+from spectraqlora.tracking.live import LiveMetrics
+from spectraqlora.tracking.runs import Tracker
 
 from tests import s3
 from tests.mlflow_server import MlflowServer
@@ -107,8 +107,8 @@ def test_training_goes_on_while_the_server_is_away_and_the_curves_arrive_whole(
     quantized: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     from spectraqlora.artifacts import QuantizedModel
-    from spectraqlora.selection import rank_map
-    from spectraqlora.train.training import train
+    from spectraqlora.methods.ranks import rank_map
+    from spectraqlora.steps.train.training import train
 
     monkeypatch.setattr(live_metrics, "SEND_SECONDS", 0.1)
     monkeypatch.setattr(live_metrics, "SAMPLE_SECONDS", 0.5)

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora import adapters
-from spectraqlora.models import load_quantized
-from spectraqlora.train import activations
-from spectraqlora.train.activations import elementwise_remade, recompute_blocks
+from spectraqlora.models import activations, adapters
+from spectraqlora.models.activations import elementwise_remade, recompute_blocks
+from spectraqlora.models.loading import load_quantized
 
 from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
 

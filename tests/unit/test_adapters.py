@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora import adapters
 from spectraqlora.artifacts import ModuleRank, QuantizedModel, RankMap
 from spectraqlora.errors import InputError
-from spectraqlora.models import load_quantized
-from spectraqlora.re_evaluate.next_round import carry_over
+from spectraqlora.methods.next_round import carry_over
+from spectraqlora.models import adapters
+from spectraqlora.models.loading import load_quantized
 
 
 def rank_map(quantized: Path, ranks: dict[str, int], groups: dict[str, int] | None = None) -> RankMap:

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from spectraqlora.checkpoint import check_model_folder
 from spectraqlora.errors import InputError
+from spectraqlora.models.tensors import check_model_folder
 
 
 def test_good_folders_pass(tiny_model: Path) -> None:

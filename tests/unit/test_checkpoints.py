@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora import adapters
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError, Stopped
+from spectraqlora.models import adapters
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
-from spectraqlora.train.training import train
+from spectraqlora.steps.train.training import train
 
 from tests.s3 import BUCKET, SECRET_KEY, Fault, Proxy, Request, Server, environment
 from tests.unit.test_adapters import DOWN, Q0, rank_map
@@ -32,10 +32,10 @@ SETTINGS = TrainSettings(
 SCRIPT = """
 import sys
 from pathlib import Path
-from spectraqlora.step import _step
+from spectraqlora.runtime.step import step
 from tests.unit.test_checkpoints import trained
 arguments = [Path(a) for a in sys.argv[1:5]]
-@_step
+@step
 def run():
     trained(*arguments)
 run()
@@ -337,7 +337,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     output = tmp_path / "adapter"
     script = f"""
 import resource, sys
-from spectraqlora.train import checkpoints
+from spectraqlora.steps.train import checkpoints
 write, count = checkpoints.Checkpoints._write, 0
 def limited(self, *arguments):
     global count

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 from spectraqlora.errors import InputError
-from spectraqlora_pipelines.cluster_values import (
+from spectraqlora.runtime.images import step_names
+from spectraqlora_pipelines.cluster.values import (
     NEVER_CACHED,
     ClusterValues,
     amount,
-    known_steps,
     read_values,
     reference,
     seconds,
@@ -53,10 +53,8 @@ def test_an_empty_file_gives_training_shared_memory_and_every_deterministic_step
 ) -> None:
     found = values("", tmp_path)
     assert found.step("train").shm == "1Gi" and found.step("compare").shm is None
-    assert {name for name in known_steps() if not found.step(name).caching} == NEVER_CACHED & set(
-        known_steps()
-    )
-    assert "register" in known_steps()
+    assert {name for name in step_names() if not found.step(name).caching} == NEVER_CACHED & set(step_names())
+    assert "register" in step_names()
 
 
 def test_defaults_that_cache_leave_register_uncached(tmp_path: Path) -> None:

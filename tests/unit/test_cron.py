@@ -2,7 +2,7 @@
 
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora_pipelines.cron import cron_line, interval_seconds
+from spectraqlora_pipelines.cluster.cron import cron_line, interval_seconds
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import math
 
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora.promote.gate import decide
 from spectraqlora.settings import PromoteSettings
+from spectraqlora.steps.promote.gate import decide
 
 
 def decision(challenger: dict, champion: dict | None, **settings: object) -> bool:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from spectraqlora import adapters, head_loss
-from spectraqlora.head_loss import HeadLoss
-from spectraqlora.models import load_plain, load_quantized
-from spectraqlora.rows import IGNORED
+from spectraqlora.models import adapters
+from spectraqlora.models.loading import load_plain, load_quantized
+from spectraqlora.scoring import head_loss
+from spectraqlora.scoring.batches import IGNORED
+from spectraqlora.scoring.head_loss import HeadLoss
 
 from tests.families import write_family
 from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from spectraqlora import by_hand
-from spectraqlora.step_images import images
+from spectraqlora.runtime import command_line
+from spectraqlora.runtime.images import images
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"
@@ -35,8 +35,8 @@ def locks_of(image: str) -> list[Path]:
 def test_every_image_that_a_component_names_has_a_folder_and_its_own_name() -> None:
     folders = {path.parent.name for path in IMAGES.glob("*/requirements.lock")} - {"base"}
     assert folders == set(images())
-    assert set(by_hand.steps()) == {
-        path.parent.name.replace("_", "-") for path in PACKAGE.glob("*/component.py")
+    assert set(command_line.steps()) == {
+        path.parent.name.replace("_", "-") for path in PACKAGE.glob("steps/*/component.py")
     }
 
 
@@ -93,15 +93,11 @@ def imports(tree: ast.AST) -> tuple[set[str], set[str]]:
     return own, {name.split(".")[0] for name in names - own} - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("step", by_hand.steps())
+@pytest.mark.parametrize("step", command_line.steps())
 def test_an_image_holds_what_its_steps_may_import(step: str) -> None:
     """Followed from the step's function through every module that it may reach."""
-    (start,) = [
-        node
-        for node in ast.parse((PACKAGE / "step.py").read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name == "run_" + step.replace("-", "_")
-    ]
-    waiting, needed = imports(start)
+    folder = f"spectraqlora.steps.{step.replace('-', '_')}"
+    waiting, needed = {f"{folder}.component", f"{folder}.step"}, set[str]()
     seen: set[str] = set()
     while waiting:
         name = waiting.pop()

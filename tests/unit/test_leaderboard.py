@@ -1,9 +1,9 @@
 """The winner: lowest loss, ties within noise to fewer parameters, controls never."""
 
 import pytest
-from spectraqlora.compare.leaderboard import rank, winner
 from spectraqlora.errors import InputError
-from spectraqlora.paired import difference_stderr
+from spectraqlora.scoring.statistics import difference_stderr
+from spectraqlora.steps.compare.leaderboard import rank, winner
 
 from tests.unit.results import evaluation
 

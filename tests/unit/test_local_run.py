@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spectraqlora_pipelines.local_run import _Lines
+from spectraqlora_pipelines.local.run import _Lines
 
 
 def test_a_refusal_is_remembered_however_much_is_written_after_it(tmp_path: Path) -> None:

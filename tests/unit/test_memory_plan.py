@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from spectraqlora import adapters, memory_plan
 from spectraqlora.errors import InputError
-from spectraqlora.models import load_quantized
-from spectraqlora.quantize_load.quantize import quantize
+from spectraqlora.models import adapters
+from spectraqlora.models.activations import made_again
+from spectraqlora.models.loading import load_quantized
+from spectraqlora.planning import memory_plan
 from spectraqlora.settings import ModelSettings, Settings, parse
-from spectraqlora.train.activations import made_again
-from spectraqlora_pipelines.preflight import memory_warning
+from spectraqlora.steps.quantize_load.quantize import quantize
+from spectraqlora_pipelines.local.preflight import memory_warning
 from transformers import AutoConfig
 
 from tests.families import write_family

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from spectraqlora.artifacts import LinearModule, RankMap
-from spectraqlora.re_evaluate.evaluate import keep_earned
-from spectraqlora.re_evaluate.next_round import carry_over, next_rank_map
-from spectraqlora.re_evaluate.updates import UpdateSpectrum, update_spectrum
-from spectraqlora.selection import cost, rank_map
+from spectraqlora.methods.next_round import carry_over, next_rank_map
+from spectraqlora.methods.ranks import cost, rank_map
+from spectraqlora.methods.updates import UpdateSpectrum, update_spectrum
 from spectraqlora.settings import SelectSettings
+from spectraqlora.steps.re_evaluate.evaluate import keep_earned
 
 MODULES = [
     LinearModule(

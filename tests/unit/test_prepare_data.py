@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from spectraqlora.artifacts import PreparedData
+from spectraqlora.data.layouts import messages_of, recognise
+from spectraqlora.data.sources import check_source
 from spectraqlora.errors import InputError
-from spectraqlora.prepare_data.layouts import messages_of, recognise
-from spectraqlora.prepare_data.prepare import prepare
-from spectraqlora.prepare_data.source import check_source
-from spectraqlora.rows import load_rows
+from spectraqlora.scoring.batches import load_rows
 from spectraqlora.settings import DataSettings
+from spectraqlora.steps.prepare_data.prepare import prepare
 
 
 def _jsonl(path: Path, rows: list[dict]) -> str:
@@ -45,7 +45,7 @@ def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: P
     found = prepare(DataSettings(source=source, max_length=64), quantized, 1, out)
     assert (found.dropped_empty, found.dropped_long) == (1, 1)
     assert found.train_rows + found.eval_rows == 18
-    from spectraqlora.models import load_tokenizer
+    from spectraqlora.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(quantized / "model")
     row = load_rows(out, "train")[0]

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora import adapters
 from spectraqlora.artifacts import QuantizedModel, TrainingLog
-from spectraqlora.checkpoint import Checkpoint
-from spectraqlora.models import load_quantized
-from spectraqlora.re_evaluate.evaluate import re_evaluate
+from spectraqlora.models import adapters
+from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
 from spectraqlora.snr.marchenko_pastur import statistics
 from spectraqlora.snr.scan import tensors_of
+from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
 
 from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
 
@@ -45,7 +45,7 @@ def test_the_snr_after_training_is_that_of_the_updated_weights(
         quantized, prepared, folders[0], folders[1], settings, select, SnrSettings(), 1, *folders[2:]
     )
     manifest = QuantizedModel.read(quantized)
-    weights = dict(tensors_of(Checkpoint(Path(manifest.source_path)), manifest.modules))
+    weights = dict(tensors_of(LocalTensors(Path(manifest.source_path)), manifest.modules))
     pairs = adapters.read_pairs(folders[1])
     for name, weight in weights.items():
         update = torch.zeros_like(weight)

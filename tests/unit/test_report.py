@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 from spectraqlora.artifacts import Similarity
-from spectraqlora.compare.report import write_report
+from spectraqlora.report.page import write_report
 from spectraqlora.snr.table import COLUMNS
 
 from tests.unit.results import evaluation

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from spectraqlora.artifacts import RankMap
-from spectraqlora.detect_changes.changes import compare, source_digest
 from spectraqlora.errors import InputError
-from spectraqlora.registry import Version
 from spectraqlora.settings import DataSettings, Settings
-from spectraqlora.start_point.champion import start_from
-from spectraqlora_pipelines.dags import recipe
+from spectraqlora.steps.detect_changes.changes import compare, source_digest
+from spectraqlora.steps.start_point.champion import start_from
+from spectraqlora.tracking.registry import Version
+from spectraqlora_pipelines.dags.catalogue import recipe
 
 from tests.unit.results import evaluation
 

@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from spectraqlora import gradients
 from spectraqlora.artifacts import GRADIENT_INIT, LinearModule, QuantizedModel, RankMap
 from spectraqlora.errors import InputError
-from spectraqlora.gradients import GradientSketch, sketch_gradients
-from spectraqlora.models import dequantized_weight, load_quantized
-from spectraqlora.rows import Collator, load_rows
-from spectraqlora.select_layers.grouping import group_by_similarity
-from spectraqlora.select_layers.select import select
-from spectraqlora.selection import check_rank, cost, rank_map
+from spectraqlora.methods.grouping import group_by_similarity
+from spectraqlora.methods.ranks import check_rank, cost, rank_map
+from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.modules import dequantized_weight
+from spectraqlora.scoring.batches import Collator, load_rows
 from spectraqlora.settings import SelectSettings, SnrSettings
-from spectraqlora.signals import combined, task_scores
-from spectraqlora.snr_analyze.analyze import analyze
+from spectraqlora.signals import gradients
+from spectraqlora.signals.gradients import GradientSketch, sketch_gradients
+from spectraqlora.signals.scores import combined, task_scores
+from spectraqlora.steps.select_layers.select import select
+from spectraqlora.steps.snr_analyze.analyze import analyze
 
 MODULES = [
     LinearModule(module=f"m.{i}.{t}", type=t, layer=i, out_features=32, in_features=32, four_bit=True)

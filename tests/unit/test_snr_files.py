@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from spectraqlora.checkpoint import Checkpoint
 from spectraqlora.errors import InputError
+from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import SnrSettings
 from spectraqlora.snr.scan import scan
 from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json, unfrozen_yaml
 from spectraqlora.snr.table import read_table, top_modules, write_table
-from spectraqlora.snr_analyze.analyze import analyze
+from spectraqlora.steps.snr_analyze.analyze import analyze
 
 SHARED = Path(os.environ.get("SPECTRAQLORA_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 PUBLISHED = SHARED / "data" / "spectrum_snr"
@@ -26,7 +26,7 @@ needs_published = pytest.mark.skipif(
 def test_a_scan_has_one_row_per_matrix_and_survives_parquet_and_json(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    table = scan(Checkpoint(tiny_model))
+    table = scan(LocalTensors(tiny_model))
     assert len(table) == 4 * 7
     assert set(table["type"]) >= {"self_attn.q_proj", "mlp.down_proj"}
     write_table(table, tmp_path)

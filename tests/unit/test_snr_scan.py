@@ -17,17 +17,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from spectraqlora.artifacts import QuantizedModel
-from spectraqlora.checkpoint import Checkpoint
-from spectraqlora.models import dequantized_weight, load_quantized
+from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.modules import dequantized_weight
+from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import SnrSettings
 from spectraqlora.snr import workers
-from spectraqlora.snr.finished import FinishedRows
+from spectraqlora.snr.journal import ScanJournal
 from spectraqlora.snr.marchenko_pastur import SnrStatistics, from_singular_values, statistics
 from spectraqlora.snr.scan import scan, scan_tensors
 from spectraqlora.snr.table import read_table, top_modules
 from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
-from spectraqlora.snr_analyze.analyze import analyze
-from spectraqlora_pipelines.cli import _snr_table
+from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora_pipelines.cli.app import _snr_table
 
 from tests.benchmarks.snr import memory_bound, peak_of_scan, write_checkpoint
 
@@ -58,7 +59,7 @@ def test_the_selection_equals_that_of_svdvals_in_float64(
         }
         for name, weight in weights.items()
     )
-    found = scan(Checkpoint(tmp_path))
+    found = scan(LocalTensors(tmp_path))
     for percent in (10, 25, 50, 75):
         assert top_modules(found, percent) == top_modules(exact, percent)
 
@@ -76,7 +77,7 @@ def test_fused_experts_get_a_row_each(tmp_path: Path) -> None:
     experts = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0))
     name = "model.layers.0.mlp.experts.up_proj"
     save_file({name: experts}, tmp_path / "model.safetensors")
-    streamed, stored = scan_tensors([(name, experts)]), scan(Checkpoint(tmp_path))
+    streamed, stored = scan_tensors([(name, experts)]), scan(LocalTensors(tmp_path))
     assert list(streamed["module"]) == [f"{name}[{index}]" for index in range(3)]
     assert set(streamed["type"]) == {"mlp.experts.up_proj"}
     pd.testing.assert_frame_equal(streamed, stored)
@@ -139,7 +140,7 @@ def test_peak_memory_of_a_scan_does_not_follow_the_size_of_the_checkpoint() -> N
 def test_a_packed_checkpoint_is_scanned_as_the_loaded_model_would_be(quantized: Path, tmp_path: Path) -> None:
     model, manifest = load_quantized(quantized)
     named = dict(model.named_modules())
-    checkpoint = Checkpoint(quantized / "model")
+    checkpoint = LocalTensors(quantized / "model")
     for info in manifest.modules:
         weight = checkpoint.load(f"{info.module}.weight").float()
         assert torch.equal(weight, dequantized_weight(named[info.module]).cpu())
@@ -158,7 +159,7 @@ def test_the_original_is_scanned_where_the_settings_say_so(quantized: Path, tmp_
     table = read_table(tmp_path)
     assert set(table["source"]) == {"original"}
     source = Path(QuantizedModel.read(quantized).source_path)
-    everything = scan(Checkpoint(source))
+    everything = scan(LocalTensors(source))
     pd.testing.assert_frame_equal(
         table.sort_values("module", ignore_index=True), everything.sort_values("module", ignore_index=True)
     )
@@ -192,8 +193,8 @@ def test_a_killed_scan_goes_on_where_it_was(slow_model: Path, tmp_path: Path) ->
     with open(partial, "a") as stream_:
         stream_.write('\n{"source": "cut sho')
 
-    checkpoint = Checkpoint(slow_model)
-    finished = FinishedRows(partial, checkpoint.digest)
+    checkpoint = LocalTensors(slow_model)
+    finished = ScanJournal(partial, checkpoint.digest)
     kept = len(finished.rows)
     assert 3 <= kept < 24
     reports: list[int] = []
@@ -240,11 +241,11 @@ def test_rows_of_another_checkpoint_are_not_used(tmp_path: Path) -> None:
         weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
         save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "model.safetensors")
         os.utime(tmp_path / "model.safetensors", ns=(seed, seed))
-        digests.append(Checkpoint(tmp_path).digest)
+        digests.append(LocalTensors(tmp_path).digest)
     path = tmp_path / "rows.jsonl"
-    FinishedRows(path, digests[0]).add({"module": "model.layers.0.mlp.up_proj", "snr": math.inf})
-    assert FinishedRows(path, digests[0]).rows["model.layers.0.mlp.up_proj"]["snr"] == math.inf
-    assert FinishedRows(path, digests[1]).rows == {}
+    ScanJournal(path, digests[0]).add({"module": "model.layers.0.mlp.up_proj", "snr": math.inf})
+    assert ScanJournal(path, digests[0]).rows["model.layers.0.mlp.up_proj"]["snr"] == math.inf
+    assert ScanJournal(path, digests[1]).rows == {}
     assert json.loads(path.read_text().strip())["source"] == digests[0]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.settings import parse
-from spectraqlora_pipelines.step_containers import Surroundings, missing_outputs, surroundings
+from spectraqlora_pipelines.local.containers import Surroundings, missing_outputs, surroundings
 
 
 def mounted(found: Surroundings, variables: dict[str, str] | None = None) -> dict[str, bool]:

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import spectraqlora
 from spectraqlora.errors import InputError
+from spectraqlora.models.remote_tensors import S3Tensors
 from spectraqlora.storage import (
     Address,
     Connection,
-    S3Checkpoint,
     content_digest,
     download_file,
     download_folder,
@@ -240,7 +240,7 @@ def test_a_half_published_folder_is_not_readable(
     for read in (
         lambda: download_folder(address, tmp_path / "target", connect()),
         lambda: list_files(address),
-        lambda: S3Checkpoint(address),
+        lambda: S3Tensors(address),
     ):
         with pytest.raises(InputError, match="upload has not finished"):
             read()
@@ -574,7 +574,7 @@ def test_a_wrong_secret_is_told_at_once(
     actions: dict[str, Callable[[], object]] = {
         "download": lambda: download_folder(address, tmp_path / "target", connect()),
         "upload": lambda: upload_folder(tmp_path / "source", address, connect()),
-        "open": lambda: S3Checkpoint(address, connect()),
+        "open": lambda: S3Tensors(address, connect()),
     }
     with Proxy(server.port) as proxy:
         point_at(monkeypatch, proxy.endpoint, secret="not-the-secret")
@@ -688,7 +688,7 @@ def test_a_checkpoint_is_read_without_a_copy(
 ) -> None:
     import torch
     from safetensors.torch import save_file
-    from spectraqlora.checkpoint import Checkpoint
+    from spectraqlora.models.tensors import LocalTensors
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -712,10 +712,10 @@ def test_a_checkpoint_is_read_without_a_copy(
         upload_folder(folder, address, connect())
     else:
         server.put_plain(folder, address.key)
-    local = Checkpoint(folder)
+    local = LocalTensors(folder)
     with Proxy(server.port) as proxy:
         point_at(monkeypatch, proxy.endpoint)
-        remote = S3Checkpoint(address, connect())
+        remote = S3Tensors(address, connect())
         assert proxy.body_bytes < MIB
         assert sorted(remote.names()) == sorted(local.names())
         for name in ("large", "half", "scalar", "none", f"{'long' * 20}.999"):
@@ -733,16 +733,16 @@ def test_checkpoints_that_must_be_refused(
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     server.put_plain(folder, address.key)
-    fails(lambda: S3Checkpoint(address), "no \\*.safetensors")
+    fails(lambda: S3Tensors(address), "no \\*.safetensors")
     whole = (tiny_model / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     server.put_plain(folder, address.key)
-    fails(lambda: S3Checkpoint(address), r"model\.safetensors.*truncated")
+    fails(lambda: S3Tensors(address), r"model\.safetensors.*truncated")
     (folder / "model.safetensors").write_bytes(whole[:100])
     server.put_plain(folder, address.key)
-    fails(lambda: S3Checkpoint(address), "cut short")
+    fails(lambda: S3Tensors(address), "cut short")
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"w": "gone.safetensors"}})
     )
     server.put_plain(folder, address.key)
-    fails(lambda: S3Checkpoint(address), r"gone\.safetensors")
+    fails(lambda: S3Tensors(address), r"gone\.safetensors")

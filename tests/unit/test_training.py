@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora import adapters
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError
-from spectraqlora.models import load_quantized
+from spectraqlora.models import adapters
+from spectraqlora.models.loading import load_quantized
 from spectraqlora.settings import EvaluateSettings, TrainSettings
-from spectraqlora.train.training import check_optimizer, train
+from spectraqlora.steps.train.training import check_optimizer, train
 
 from tests.unit.test_adapters import DOWN, Q0, rank_map
 
@@ -58,7 +58,7 @@ def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quanti
 def test_threads_that_wait_soon_leave_the_cores_to_others(own: dict[str, str], count: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run(
-        [sys.executable, "-c", "import spectraqlora.train.training"],
+        [sys.executable, "-c", "import spectraqlora.steps.train.training"],
         env={**environment, **own, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr

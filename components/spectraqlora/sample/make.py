@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.cache import cache_folder
+from spectraqlora.runtime.cache import cache_folder
 from spectraqlora.sample.world import corpus, people, questions
 
 VERSION = 1

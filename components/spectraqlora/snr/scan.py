@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 
 from spectraqlora.artifacts import LinearModule
-from spectraqlora.checkpoint import Tensors
 from spectraqlora.errors import InputError
-from spectraqlora.models import module_identity
-from spectraqlora.snr.finished import FinishedRows, Row
+from spectraqlora.models.modules import module_identity
+from spectraqlora.models.tensors import Tensors
 from spectraqlora.snr.gram import bfloat16_units
+from spectraqlora.snr.journal import Row, ScanJournal
 from spectraqlora.snr.marchenko_pastur import calibrated
 from spectraqlora.snr.workers import Measured, measured
 
@@ -52,7 +52,7 @@ def scan(
     checkpoint: Tensors,
     modules: Sequence[LinearModule] | None = None,
     report: Report | None = None,
-    finished: FinishedRows | None = None,
+    finished: ScanJournal | None = None,
 ) -> pd.DataFrame:
     """The SNR table of a checkpoint: of the modules asked for, or of all matrices inside numbered layers.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectraqlora.errors import InputError
-from spectraqlora.models import module_identity
+from spectraqlora.models.modules import module_identity
 
 if TYPE_CHECKING:
     import pandas as pd

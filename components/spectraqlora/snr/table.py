@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from spectraqlora.artifacts import LinearModule, write_text
+from spectraqlora.artifacts import LinearModule
 from spectraqlora.errors import InputError
+from spectraqlora.files import write_text
 from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json
 
 FILENAME = "snr.parquet"

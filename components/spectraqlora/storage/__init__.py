@@ -1,4 +1,4 @@
-"""The only module that talks to object storage: folders, files and checkpoints at s3:// addresses."""
+"""The only module that talks to object storage: folders and files at s3:// addresses."""
 
 from spectraqlora.storage.address import Address, parse_address
 from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing
@@ -9,10 +9,11 @@ from spectraqlora.storage.folders import (
     exists,
     folders_below,
     list_files,
+    read_folder,
     remove_folder,
 )
 from spectraqlora.storage.local_copy import local_copy
-from spectraqlora.storage.ranged import RangedReader, S3Checkpoint, open_files, ranged_reader
+from spectraqlora.storage.ranged import RangedReader, open_files, ranged_reader
 from spectraqlora.storage.upload import upload_file, upload_folder
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "ObjectDamaged",
     "ObjectMissing",
     "RangedReader",
-    "S3Checkpoint",
     "check_writable",
     "content_digest",
     "download_file",
@@ -34,6 +34,7 @@ __all__ = [
     "open_files",
     "parse_address",
     "ranged_reader",
+    "read_folder",
     "remove_folder",
     "upload_file",
     "upload_folder",

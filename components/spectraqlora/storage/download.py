@@ -22,8 +22,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spectraqlora.artifacts import file_digest, write_text
 from spectraqlora.errors import InputError
+from spectraqlora.files import file_digest, write_text
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import (
     CHUNK_BYTES,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spectraqlora.cache import cache_folder
 from spectraqlora.errors import InputError
+from spectraqlora.runtime.cache import cache_folder
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import Connection, ObjectChanged
 from spectraqlora.storage.download import download_file, download_folder

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from spectraqlora.progress import Progress
+from spectraqlora.runtime.console import Progress
 from spectraqlora.storage.connection import MIB
 
 

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from spectraqlora.artifacts import file_digest
 from spectraqlora.errors import InputError
+from spectraqlora.files import file_digest
 from spectraqlora.storage.address import Address, is_plain_name
 from spectraqlora.storage.connection import MIB, Connection, ObjectMissing
 from spectraqlora.storage.folders import (

@@ -1,0 +1,1 @@
+"""The methods: which modules get which rank."""

@@ -1,0 +1,1 @@
+"""Models: loading, their linear modules and tensors, adapters."""

@@ -1,0 +1,86 @@
+"""Loading base models, 4-bit models and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.models.families import auto_class, plain_linears, quantizable_t5
+from spectraqlora.models.hardware import device
+from spectraqlora.models.modules import without_cpu_packing
+from spectraqlora.models.tensors import LocalTensors, Tensors
+from spectraqlora.places import resolve_base
+from spectraqlora.settings import is_address
+
+if TYPE_CHECKING:
+    import torch
+
+
+def original_folder(manifest: QuantizedModel) -> Path:
+    """Local folder of the model that was quantized; fetched again where another machine did that."""
+    here = not is_address(manifest.source) and Path(manifest.source_path).is_dir()
+    source = manifest.source_path if here else manifest.source
+    return resolve_base(source, manifest.revision, manifest.source_content, manifest.trust_remote_code)
+
+
+def original_tensors(manifest: QuantizedModel) -> Tensors:
+    """Tensors of the model that was quantized; those at an s3:// address are read where they are.
+
+    Raises:
+        InputError: the original is not there any more, or is another one.
+    """
+    if not is_address(manifest.source):
+        return LocalTensors(original_folder(manifest))
+    from spectraqlora.models.remote_tensors import S3Tensors
+    from spectraqlora.storage import ObjectChanged, content_digest, parse_address
+
+    address = parse_address(manifest.source, "model.base_model")
+    if content_digest(address) != manifest.source_content:
+        raise ObjectChanged(
+            "model.base_model", address, "the content that was quantized; it was replaced since"
+        )
+    return S3Tensors(address)
+
+
+def load_quantized(folder: str | Path, on: str = "") -> tuple[Any, QuantizedModel]:
+    """The 4-bit model on a device, by default the best one, in evaluation mode, with its manifest."""
+    import torch
+    from transformers import AutoConfig
+
+    manifest = QuantizedModel.read(folder)
+    path, trust = Path(folder) / "model", manifest.trust_remote_code
+    with plain_linears(), quantizable_t5():
+        model = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=trust)).from_pretrained(
+            path,
+            dtype=getattr(torch, manifest.compute_dtype),
+            device_map={"": on or device()},
+            trust_remote_code=trust,
+        )
+    without_cpu_packing(model)
+    model.eval()
+    return model, manifest
+
+
+def load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """An unquantized model from safetensors on the best device."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return auto_class(config).from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        device_map={"": device()},
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model; padding falls back to the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,115 @@
+"""The linear modules of a model: their names, types and shapes, and their weights unpacked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectraqlora.artifacts import LinearModule
+from spectraqlora.errors import InputError
+from spectraqlora.models.families import auto_class
+
+if TYPE_CHECKING:
+    import torch
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def module_identity(name: str) -> tuple[int, str] | None:
+    """(layer index, module type) of a dotted module path; None outside numbered layers.
+
+    The type is what follows the first index, as in Spectrum; that of an encoder begins with `encoder.`.
+    """
+    match = _LAYER.search(name)
+    if match is None:
+        return None
+    stack = "encoder." if name[: match.start()].split(".")[0] == "encoder" else ""
+    return int(match.group(1)), stack + name[match.end() :]
+
+
+def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
+    """Every linear layer inside numbered blocks, by its own name and its unpacked shape."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found = []
+    for name, module in model.named_modules():
+        identity = module_identity(name)
+        if identity is None:
+            continue
+        four_bit = isinstance(module, bnb.nn.Linear4bit)
+        if isinstance(module, torch.nn.Linear):
+            out_features, in_features = int(module.out_features), int(module.in_features)
+        elif isinstance(module, Conv1D):
+            in_features, out_features = (int(side) for side in module.weight.shape)
+        else:
+            continue
+        found.append(
+            LinearModule(
+                module=name,
+                type=identity[1],
+                layer=identity[0],
+                out_features=out_features,
+                in_features=in_features,
+                four_bit=four_bit,
+                transposed=Conv1D in (type(module), getattr(module, "source_cls", None)),
+            )
+        )
+    return found
+
+
+def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
+    """Linear modules of a model from its config alone: no weights are read (meta device)."""
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(
+            "model.base_model", folder, f"a language model that generates text ({first})"
+        ) from None
+    return candidates(model, folder)
+
+
+def candidates(model: Any, source: object) -> list[LinearModule]:
+    """The linear modules that may get an adapter.
+
+    Raises:
+        InputError: there are none.
+    """
+    from spectraqlora.models.adapters import adaptable
+
+    modules = adaptable(model, linear_modules(model))
+    if not modules:
+        raise InputError(
+            "model.base_model", source, "linear layers inside numbered decoder blocks; found none"
+        )
+    return modules
+
+
+def without_cpu_packing(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights for its bfloat16 CPU kernel in evaluation mode.
+
+    It fails unless the input width is a multiple of 64, and the numbers would depend on the machine.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dequantized_weight(module: torch.nn.Module) -> torch.Tensor:
+    """Weight of a linear layer as float32 (out x in), dequantized where it is packed."""
+    import bitsandbytes as bnb
+
+    weight: Any = module.weight
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.detach().float()

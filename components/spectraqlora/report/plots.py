@@ -1,0 +1,226 @@
+"""The report's pictures, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spectraqlora.artifacts import Evaluation, RankMap, Similarity
+from spectraqlora.files import write_text
+
+COLOURS = {"qlora": "#4c566a", "hybrid": "#2f7ed8", "alors": "#d97706", "sgm": "#2a9d5c", "random": "#a855a0"}
+_MISSING = "#eceff4"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    mpl.rcParams.update(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "s"}
+    )
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, mpl
+
+
+def _svg(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def loss_curves(evaluations: Sequence[Evaluation]) -> str:
+    """Training loss (thin), eval loss (bold) of every branch over optimizer steps; the base dashed."""
+    figure, _ = _figure(10, 4)
+    axes = figure.subplots()
+    for entry in evaluations:
+        offset = 0
+        train: list[tuple[int, float]] = []
+        evals: list[tuple[int, float]] = [(0, entry.base_eval_loss)]
+        for result in entry.rounds:
+            if not result.trained:
+                continue
+            log = result.training
+            train += [(step + offset, loss) for step, loss in log.loss_curve]
+            evals += [(step + offset, loss) for step, loss in log.eval_curve]
+            offset = max([offset, *(step for step, _ in train + evals)])
+        colour = COLOURS[entry.method]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
+        axes.plot(*zip(*evals, strict=True), color=colour, marker="o", markersize=4, label=entry.method)
+    axes.axhline(
+        evaluations[0].base_eval_loss, color="#999", linestyle="--", linewidth=1, label="base (4-bit)"
+    )
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def write_plots(evaluations: Sequence[Evaluation], table: Any, winner: str, folder: Path) -> list[Path]:
+    """Write the report's pictures as SVG files.
+
+    Args:
+        evaluations: all branches, best first.
+        table: SNR table before training.
+        winner: method name.
+        folder: where the files go.
+    """
+    names = {row.module: (int(row.layer), str(row.type)) for row in table.itertuples()}
+    before = {row.module: float(row.snr) for row in table.itertuples()}
+    best = next(e for e in evaluations if e.method == winner)
+    drawn = {
+        "loss": loss_curves(evaluations),
+        "snr": snr_maps(names, before, best.snr_after),
+        "ranks": rank_maps(evaluations, names),
+        "cost": cost_bars(evaluations),
+    }
+    for entry in evaluations:
+        if entry.similarity is not None:
+            drawn["similarity"] = similarity_matrix(entry.similarity)
+    paths = []
+    for name, text in drawn.items():
+        paths.append(folder / f"{name}.svg")
+        write_text(paths[-1], text)
+    return paths
+
+
+def _grid(
+    values: dict[str, float], names: dict[str, tuple[int, str]]
+) -> tuple[np.ndarray, list[str], list[int]]:
+    types = list(dict.fromkeys(kind for _, kind in names.values()))
+    layers = sorted({layer for layer, _ in names.values()})
+    grid = np.full((len(types), len(layers)), np.nan)
+    for module, value in values.items():
+        if module in names:
+            layer, kind = names[module]
+            grid[types.index(kind), layers.index(layer)] = value
+    return grid, types, layers
+
+
+def _cells(axes: Any, grid: np.ndarray, types: list[str], layers: list[int], title: str, **style: Any) -> Any:
+    from matplotlib import colormaps
+
+    cmap = colormaps[style.pop("cmap")].with_extremes(bad=_MISSING)
+    shown = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=cmap, **style)
+    axes.set_yticks(range(len(types)), types)
+    every = max(1, len(layers) // 16)
+    axes.set_xticks(range(0, len(layers), every), layers[::every])
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("layer")
+    return shown
+
+
+def snr_maps(
+    names: dict[str, tuple[int, str]], before: dict[str, float], after: dict[str, float | None]
+) -> str:
+    """SNR by layer and module type before and after training, on one logarithmic scale; ∞ is marked."""
+    from matplotlib.colors import LogNorm
+
+    clean = {k: v for k, v in after.items() if v is not None}
+    finite = [v for v in [*before.values(), *clean.values()] if math.isfinite(v) and v > 0] or [0.1, 1.0]
+    norm = LogNorm(min(finite), max(max(finite), min(finite) * 1.01))
+    _, types, layers = _grid(before, names)
+    figure, _ = _figure(10, 1.5 + 0.28 * len(types))
+    left, right = figure.subplots(1, 2, sharey=True)
+    shown = None
+    for axes, values, title in ((left, before, "before training"), (right, clean, "after training (winner)")):
+        grid, types, layers = _grid(values, names)
+        shown = _cells(
+            axes, np.where(np.isfinite(grid), grid, np.nan), types, layers, title, norm=norm, cmap="viridis"
+        )
+        for row, column in zip(*np.where(np.isinf(grid)), strict=True):
+            axes.text(column, row, "∞", ha="center", va="center")
+    figure.colorbar(shown, ax=[left, right], label="SNR (log scale)")
+    return _svg(figure)
+
+
+def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str]]) -> str:
+    """Every method's last trained rank map over the same grid; SGM cells carry their group's number."""
+    maps: list[RankMap] = [
+        next((r.rank_map for r in reversed(e.rounds) if r.trained), e.rounds[-1].rank_map)
+        for e in evaluations
+    ]
+    highest = max(m.rank for rank_map in maps for m in rank_map.modules)
+    _, types, layers = _grid({}, names)
+    lines = (len(maps) + 1) // 2
+    figure, _ = _figure(10, lines * (1.1 + 0.26 * len(types)))
+    panels = figure.subplots(lines, 2, sharey=True, squeeze=False).flatten()
+    shown = None
+    for axes, rank_map in zip(panels, maps, strict=False):
+        grid, types, layers = _grid({m.module: float(m.rank) for m in rank_map.modules if m.rank}, names)
+        shown = _cells(
+            axes,
+            grid,
+            types,
+            layers,
+            f"{rank_map.method}: {len(rank_map.active())} matrices",
+            vmin=0,
+            vmax=highest,
+            cmap="Blues",
+        )
+        for module in rank_map.active():
+            if module.module not in names or len(layers) > 40:
+                continue
+            column, row = layers.index(module.layer), types.index(module.type)
+            sizes = sum(1 for m in rank_map.modules if m.group == module.group and m.group is not None)
+            text = f"{module.rank}" + (f"·g{module.group}" if sizes > 1 else "")
+            colour = "white" if module.rank > 0.6 * highest else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    for axes in panels[len(maps) :]:
+        axes.set_visible(False)
+    figure.colorbar(shown, ax=list(panels), label="LoRA rank")
+    return _svg(figure)
+
+
+def similarity_matrix(similarity: Similarity) -> str:
+    """Gradient cosines between comparable modules, ordered by group; groups of two and more outlined."""
+    from matplotlib.patches import Rectangle
+
+    order = [name for group in similarity.groups for name in group]
+    index = {name: i for i, name in enumerate(similarity.modules)}
+    matrix = np.array([[similarity.cosines[index[a]][index[b]] for b in order] for a in order], dtype=float)
+    side = min(10.0, 3.2 + 0.17 * len(order))
+    figure, _ = _figure(side, side * 0.85)
+    axes = figure.subplots()
+    labels = order if len(order) <= 48 else []
+    shown = _cells(axes, matrix, labels, [], "gradient cosine", vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.set_xlabel("")
+    start = 0
+    for group in similarity.groups:
+        if len(group) > 1:
+            axes.add_patch(
+                Rectangle((start - 0.5, start - 0.5), len(group), len(group), fill=False, linewidth=1.6)
+            )
+        start += len(group)
+    axes.tick_params(axis="y", labelsize=7)
+    figure.colorbar(shown, shrink=0.7)
+    return _svg(figure)
+
+
+def cost_bars(evaluations: Sequence[Evaluation]) -> str:
+    """Peak memory, speed and trainable parameters of every branch."""
+    figure, _ = _figure(10, 0.8 + 0.3 * len(evaluations))
+    names = [e.method for e in evaluations]
+    series = (
+        ("peak memory, MiB", [e.peak_memory_bytes / 2**20 for e in evaluations]),
+        ("training speed, tokens per second", [e.train_tokens_per_second for e in evaluations]),
+        ("trainable parameters, thousands", [e.trainable_parameters / 1e3 for e in evaluations]),
+    )
+    for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True), series, strict=True):
+        bars = axes.barh(names, values, color=[COLOURS[n] for n in names])
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlim(0, max(values) * 1.25 or 1)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.invert_yaxis()
+    return _svg(figure)

@@ -1,0 +1,1 @@
+"""What every step runs in: its decorator, its command line, its console, its limits."""

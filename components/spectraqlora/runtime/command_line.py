@@ -1,0 +1,232 @@
+"""A step run with plain arguments: the command line of the step images, and of Argo Workflows without KFP.
+
+Options come from the step's KFP component: its signature says names and types, its docstring what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from spectraqlora.errors import InputError
+from spectraqlora.runtime.component import plain
+from spectraqlora.runtime.images import component_of, images, step_names
+from spectraqlora.settings import Settings
+
+IMAGE = "SPECTRAQLORA_IMAGE"
+"""Environment variable in which an image has its name."""
+_DEFAULTS: dict[str, Any] = {
+    "content": "",
+    "round": 1,
+    "rounds": 1,
+    "run_key": f"by-hand-{uuid.uuid4().hex[:8]}",
+    "seed": Settings().seed,
+}
+"""What a parameter without default is worth where a step runs alone."""
+_REQUIRED = inspect.Parameter.empty
+
+
+class Option(NamedTuple):
+    """One option of a step: a parameter (kind str, int, float, bool or dict) or a folder (input, output)."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    artifact: type | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def steps() -> list[str]:
+    """All steps, or those of the image that this runs in."""
+    here = os.environ.get(IMAGE)
+    return images()[here] if here else step_names()
+
+
+def component(step: str) -> Callable[..., None]:
+    """The component's function without KFP's decorator."""
+    return plain(component_of(step))
+
+
+def options(function: Callable[..., None]) -> list[Option]:
+    """The options that a component's signature and docstring describe."""
+    from kfp.dsl.types import type_annotations as kfp_types
+
+    meanings = _meanings(function)
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        annotation = kfp_types.maybe_strip_optional_from_annotation(parameter.annotation)
+        meaning = meanings.get(name, "")
+        if kfp_types.is_Input_Output_artifact_annotation(annotation):
+            kind = "output" if kfp_types.is_artifact_wrapped_in_Output(annotation) else "input"
+            artifact = kfp_types.get_io_artifact_class(annotation)
+            found.append(Option(name, kind, parameter.default, meaning, artifact))
+        else:
+            default = parameter.default
+            if default is _REQUIRED:
+                default = {} if annotation is dict else _DEFAULTS.get(name, _REQUIRED)
+            found.append(Option(name, annotation.__name__, default, meaning))
+    return found
+
+
+def _meanings(function: Callable[..., None]) -> dict[str, str]:
+    _, _, lines = (inspect.getdoc(function) or "").partition("Args:")
+    found: dict[str, str] = {}
+    name = ""
+    for line in lines.splitlines():
+        head, colon, rest = line.strip().partition(": ")
+        if colon and head.isidentifier():
+            name, found[head] = head, rest
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError("arguments", self.prog, f"{message}; --help explains them")
+
+
+def parser(step: str, function: Callable[..., None]) -> argparse.ArgumentParser:
+    """The step's command line."""
+    summary = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    described = options(function)
+    example = " ".join(
+        f"{option.flag} {option.name if option.kind in ('input', 'output') else option.kind.upper()}"
+        for option in described
+        if option.default is _REQUIRED
+    )
+    made = _Parser(
+        prog=step,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{step}: {summary}",
+        epilog=f"""Example: {step} {example}
+
+Folders are artifacts: what one step writes, the next one reads.
+Sections are JSON objects of settings; what is left out keeps its default.
+Exit code 0: done; 2: bad input, in one line; 1: an error.""",
+    )
+    for option in described:
+        shown = f"{option.help} " if option.help else ""
+        if option.kind in ("input", "output"):
+            made.add_argument(
+                option.flag,
+                metavar="DIR",
+                required=option.default is _REQUIRED,
+                help=f"{shown}(folder {'read' if option.kind == 'input' else 'written'})".replace("%", "%%"),
+            )
+        else:
+            required = option.default is _REQUIRED
+            note = "" if required else f"(default: {json.dumps(option.default)})"
+            metavar = {"dict": "JSON", "str": "TEXT", "int": "NUMBER", "float": "NUMBER"}.get(option.kind)
+            made.add_argument(
+                option.flag,
+                metavar=metavar or option.kind.upper(),
+                required=required,
+                default=None if required else option.default,
+                help=f"{shown}{note}".replace("%", "%%"),
+            )
+    return made
+
+
+def _value(option: Option, given: Any) -> Any:
+    if not isinstance(given, str) or option.kind == "str":
+        return given
+    wanted: dict[str, tuple[type, ...]] = {
+        "dict": (dict,),
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+    }
+    try:
+        value = json.loads(given)
+    except ValueError:
+        value = None
+    if not isinstance(value, wanted[option.kind]) or (isinstance(value, bool) and option.kind != "bool"):
+        expected = {"dict": "a JSON object such as '{\"max_steps\": 40}'", "bool": "true or false"}
+        raise InputError(option.flag, given, expected.get(option.kind, f"a number of type {option.kind}"))
+    return value
+
+
+def _artifact(option: Option, given: str | None) -> Any:
+    if given is None:
+        return None
+    folder = Path(given).absolute()
+    if option.kind == "input" and not folder.is_dir():
+        raise InputError(option.flag, given, "the folder of an artifact")
+    if option.kind == "output":
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(option.flag, given, f"a folder that can be written ({error.strerror})") from None
+    assert option.artifact is not None
+    return option.artifact(name=option.name, uri=str(folder))
+
+
+def run(step: str, arguments: Sequence[str]) -> None:
+    """Run a step; metadata of what it wrote is printed as one JSON line.
+
+    Raises:
+        InputError: an argument is not what the step expects.
+    """
+    function = component(step)
+    given = vars(parser(step, function).parse_args(arguments))
+    values: dict[str, Any] = {}
+    written = {}
+    for option in options(function):
+        if option.kind in ("input", "output"):
+            values[option.name] = _artifact(option, given[option.name])
+        else:
+            values[option.name] = _value(option, given[option.name])
+        if option.kind == "output":
+            written[option.name] = values[option.name]
+    tracking = values.get("tracking")
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(tracking, dict) and not tracking.get("uri"):
+            # Nobody named a server: what MLflow's own variable says, else a store that ends with the step.
+            uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{scratch}/mlflow.db"
+            values["tracking"] = {**tracking, "uri": uri}
+        function(**values)
+    print(json.dumps({name: artifact.metadata for name, artifact in written.items()}))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a step, explain it, or pass on to the program that is named, as KFP names its launcher."""
+    known = steps()
+    expected = f"one of {', '.join(known)}"
+    first = arguments[0] if arguments else "--help"
+    try:
+        if first in known:
+            run(first, arguments[1:])
+        elif first.startswith("-") and len(known) == 1:
+            run(known[0], arguments or ["--help"])
+        elif first in ("-h", "--help"):
+            print("Steps; each explains itself with STEP --help:\n")
+            for step in known:
+                summary = (inspect.getdoc(component(step)) or "").partition("\n")[0]
+                print(f"  {step:<16}{summary}")
+        elif first.startswith("-"):
+            raise InputError("STEP", first, expected)
+        else:
+            _become(arguments, f"{expected}, or a program")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _become(arguments: Sequence[str], expected: str) -> None:
+    try:
+        os.execvp(arguments[0], list(arguments))
+    except OSError:
+        raise InputError("STEP", arguments[0], expected) from None

@@ -1,0 +1,37 @@
+"""Names of the step images, and which steps run in which."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from spectraqlora import __version__
+
+_STEPS = Path(__file__).resolve().parents[1] / "steps"
+
+
+def image_reference(name: str) -> str:
+    """The image of a step, tagged with the package's version."""
+    return f"spectraqlora/{name}:{__version__}"
+
+
+def step_names() -> list[str]:
+    """All steps, each a folder of `steps` that holds a component."""
+    return sorted(path.parent.name.replace("_", "-") for path in _STEPS.glob("*/component.py"))
+
+
+def component_of(step: str) -> Any:
+    """A step's component, as `runtime.component` made it."""
+    name = step.replace("-", "_")
+    return getattr(importlib.import_module(f"spectraqlora.steps.{name}.component"), name)
+
+
+def images() -> dict[str, list[str]]:
+    """Every image with the steps that run in it, as their components say."""
+    from spectraqlora.runtime.component import plain
+
+    found: dict[str, list[str]] = {}
+    for step in step_names():
+        found.setdefault(plain(component_of(step)).__dict__["image"], []).append(step)
+    return dict(sorted(found.items()))

@@ -1,0 +1,70 @@
+"""What surrounds a step's work: its end with the launcher, its errors in one line, its output folders.
+
+An `InputError` ends a step with its one line and exit code 2; every other error keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from spectraqlora.errors import InputError, Stopped
+from spectraqlora.runtime.logs import silence_libraries
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ERROR_PREFIX = "error: "
+LAUNCHER_PID = "SPECTRAQLORA_LAUNCHER_PID"
+"""Environment variable that names the local process without which a step has nobody to work for."""
+
+
+def _end_with_launcher() -> None:
+    """End this process soon after the launcher's end, however that came."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.path.exists(f"/proc/{launcher}"):
+            time.sleep(1)
+        os._exit(1)
+
+    if os.path.exists("/proc"):
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def step(function: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        silence_libraries()
+        _end_with_launcher()
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            print(f"{ERROR_PREFIX}{error}", flush=True)
+            sys.exit(2)
+        except Stopped as stop:
+            print(stop, flush=True)
+            sys.exit(stop.exit_code)
+        except OSError as error:
+            if error.errno != 28:
+                raise
+            print(f"{ERROR_PREFIX}{InputError('disk', error.filename or 'output', 'free space; it is full')}")
+            sys.exit(2)
+
+    return guarded
+
+
+def output_folder(artifact: Any) -> Path:
+    """The artifact's folder, made empty: a retry never sees what a failed attempt left behind."""
+    folder = Path(artifact.path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

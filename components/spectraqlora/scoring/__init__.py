@@ -1,0 +1,1 @@
+"""Rows in batches, losses, held-out rows, and the noise of comparisons."""

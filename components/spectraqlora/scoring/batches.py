@@ -1,0 +1,74 @@
+"""Tokenized rows: reading, ordering and padding them into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from spectraqlora.errors import InputError
+from spectraqlora.models.families import decoder_start
+
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
+
+
+def load_rows(data: str | Path, split: str) -> Any:
+    """The `train` or `eval` split of prepared data, as a `datasets.Dataset`."""
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(Path(data) / split))
+    except (OSError, ValueError):
+        raise InputError("prepared data", Path(data) / split, "a whole Arrow folder") from None
+
+
+def order(count: int, seed: int, start: int, stop: int) -> list[int]:
+    """Places `start` to `stop` of an endless reading order over `count` rows, shuffled anew every epoch."""
+    found: list[int] = []
+    for epoch in range(start // count, -(-stop // count)):
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        found += shuffled[max(start - epoch * count, 0) : stop - epoch * count]
+    return found
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Right-pads rows: input_ids, attention_mask, labels (rows x tokens); decoder_input_ids where there is a decoder's start."""
+
+    pad: int
+    decoder_start: int | None
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """For a model's config."""
+        return cls(config.pad_token_id or 0, decoder_start(config))
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [row["input_ids"] for row in rows]
+        labels = self._padded([row["labels"] for row in rows], IGNORED)
+        batch = {
+            "input_ids": self._padded(ids, self.pad),
+            "attention_mask": self._padded([[1] * len(row) for row in ids], 0),
+            "labels": labels,
+        }
+        if self.decoder_start is not None:
+            shifted = torch.full_like(labels, self.decoder_start)
+            shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.pad)
+            batch["decoder_input_ids"] = shifted
+        return batch
+
+    def _padded(self, rows: list[list[int]], fill: int) -> torch.Tensor:
+        padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = torch.as_tensor(row)
+        return padded
+
+    def batches(self, rows: Any, size: int, limit: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        """Rows in order, `size` at a time; at most `limit` batches where it is not 0."""
+        stop = len(rows) if limit == 0 else min(len(rows), size * limit)
+        for start in range(0, stop, size):
+            yield self([rows[i] for i in range(start, min(start + size, stop))])

@@ -1,0 +1,1 @@
+"""What ranks modules: the weights' signal, the task's gradients."""

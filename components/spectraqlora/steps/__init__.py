@@ -1,0 +1,1 @@
+"""The steps of the pipelines; each knows artifacts, and no other step."""

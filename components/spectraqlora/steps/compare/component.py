@@ -1,0 +1,57 @@
+"""The KFP component of compare."""
+
+from typing import Optional
+
+from kfp import dsl
+
+from spectraqlora.runtime.component import component
+
+
+@component(image="light")
+def compare(
+    run_key: str,
+    tracking: dict,
+    table: dsl.Input[dsl.Dataset],
+    leaderboard: dsl.Output[dsl.Metrics],
+    winner: dsl.Output[dsl.Model],
+    qlora: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045 - the KFP compiler reads this form
+    hybrid: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
+    alors: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
+    sgm: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
+    random: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
+    qlora_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+    hybrid_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+    alors_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+    sgm_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+    random_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+):
+    """Rank the branches on the same eval rows and pass the winner's adapter on.
+
+    Args:
+        run_key: identifies the pipeline run in MLflow.
+        tracking: the `tracking` section.
+        table: SNR table before training.
+        leaderboard: all evaluations in order, best first.
+        winner: the winner's adapter and evaluation.
+        qlora: evaluation of the branch; absent where it was not run.
+        hybrid: as above.
+        alors: as above.
+        sgm: as above.
+        random: as above.
+        qlora_adapter: adapter of the branch.
+        hybrid_adapter: as above.
+        alors_adapter: as above.
+        sgm_adapter: as above.
+        random_adapter: as above.
+    """
+    from spectraqlora.steps.compare.step import run
+
+    run(
+        run_key,
+        tracking,
+        table,
+        [qlora, hybrid, alors, sgm, random],
+        [qlora_adapter, hybrid_adapter, alors_adapter, sgm_adapter, random_adapter],
+        leaderboard,
+        winner,
+    )

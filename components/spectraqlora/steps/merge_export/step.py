@@ -1,0 +1,29 @@
+"""The merge-export step: KFP's artifacts in, one typed call, KFP's artifacts out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spectraqlora.artifacts import Evaluation
+from spectraqlora.runtime.step import output_folder, step
+from spectraqlora.settings import EvaluateSettings, ExportSettings
+
+
+@step
+def run(
+    settings: dict[str, Any], export: dict[str, Any], quantized: Any, data: Any, winner: Any, exported: Any
+) -> None:
+    from spectraqlora.steps.merge_export.merge import merge_export
+
+    chosen = Path(winner.path)
+    result = merge_export(
+        Path(quantized.path),
+        Path(data.path),
+        chosen / "adapter",
+        Evaluation.read(chosen),
+        EvaluateSettings(**settings),
+        output_folder(exported),
+        ExportSettings(**export),
+    )
+    exported.metadata.update(method=result.method, merged_into=result.merged_into, **result.published)

@@ -1,0 +1,121 @@
+"""Scoring registered models again: on given rows, and on general text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from spectraqlora.errors import InputError
+from spectraqlora.files import file_digest
+from spectraqlora.models.families import context_length
+from spectraqlora.models.hardware import compute_dtype
+from spectraqlora.models.loading import load_plain, load_tokenizer
+from spectraqlora.places import resolve_base
+from spectraqlora.scoring.loss import accuracy, score
+from spectraqlora.settings import EvaluateSettings, is_address
+
+GUARD_TOKENS = 512
+_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_registered(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a downloaded MLflow model: safetensors only, and no code from the registry runs."""
+    try:
+        flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["transformers"]
+    except (OSError, KeyError, yaml.YAMLError):
+        raise InputError("registered model", folder, "an MLflow model of the transformers flavor") from None
+    dtype = compute_dtype("auto")
+    if "peft_adaptor" in flavor:
+        from peft import PeftModel
+
+        base = flavor.get("local_base_model_path") or flavor["source_model_name"]
+        plain = _without_own_code(resolve_base(base, flavor.get("source_model_revision") or "main"))
+        model = PeftModel.from_pretrained(load_plain(plain, dtype), folder / flavor["peft_adaptor"])
+    else:
+        model = load_plain(_without_own_code(folder / flavor["model_binary"]), dtype)
+    return model.eval(), load_tokenizer(folder / "components" / "tokenizer")
+
+
+def _without_own_code(folder: Path) -> Path:
+    """The folder; refused where loading its model would run code that lies beside it."""
+    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise InputError(
+            "registered model",
+            folder,
+            "a model without code of its own, which would have to run here to score it",
+        )
+    return folder
+
+
+def score_again(
+    model: Any, tokenizer: Any, rows: Any, answers: list[dict[str, str]], settings: EvaluateSettings
+) -> dict[str, float]:
+    """Loss, perplexity and, where there are answers, accuracy of a model on tokenized rows."""
+    found = score(model, rows, settings.batch_size)
+    numbers = {"merged_eval_loss": found.loss, "eval_loss": found.loss, "perplexity": found.perplexity}
+    chosen = answers[: settings.accuracy_rows]
+    if chosen:
+        exact = accuracy(model, tokenizer, chosen, settings.max_new_tokens, settings.batch_size)
+        if exact is not None:
+            numbers["accuracy"] = exact
+    return numbers
+
+
+def guard_file(source: str) -> Path:
+    """The file of general text; refuses what is missing or of unknown kind."""
+    if is_address(source):
+        from spectraqlora import storage
+
+        path = storage.local_copy(storage.parse_address(source, "promote.guard_data"), "")
+    else:
+        path = Path(source)
+    if not path.is_file() or path.suffix not in _KINDS or path.stat().st_size == 0:
+        raise InputError(
+            "promote.guard_data", source, f"an existing file, here or at s3://: {', '.join(_KINDS)}"
+        )
+    return path
+
+
+def guard_digest(source: str, rows: int) -> str:
+    """Digest of the general text as it is used."""
+    return f"{file_digest(guard_file(source))}:{rows}"
+
+
+def guard_perplexity(model: Any, tokenizer: Any, source: str, limit: int, batch_size: int) -> float:
+    """Perplexity per token on general text, cut into full sequences.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        source: a text file, or data with a `text` column.
+        limit: most sequences to score.
+        batch_size: sequences per forward pass.
+    """
+    texts = _texts(guard_file(source))
+    length = min(GUARD_TOKENS, context_length(model.config) or GUARD_TOKENS)
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= limit * length:
+            break
+    rows = [ids[i : i + length] for i in range(0, len(ids), length)][:limit]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise InputError("promote.guard_data", source, "text of more than one token")
+    with torch.no_grad():
+        return score(model, [{"input_ids": row, "labels": list(row)} for row in rows], batch_size).perplexity
+
+
+def _texts(path: Path) -> list[str]:
+    if path.suffix == ".txt":
+        return [path.read_text(encoding="utf-8")]
+    from datasets import load_dataset
+
+    loaded = load_dataset(_KINDS[path.suffix], data_files=str(path), split="train", keep_in_memory=True)
+    if "text" not in loaded.column_names:
+        raise InputError("promote.guard_data", path, "a column `text`")
+    return [str(text) for text in loaded["text"] if text]

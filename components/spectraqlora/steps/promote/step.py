@@ -1,0 +1,40 @@
+"""The promote step: KFP's artifacts in, one typed call, KFP's artifacts out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spectraqlora.files import write_text
+from spectraqlora.runtime.step import output_folder, step
+from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSettings
+
+
+@step
+def run(
+    tracking: dict[str, Any],
+    settings: dict[str, Any],
+    evaluate: dict[str, Any],
+    registered: Any,
+    decision: Any,
+) -> None:
+    from spectraqlora.steps.promote.promotion import Promotion
+    from spectraqlora.tracking.registry import CHAMPION, Registry
+
+    section = PromoteSettings(**settings)
+    found = json.loads((Path(registered.path) / "registered.json").read_text())
+    registry = Registry(TrackingSettings(**{**tracking, "registered_model": found["name"]}))
+    promotion = Promotion(registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate))
+    # A gate that is off still says what it would have said.
+    outcome = promotion.run(dry_run=not section.enabled)
+    print(f"version {outcome.version}: {outcome.decision}: {outcome.reason}", flush=True)
+    for name, value in (
+        *outcome.challenger.items(),
+        *((f"champion_{k}", v) for k, v in outcome.champion.items()),
+    ):
+        decision.log_metric(name, value)
+    champion = registry.by_alias(CHAMPION)
+    document = {**asdict(outcome), "enabled": section.enabled, "now": champion.number if champion else None}
+    write_text(output_folder(decision) / "decision.json", json.dumps(document, indent=1))

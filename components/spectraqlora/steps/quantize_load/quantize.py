@@ -1,0 +1,105 @@
+"""4-bit NF4 with double quantization (QLoRA, arXiv 2305.14314) through bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.files import folder_digest
+from spectraqlora.models.families import auto_class, check_computes, plain_linears, quantizable_t5
+from spectraqlora.models.hardware import compute_dtype, device
+from spectraqlora.models.loading import load_tokenizer
+from spectraqlora.models.modules import candidates, without_cpu_packing
+from spectraqlora.models.tensors import check_model_folder
+from spectraqlora.places import resolve_base
+from spectraqlora.settings import ModelSettings, is_address
+from spectraqlora.storage import content_digest, parse_address
+
+LOW_SHARE = 0.8
+
+
+def quantize(settings: ModelSettings, output: Path, content: str = "") -> QuantizedModel:
+    """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
+
+    Args:
+        settings: the `model` section.
+        output: the artifact's folder.
+        content: what an s3:// address must hold, as `storage.content_digest` says it; empty takes what is there.
+
+    Raises:
+        InputError: the model folder is unreadable, holds pickles only, or needs remote code; the model does
+            not compute in 4 bits, looks ahead, or has nothing to adapt.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    remote = is_address(settings.base_model)
+    if remote and not content:
+        content = content_digest(parse_address(settings.base_model, "model.base_model"))
+    trust = settings.trust_remote_code
+    source = resolve_base(settings.base_model, settings.revision, content, trust)
+    check_model_folder(source, trust)
+    dtype = compute_dtype(settings.compute_dtype)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    with plain_linears(), quantizable_t5():
+        model = auto_class(config).from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=trust,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                # One type for all parameters: FSDP shards them together, and T5 asks `wo` for its type.
+                bnb_4bit_quant_storage=dtype,
+            ),
+        )
+    without_cpu_packing(model)
+    check_computes(model, settings.base_model)
+    modules = candidates(model, settings.base_model)
+    model.save_pretrained(output / "model", safe_serialization=True)
+    load_tokenizer(source, trust).save_pretrained(output / "model")
+
+    four_bit = sum(
+        m.out_features * m.in_features for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)
+    )
+    packed = sum(p.numel() for p in model.parameters() if isinstance(p, bnb.nn.Params4bit))
+    total = sum(p.numel() for p in model.parameters()) - packed + four_bit
+    manifest = QuantizedModel(
+        source=settings.base_model,
+        revision=settings.revision,
+        source_path=str(source.resolve()),
+        source_content=content if remote else "",
+        trust_remote_code=trust,
+        base_digest=folder_digest(source),
+        compute_dtype=str(dtype).removeprefix("torch."),
+        parameters=total,
+        four_bit_parameters=four_bit,
+        unquantized=[n for n, p in model.named_parameters() if not isinstance(p, bnb.nn.Params4bit)],
+        modules=modules,
+    )
+    manifest.write(output)
+    share = four_bit / total
+    print(json.dumps({"parameters": total, "four_bit_share": round(share, 4), "compute_dtype": str(dtype)}))
+    if share < LOW_SHARE:
+        linear = sum(m.out_features * m.in_features for m in modules)
+        print(
+            f"WARNING: only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
+            f"{four_bit / max(linear, 1):.0%} of the decoder's linear weights are, the rest is embeddings, "
+            "norms or layers that bitsandbytes does not know"
+        )
+    experts = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
+    if experts:
+        print(
+            f"{experts} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: bitsandbytes "
+            "packs, and the rank map adapts, layers; their SNR is measured"
+        )
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return manifest

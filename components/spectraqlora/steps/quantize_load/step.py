@@ -1,0 +1,19 @@
+"""The quantize-load step: KFP's artifacts in, one typed call, KFP's artifacts out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectraqlora.runtime.step import output_folder, step
+from spectraqlora.settings import ModelSettings
+
+
+@step
+def run(base_model: str, content: str, settings: dict[str, Any], quantized: Any) -> None:
+    from spectraqlora.steps.quantize_load.quantize import quantize
+
+    section = ModelSettings(**{**settings, "base_model": base_model})
+    result = quantize(section, output_folder(quantized), content)
+    quantized.metadata.update(
+        digest=result.base_digest, four_bit_share=result.four_bit_parameters / result.parameters
+    )

@@ -1,0 +1,31 @@
+"""The KFP component of register."""
+
+from kfp import dsl
+
+from spectraqlora.runtime.component import component
+
+
+@component(image="re-evaluate")
+def register(
+    run_key: str,
+    tracking: dict,
+    origin: dict,
+    data: dsl.Input[dsl.Dataset],
+    winner: dsl.Input[dsl.Model],
+    exported: dsl.Input[dsl.Model],
+    registered: dsl.Output[dsl.Artifact],
+):
+    """Register the merged model, or base and adapter, in MLflow as `challenger`.
+
+    Args:
+        run_key: identifies the pipeline run in MLflow.
+        tracking: the `tracking` section.
+        origin: digests of data source and recipe, by which retraining knows what was trained already.
+        data: prepared data; its eval rows are kept beside the model.
+        winner: the winner's adapter and evaluation.
+        exported: the merged model.
+        registered: model name and version.
+    """
+    from spectraqlora.steps.register.step import run
+
+    run(run_key, tracking, origin, data, winner, exported, registered)

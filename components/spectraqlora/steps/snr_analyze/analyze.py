@@ -1,0 +1,51 @@
+"""The step's work: scan the original checkpoint, or the 4-bit one, a few matrices at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.models.loading import original_tensors
+from spectraqlora.models.tensors import LocalTensors
+from spectraqlora.runtime.cache import cache_folder
+from spectraqlora.runtime.console import Progress
+from spectraqlora.settings import SnrSettings, is_address
+from spectraqlora.snr.journal import ScanJournal
+from spectraqlora.snr.scan import scan
+from spectraqlora.snr.table import read_given, write_table
+from spectraqlora.storage import local_copy, parse_address
+
+
+def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
+    """Write the SNR table of the model's linear modules to `output`, measured or given; no model is loaded.
+
+    Until the table is written, finished rows lie in the user's cache: an interrupted scan goes on from them.
+    """
+    manifest = QuantizedModel.read(quantized)
+    if settings.table:
+        write_table(read_given(given_table(settings.table), manifest.modules), output)
+        return
+    original = settings.source == "original"
+    checkpoint = original_tensors(manifest) if original else LocalTensors(quantized / "model")
+    finished = _finished(checkpoint.digest)
+    progress = Progress("measuring SNR", len(manifest.modules))
+    table = scan(checkpoint, manifest.modules, lambda done, _, module: progress(done, module), finished)
+    write_table(table, output)
+    if finished:
+        finished.remove()
+
+
+def given_table(place: str) -> Path:
+    """The file of a table measured elsewhere, fetched where its place is an s3:// address."""
+    return local_copy(parse_address(place, "snr.table")) if is_address(place) else Path(place)
+
+
+def _finished(digest: str) -> ScanJournal | None:
+    """Rows that an earlier scan of this checkpoint left; None where nothing can be kept."""
+    folder = cache_folder() / "snr"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return ScanJournal(folder / f"{digest}.jsonl", digest) if os.access(folder, os.W_OK) else None

@@ -1,0 +1,226 @@
+"""Training in several processes on one machine: launching them, sharing the rows, sharding the base.
+
+Adapters are small: every process holds them whole, and DistributedDataParallel averages their gradients. The
+frozen base is whole in every process too, or, with `train.parallel=fsdp`, its blocks are sharded with FSDP2
+(`fully_shard`): a process holds its share of each block's packed 4-bit weights and gathers a block just for
+the time of its forward or backward pass. The weights are packed in the compute type
+(`bnb_4bit_quant_storage`), which is what lets FSDP shard them. Leaving the adapters out of the shards keeps
+them plain tensors: modules that share a pair, groups of learning rates and saving work as in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from spectraqlora.errors import InputError
+from spectraqlora.models.hardware import device
+from spectraqlora.scoring.head_loss import HeadLoss
+from spectraqlora.scoring.loss import score
+from spectraqlora.settings import TrainSettings
+
+_BLOCK = re.compile(r"^(?:(?!\.\d+\.).)*\.\d+$")
+"""Module paths that end with their first number: the outermost numbered blocks."""
+
+
+def processes(settings: TrainSettings) -> int:
+    """How many processes train: as asked for, else one per GPU, else one.
+
+    Raises:
+        InputError: more than there are GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus and settings.processes > gpus:
+        raise InputError("train.processes", settings.processes, f"at most {gpus}, the GPUs of this machine")
+    return settings.processes or max(gpus, 1)
+
+
+def world_size() -> int:
+    """Processes that train together with this one, itself included."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether torchrun, or `launch`, started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def share(settings: TrainSettings, count: int) -> tuple[int, int]:
+    """(rows per forward pass of one process, forward passes per step) so that a step's rows stay the same.
+
+    Processes first take over accumulation's passes, then divide the rows of a pass.
+
+    Raises:
+        InputError: the rows of a step do not divide by the processes.
+    """
+    passes = math.gcd(settings.gradient_accumulation, count)
+    rows, left = divmod(settings.batch_size, count // passes)
+    if left or not rows:
+        raise InputError(
+            "train.batch_size",
+            settings.batch_size,
+            f"a multiple of {count // passes}, so that {count} processes see the rows that one would see",
+        )
+    return rows, settings.gradient_accumulation // passes
+
+
+def launch(count: int, arguments: dict[str, Any]) -> None:
+    """Call `spectraqlora.steps.train.step.run` with the same arguments in `count` processes of `train.worker`.
+
+    Exits with a worker's code where one fails; what went wrong is on the screen by then.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "request.json"
+        # Of artifacts the path is all that matters.
+        text = json.dumps(arguments, default=lambda artifact: {"path": artifact.path})
+        path.write_text(text, encoding="utf-8")
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=path.parent.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            # Every process sees its own GPU alone, as number 0.
+            virtual_local_rank=True,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "spectraqlora.steps.train.worker", str(path))
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode
+            sys.exit(code if code > 0 else 1)
+        except SignalException as error:
+            # The processes were sent it too, and have ended after a checkpoint.
+            sys.exit(128 + error.sigval)
+
+
+def start() -> None:
+    """Join the other processes: NCCL between GPUs, gloo between CPUs."""
+    from accelerate import PartialState
+
+    if device() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    PartialState(cpu=device() == "cpu")
+
+
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost numbered blocks of a model, in order."""
+    return [module for name, module in model.named_modules() if _BLOCK.match(name)]
+
+
+def shard_base(model: Any) -> None:
+    """Shard the frozen weights of a PEFT model's blocks over all processes, in place.
+
+    Embeddings, head and adapters stay whole. A model loaded on the CPU reaches the GPU block by block.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device(), (world_size(),))
+    found = blocks(model)
+    of_blocks = {parameter for block in found for parameter in block.parameters()}
+    adapters = {p for name, p in model.named_parameters() if "lora_" in name}
+    for block in found:
+        block.to(device())
+        fully_shard(block, mesh=mesh, ignored_params=adapters)
+    model.to(device())
+    # The root holds no shards: it orders the blocks' gathering, so that the next one comes early.
+    fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - of_blocks | adapters)
+
+
+def trainer_class() -> Any:
+    """`transformers.Trainer`, which with several processes averages gradients of the adapters alone."""
+    from transformers import Trainer
+
+    if world_size() == 1:
+        return Trainer
+
+    class AdapterParallel(Trainer):  # type: ignore[misc, unused-ignore]
+        def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+            kind = torch.nn.parallel.DistributedDataParallel
+            if isinstance(model, kind) or not training:
+                return model
+            # Frozen weights are the same file everywhere, or shards; neither is DDP's to compare or send.
+            frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+            buffers = [name for name, _ in model.named_buffers()]
+            kind._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+            # An expert may be without tokens in a batch, and then its adapter without a gradient.
+            sparse = any("expert" in name for name, p in model.named_parameters() if p.requires_grad)
+            return kind(model, find_unused_parameters=sparse)
+
+    return AdapterParallel
+
+
+def mean_loss(model: Any, rows: Any, batch_size: int, head: HeadLoss) -> float:
+    """Mean loss per counted token over all rows (nats), each process scoring its share.
+
+    Every process runs equally many forward passes, since sharded blocks are gathered by all at once: where
+    the rows do not divide, some are scored twice and counted once.
+    """
+    count = world_size()
+    if count == 1:
+        return score(model, rows, batch_size, head).loss
+    places = range(rank(), -(-len(rows) // count) * count, count)
+    found = score(model, rows.select([place % len(rows) for place in places]), batch_size, head)
+    own = sum(place < len(rows) for place in places)
+    sums = torch.tensor(
+        [sum(found.losses[:own]), float(sum(found.tokens[:own]))], dtype=torch.float64, device=device()
+    )
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def highest(value: int) -> int:
+    """The largest of all processes' values."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor of this name, in the order of their numbers; all of one shape."""
+    if world_size() == 1:
+        return [tensor]
+    own = tensor.to(device())
+    found = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(found, own)
+    return found
+
+
+def told(text: str) -> str:
+    """What the first process says, in every process."""
+    if world_size() == 1:
+        return text
+    message = [text]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]

@@ -1,0 +1,136 @@
+"""The state of a training between two optimizer steps, as plain tensors and JSON values.
+
+Nothing here is ever pickled: tensors go to safetensors, numbers and names to JSON, so that reading a
+checkpoint cannot run code, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from spectraqlora.steps.train import distributed
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Course:
+    """What a training has been through.
+
+    Args:
+        step: optimizer steps done in this round.
+        losses: training loss of every step, nats per counted token.
+        evals: (step, eval loss).
+        best_loss: lowest eval loss.
+        best: adapter weights of the lowest eval loss.
+        seconds: spent training, evaluations and checkpoints left out.
+        tokens: trained on.
+        peak_memory_bytes: of all attempts.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    evals: list[tuple[int, float]] = field(default_factory=list)
+    best_loss: float = math.inf
+    best: Tensors = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+
+    def curve(self, points: int = 100) -> list[tuple[int, float]]:
+        """(step, mean loss since the point before) at about as many points as asked for."""
+        width = max(1, len(self.losses) // points)
+        return [self._point(end, width) for end in range(width, len(self.losses) + 1, width)]
+
+    def last_point(self, steps: int, points: int = 100) -> tuple[int, float] | None:
+        """The point that the last loss completes on the curve of a training of so many steps."""
+        width = max(1, steps // points)
+        return None if len(self.losses) % width else self._point(len(self.losses), width)
+
+    def _point(self, end: int, width: int) -> tuple[int, float]:
+        return end, math.fsum(self.losses[end - width : end]) / width
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training's state, detached from it."""
+
+    tensors: Tensors
+    facts: dict[str, Any]
+
+
+def capture(model: Any, optimizer: Any, schedule: Any, course: Course) -> Snapshot:
+    """Copies of every trained parameter, optimizer, schedule, random state and course.
+
+    Several processes take part together; parameters and optimizer are the same in all, random states are not.
+    """
+    tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    tensors |= {f"best.{name}": weight for name, weight in course.best.items()}
+    entries = optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entry in entries["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    tensors["course.losses"] = torch.tensor(course.losses, dtype=torch.float64)
+    # Dropout is all that draws while training runs; it draws from torch's generators.
+    for kind, own in _random().items():
+        tensors |= {f"random.{kind}.{rank}": state for rank, state in enumerate(distributed.gathered(own))}
+    rates = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+    facts = {
+        "optimizer": {"scalars": scalars, "groups": entries["param_groups"]},
+        "schedule": rates,
+        "course": {
+            name: getattr(course, name)
+            for name in ("step", "evals", "best_loss", "seconds", "tokens", "peak_memory_bytes")
+        },
+    }
+    return Snapshot({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, facts)
+
+
+def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> Course:
+    """Put parameters, optimizer and schedule back; `restore_random` does the rest when training starts."""
+    tensors, facts = snapshot.tensors, snapshot.facts
+    trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in _below("optimizer.", tensors).items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    for index, scalars in facts["optimizer"]["scalars"].items():
+        state.setdefault(int(index), {}).update(scalars)
+    optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["groups"]})
+    schedule.load_state_dict({**schedule.state_dict(), **facts["schedule"]})
+    course = facts["course"]
+    return Course(
+        **{**course, "evals": [(step, loss) for step, loss in course["evals"]]},
+        losses=tensors["course.losses"].tolist(),
+        best=_below("best.", tensors),
+    )
+
+
+def restore_random(snapshot: Snapshot) -> None:
+    """Put the random state back; everything that draws before the first step must have drawn."""
+    rank = distributed.rank()
+    torch.set_rng_state(snapshot.tensors[f"random.cpu.{rank}"])
+    if torch.cuda.is_available() and f"random.cuda.{rank}" in snapshot.tensors:
+        torch.cuda.set_rng_state(snapshot.tensors[f"random.cuda.{rank}"])
+
+
+def _random() -> Tensors:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,280 @@
+"""Runs in MLflow: one per pipeline run, one nested run per branch, whichever step or retry asks first."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spectraqlora import __version__
+from spectraqlora.artifacts import Evaluation, PreparedData, TrainingLog
+from spectraqlora.errors import InputError
+from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
+from spectraqlora.runtime.images import image_reference
+from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.server import ServerAway, connect, refusals
+
+RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
+IMAGE, REVISION = "SPECTRAQLORA_IMAGE_REFERENCE", "SPECTRAQLORA_REVISION"
+"""Environment variables of a step's container: its image in full, and the source revision it was built from."""
+_PARENT, _WINNER = "pipeline", "spectraqlora.run_id"
+_PARAM_LENGTH = 500
+_BATCH = 900
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Tracker:
+    """Finds or creates the runs of a pipeline run.
+
+    Steps in different pods and their retries agree on one run without talking to each other, because
+    MLflow's database accepts some things only once: an experiment's name, and a param's value. The pipeline's
+    run is the one that an experiment named after the run key points to (deleted at once, so nobody sees it);
+    a branch's run is the one that the pipeline run's param `run.BRANCH` names. Whoever comes second takes the
+    first one's run and deletes its own.
+
+    Args:
+        settings: the `tracking` section.
+        run_key: identifies the pipeline run.
+        step: name of the step that asks, for the tags.
+
+    Raises:
+        InputError: the tracking server does not answer, or does not let us in.
+    """
+
+    def __init__(self, settings: TrackingSettings, run_key: str, step: str = "") -> None:
+        self.settings, self.run_key, self.step = settings, run_key, step
+        self._runs: dict[str, str] = {}
+        self.client = connect(settings)
+        with refusals(settings):
+            self.experiment = self._experiment()
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = self.settings.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            location = None
+            if self.settings.uri.startswith("sqlite:///"):
+                database = Path(self.settings.uri.removeprefix("sqlite:///"))
+                location = (database.parent / "mlartifacts").as_uri()
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self.client.get_experiment_by_name(name)
+        if found.lifecycle_stage != "active":
+            raise InputError("tracking.experiment", name, "an experiment that is not deleted")
+        return str(found.experiment_id)
+
+    def _tags(self) -> dict[str, str]:
+        tags = {RUN_KEY: self.run_key, "spectraqlora.version": __version__}
+        if os.environ.get(REVISION):
+            tags["mlflow.source.git.commit"] = os.environ[REVISION]
+        if _UUID.fullmatch(self.run_key):
+            tags["kfp.run_id"] = self.run_key
+        return tags
+
+    def _create(self, branch: str, name: str, tags: dict[str, str]) -> str:
+        run = self.client.create_run(
+            self.experiment, run_name=name, tags={**self._tags(), BRANCH: branch, **tags}
+        )
+        return str(run.info.run_id)
+
+    def _settle(self, branch: str, chosen: str) -> str:
+        """Delete runs that lost, left by attempts that were killed between making and deleting them."""
+        query = f"tags.`{RUN_KEY}` = '{self.run_key}' and tags.`{BRANCH}` = '{branch}'"
+        for run in self.client.search_runs([self.experiment], query):
+            if run.info.run_id != chosen:
+                self.client.delete_run(run.info.run_id)
+        if self.step:
+            self.client.set_tag(chosen, f"image.{self.step}", step_image())
+        self._runs[branch] = chosen
+        return chosen
+
+    def pipeline_run(self) -> str:
+        """Id of the run that stands for the whole pipeline run."""
+        from mlflow.exceptions import MlflowException
+
+        if _PARENT in self._runs:
+            return self._runs[_PARENT]
+        ballot = f"{self.settings.experiment}: run {self.run_key}"
+        with refusals(self.settings):
+            decided = self.client.get_experiment_by_name(ballot)
+            if decided is None:
+                candidate = self._create(_PARENT, self.run_key, {})
+                try:
+                    made = self.client.create_experiment(ballot, tags={_WINNER: candidate})
+                    self.client.delete_experiment(made)
+                    return self._settle(_PARENT, candidate)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                decided = self.client.get_experiment_by_name(ballot)
+            return self._settle(_PARENT, decided.tags[_WINNER])
+
+    def branch_run(self, method: str) -> str:
+        """Id of a branch's run, nested in the pipeline's."""
+        if method in self._runs:
+            return self._runs[method]
+        parent, key = self.pipeline_run(), f"run.{method}"
+        with refusals(self.settings):
+            chosen = self.client.get_run(parent).data.params.get(key)
+            if chosen is None:
+                candidate = self._create(method, method, {"mlflow.parentRunId": parent})
+                chosen = write_once(self.client, parent, key, candidate)
+            return self._settle(method, chosen)
+
+    def log_params(self, run_id: str, values: dict[str, Any]) -> None:
+        """Log nested settings as dotted params; values that are there already stay."""
+        from mlflow.entities import Param
+
+        flat: dict[str, str] = {}
+
+        def collect(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    collect(f"{prefix}.{key}" if prefix else str(key), inner)
+            else:
+                flat[prefix] = (value if isinstance(value, str) else json.dumps(value))[:_PARAM_LENGTH]
+
+        collect("", values)
+        with refusals(self.settings):
+            known = self.client.get_run(run_id).data.params
+            fresh = [Param(key, value) for key, value in flat.items() if key not in known]
+            if fresh:
+                self.client.log_batch(run_id, params=fresh)
+
+    def known_steps(self, run_id: str, name: str) -> set[int]:
+        """Steps at which a metric is logged already."""
+        with refusals(self.settings):
+            return {m.step for m in self.client.get_metric_history(run_id, name)}
+
+    def log_points(self, run_id: str, points: list[Any]) -> None:
+        """Log metric points (MLflow's `Metric`); the very same point twice counts once."""
+        with refusals(self.settings):
+            for start in range(0, len(points), _BATCH):
+                self.client.log_batch(run_id, metrics=points[start : start + _BATCH])
+
+    def log_curve(self, run_id: str, name: str, points: list[tuple[int, float]]) -> None:
+        """Log a metric over steps; points of an earlier attempt are not logged twice."""
+        from mlflow.entities import Metric
+
+        known = self.known_steps(run_id, name) if points else set()
+        now = int(time.time() * 1000)
+        self.log_points(
+            run_id,
+            [Metric(name, v, now, step) for step, v in points if step not in known and math.isfinite(v)],
+        )
+
+    def log_training(self, run_id: str, log: TrainingLog, max_steps: int) -> None:
+        """Log a round's curves, counted on from the rounds before; what is there already stays."""
+        offset = (log.round - 1) * max_steps
+        for name, points in (("train_loss", log.loss_curve), ("eval_loss_curve", log.eval_curve)):
+            self.log_curve(run_id, name, [(step + offset, loss) for step, loss in points])
+
+    def log_metrics(self, run_id: str, values: dict[str, float]) -> None:
+        """Log finite numbers; one that stands there already with this value is left alone."""
+        from mlflow.entities import Metric
+
+        with refusals(self.settings):
+            known = self.client.get_run(run_id).data.metrics
+        now = int(time.time() * 1000)
+        fresh = {k: v for k, v in values.items() if math.isfinite(v) and known.get(k) != v}
+        self.log_points(run_id, [Metric(k, v, now, 0) for k, v in fresh.items()])
+
+    def log_data(self, run_id: str, data: PreparedData) -> None:
+        """Log the data set as an MLflow dataset: name, source, digest, counts."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        kind = "local" if Path(data.source).exists() else "s3" if "://" in data.source else "hugging_face"
+        entity = Dataset(
+            name=Path(data.source).name[:100] or "data",
+            digest=data.digest[:36],
+            source_type=kind,
+            source=json.dumps({"uri": data.source}),
+            profile=json.dumps({"train_rows": data.train_rows, "eval_rows": data.eval_rows}),
+        )
+        context = [InputTag("mlflow.data.context", "training")]
+        with refusals(self.settings):
+            self.client.log_inputs(run_id, datasets=[DatasetInput(entity, context)])
+
+    def log_evaluation(self, run_id: str, evaluation: Evaluation, metrics: dict[str, float]) -> None:
+        """Log what an evaluation holds of its branch: all rounds' curves, numbers and digests."""
+        with refusals(self.settings):
+            settings = self.client.get_run(run_id).data.params
+        max_steps = int(settings.get("train.max_steps", 0))
+        for part in evaluation.rounds:
+            if part.trained:
+                self.log_training(run_id, part.training, max_steps)
+        self.log_metrics(run_id, metrics)
+        self.set_tags(run_id, {"base_digest": evaluation.base_digest, "data_digest": evaluation.data_digest})
+
+    def log_file(self, run_id: str, path: Path, folder: str = "") -> None:
+        """Keep a file among the run's artifacts."""
+        with refusals(self.settings):
+            self.client.log_artifact(run_id, str(path), folder or None)
+
+    def log_folder(self, run_id: str, path: Path, folder: str) -> None:
+        """Keep a folder's files among the run's artifacts."""
+        with refusals(self.settings):
+            self.client.log_artifacts(run_id, str(path), folder)
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        """Set tags of a run."""
+        from mlflow.entities import RunTag
+
+        with refusals(self.settings):
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def finish(self, run_id: str) -> None:
+        """Mark a run as finished."""
+        with refusals(self.settings):
+            self.client.set_terminated(run_id, "FINISHED")
+
+    def patiently(self, send: Callable[[], None], what: str) -> bool:
+        """Send after the work is done: wait for a server that is away, then give up with a warning.
+
+        Whatever is sent stands in the step's artifacts as well, and the next step sends it again.
+        """
+        deadline = time.monotonic() + self.settings.patience_seconds
+        pause = 1.0
+        while True:
+            try:
+                send()
+                return True
+            except ServerAway as error:
+                if time.monotonic() + pause > deadline:
+                    print(
+                        f"WARNING: MLflow at {self.settings.uri} does not answer ({error.why}); {what} is kept in the "
+                        "step's artifacts and sent by the next step",
+                        flush=True,
+                    )
+                    return False
+            time.sleep(pause)
+            pause = min(pause * 2, 15.0)
+
+
+def step_image() -> str:
+    """The image that this step runs in: as the cluster names it, else as it was built."""
+    built = os.environ.get(BUILT_IMAGE)
+    return os.environ.get(IMAGE) or (image_reference(built) if built else "none, a local process")
+
+
+def write_once(client: Any, run_id: str, key: str, value: str) -> str:
+    """Write a run's param unless it has one; the value that stands, ours or the one that came first."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.log_param(run_id, key, value)
+        return value
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+    return str(client.get_run(run_id).data.params[key])

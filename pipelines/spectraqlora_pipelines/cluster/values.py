@@ -1,0 +1,395 @@
+"""The values file of `compile --target kubernetes`: where and how every step runs on a cluster.
+
+`defaults` holds for all steps, `steps.NAME` for one of them; a step's value wins, mappings are merged key by
+key and lists are replaced. `run` holds what belongs to a run and not to a step. Secrets are named, never held.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import spectraqlora
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from spectraqlora.errors import InputError
+from spectraqlora.runtime.images import step_names
+
+NEVER_CACHED = frozenset({"detect-changes", "start-point", "register", "promote"})
+"""Steps that read or change what lies elsewhere: an old result would miss what happened there since."""
+
+_SUFFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_SUFFIXES |= {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTPE", 1)}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE", re.IGNORECASE)
+_USER_INFO = re.compile(r"://[^/\s@]+:[^/\s@]+@")
+
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def amount(quantity: str) -> float:
+    """A Kubernetes quantity as a number: "500m" is 0.5, "8Gi" is 8589934592."""
+    found = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", quantity)
+    assert found, quantity
+    return float(found[1]) * _SUFFIXES[found[2]]
+
+
+def seconds(duration: str) -> int:
+    """A duration such as 30s, 10m, 12h or 2d in seconds."""
+    return int(duration[:-1]) * _SECONDS[duration[-1]]
+
+
+_NAME = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+_LABEL = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+_LABEL_KEY = rf"({_NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
+
+Name = Annotated[str, _matching(_NAME, "a Kubernetes name: lower case letters, digits, - and .")]
+LabelKey = Annotated[str, _matching(_LABEL_KEY, "a label key, such as team or example.com/team")]
+LabelValue = Annotated[
+    str, BeforeValidator(_number_as_text), _matching(_LABEL, "a label of at most 63 letters, digits, - _ .")
+]
+EnvName = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")]
+Cpu = Annotated[
+    str, BeforeValidator(_number_as_text), _matching(r"\d+(\.\d+)?|\d+m", "CPU cores, such as 2 or 500m")
+]
+Memory = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    _matching(r"\d+(\.\d+)?([KMGTPE]i?)", "a size with its unit, such as 512Mi or 24Gi"),
+]
+Duration = Annotated[str, _matching(r"[1-9]\d*[smhd]", "a duration, such as 30s, 10m, 12h or 2d")]
+MountPath = Annotated[str, _matching(r"(/[\w.-]+)+", "an absolute path, such as /cache")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageValues(_Part):
+    registry: Annotated[
+        str,
+        _matching(r"([\w.-]+(:\d+)?(/[\w.-]+)*)?", "a registry and path without scheme, such as ghcr.io/me"),
+    ] = Field("", description="Registry and path before the image's own name; empty leaves the name alone")
+    tag: Annotated[str, _matching(r"[\w][\w.-]{0,127}", "an image tag, such as 0.1.0-cuda")] = Field(
+        spectraqlora.__version__, description="Tag of the image"
+    )
+    digest: Annotated[
+        str, _matching(r"(sha256:[0-9a-f]{64})?", "sha256: and 64 hexadecimal digits, or nothing")
+    ] = Field("", description="sha256:… pins the image's content; the tag is then not used")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        "IfNotPresent", description="When the node pulls the image"
+    )
+
+    def reference(self, name: str) -> str:
+        """Full reference of the step image `name`, such as spectraqlora/train."""
+        full = f"{self.registry}/{name}" if self.registry else name
+        return f"{full}@{self.digest}" if self.digest else f"{full}:{self.tag}"
+
+
+def _request_within_limit(part: Any) -> Any:
+    if part.request and part.limit and amount(part.request) > amount(part.limit):
+        raise ValueError(f"a request of at most the limit {part.limit}; the request is {part.request}")
+    return part
+
+
+class CpuValues(_Part):
+    request: Cpu | None = Field(None, description="CPU cores that the node must have free")
+    limit: Cpu | None = Field(None, description="CPU cores that the step may use at most")
+
+    _ordered = model_validator(mode="after")(_request_within_limit)
+
+
+class MemoryValues(_Part):
+    request: Memory | None = Field(None, description="Memory that the node must have free")
+    limit: Memory | None = Field(None, description="Memory above which the step is ended")
+
+    _ordered = model_validator(mode="after")(_request_within_limit)
+
+
+class GpuValues(_Part):
+    count: int = Field(
+        0, ge=0, le=64, description="GPUs; Kubernetes takes the same number as request and limit"
+    )
+    resource: Annotated[
+        str, _matching(rf"{_NAME}/[\w.-]+", "an extended resource, such as nvidia.com/gpu")
+    ] = Field("nvidia.com/gpu", description="The node resource that counts them")
+
+
+class TolerationValues(_Part):
+    key: str | None = Field(None, description="Taint's key; none with operator Exists tolerates all")
+    operator: Literal["Equal", "Exists"] = Field("Equal", description="How the taint is compared")
+    value: str | None = Field(None, description="Taint's value, for operator Equal")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Taint's effect; none is every effect"
+    )
+    seconds: int | None = Field(None, ge=0, description="How long NoExecute is tolerated")
+
+    @model_validator(mode="after")
+    def _whole(self) -> TolerationValues:
+        if self.operator == "Equal" and not self.key:
+            raise ValueError("a key, or operator Exists")
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("no value beside operator Exists")
+        return self
+
+
+class RetryValues(_Part):
+    attempts: int = Field(2, ge=0, le=20, description="How often a failed step is tried again")
+    backoff: Duration = Field("30s", description="Wait before the first of these")
+    factor: float = Field(2.0, ge=1, le=10, description="The wait grows by this factor each time")
+    max_backoff: Duration = Field("1h", description="Longest wait")
+
+
+class SecretValues(_Part):
+    name: Name = Field(description="Existing Secret in the namespace of the runs")
+    env: dict[EnvName, str] = Field(
+        min_length=1, description="Environment variable: key inside the Secret. Only names stand here"
+    )
+    optional: bool = Field(False, description="Whether steps start without the Secret")
+
+
+class ConfigMapValues(_Part):
+    name: Name = Field(description="Existing ConfigMap in the namespace of the runs")
+    env: dict[EnvName, str] = Field(
+        min_length=1, description="Environment variable: key inside the ConfigMap"
+    )
+    optional: bool = Field(False, description="Whether steps start without the ConfigMap")
+
+
+class CacheValues(_Part):
+    claim: Name | None = Field(
+        None, description="Existing claim (ReadWriteMany) that all steps share; HF_HOME lies in it"
+    )
+    path: MountPath = Field("/cache", description="Where it is mounted, the same path in every step")
+    sub_path: str = Field("", description="Folder inside the volume")
+
+
+class UserValues(_Part):
+    run_as_user: int | None = Field(
+        None, ge=1, description="User id of the step; none is the image's own, which is not root"
+    )
+    run_as_group: int | None = Field(None, ge=0, description="Group id of the step")
+
+
+class StepValues(_Part):
+    """What one step gets."""
+
+    image: ImageValues = ImageValues()
+    cpu: CpuValues = CpuValues()
+    memory: MemoryValues = MemoryValues()
+    gpu: GpuValues = GpuValues()
+    node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels that the node must carry")
+    tolerations: tuple[TolerationValues, ...] = Field((), description="Taints that the step tolerates")
+    retries: RetryValues = RetryValues()
+    caching: bool = Field(
+        True, description="Take the result of an earlier task with the same inputs; register never does"
+    )
+    env: dict[EnvName, str] = Field({}, description="Plain environment variables; no secrets")
+    secrets: tuple[SecretValues, ...] = Field((), description="Environment variables from Secrets")
+    config_maps: tuple[ConfigMapValues, ...] = Field((), description="Environment variables from ConfigMaps")
+    cache: CacheValues = CacheValues()
+    shm: Memory | None = Field(
+        None,
+        description="Size of a /dev/shm in memory, counted in the memory limit; train has 1Gi unless told",
+    )
+    user: UserValues = UserValues()
+    labels: dict[LabelKey, LabelValue] = Field({}, description="Labels of the step's pods")
+    annotations: dict[LabelKey, str] = Field({}, description="Annotations of the step's pods")
+    pull_secrets: tuple[Name, ...] = Field((), description="Existing image pull secrets")
+    time_limit: Duration | None = Field(None, description="A step that runs longer is ended and fails")
+
+    @model_validator(mode="after")
+    def _no_secrets_no_doubles(self) -> StepValues:
+        for name, value in self.env.items():
+            if _SECRET_NAME.search(name) or _USER_INFO.search(value):
+                raise _At(("env", name), "…", "no secret in plain text; name a Secret under secrets")
+        seen: set[str] = set(self.env)
+        for kind in ("secrets", "config_maps"):
+            for place, source in enumerate(getattr(self, kind)):
+                for name in source.env:
+                    if name in seen:
+                        raise _At((kind, place, "env", name), source.env[name], "a variable that is set once")
+                    seen.add(name)
+        return self
+
+
+class RunValues(_Part):
+    """What belongs to a run. KFP's YAML has no place for the first three: `submit --values` passes them on."""
+
+    service_account: Name | None = Field(None, description="Service account of the steps; given at submit")
+    pipeline_root: Annotated[
+        str, _matching(r"((s3|minio|gs)://\S+)?", "an address such as s3://bucket/pipelines")
+    ] = Field("", description="Where KFP keeps the steps' artifacts; given at submit; empty is KFP's own")
+    experiment: str = Field("spectraqlora", min_length=1, description="KFP experiment; given at submit")
+    time_limit: Duration | None = Field(None, description="A run that takes longer is ended")
+    keep_finished: Duration | None = Field(
+        None, description="How long the finished workflow object stays; KFP keeps the run's record anyway"
+    )
+
+
+class _At(ValueError):
+    """A fault of a part of the model under validation."""
+
+    def __init__(self, place: tuple[str | int, ...], value: object, expected: str) -> None:
+        super().__init__(expected)
+        self.place, self.value = place, value
+
+
+def _known_step(name: str) -> str:
+    if name not in step_names():
+        raise ValueError(f"one of the steps {', '.join(step_names())}")
+    return name
+
+
+class ClusterValues(_Part):
+    """The values file."""
+
+    run: RunValues = RunValues()
+    defaults: StepValues = Field(StepValues(), description="Holds for every step")
+    steps: dict[Annotated[str, AfterValidator(_known_step)], StepValues] = Field(
+        {}, description="What differs for one step"
+    )
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> ClusterValues:
+        for name, own in self.steps.items():
+            if name in NEVER_CACHED and "caching" in own.model_fields_set and own.caching:
+                raise _At(("steps", name, "caching"), True, "false: the step reads or changes the registry")
+            try:
+                self.step(name)
+            except ValidationError as error:
+                key, value, expected = _first(error)
+                raise _At(("steps", name, *key), value, f"{expected} (with the defaults)") from None
+        return self
+
+    def step(self, name: str) -> StepValues:
+        """A step's values: its own over the defaults over what is built in."""
+        merged: dict[str, Any] = {"shm": "1Gi"} if name == "train" else {}
+        for part in (self.defaults, self.steps.get(name)):
+            if part is not None:
+                merged = _merge(merged, part.model_dump(exclude_unset=True))
+        if name in NEVER_CACHED:
+            merged["caching"] = False
+        return StepValues.model_validate(merged)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merge(result[key], value) if both else value
+    return result
+
+
+def read_values(path: Path) -> ClusterValues:
+    """Read and check a values file.
+
+    Raises:
+        InputError: of the first fault, naming key, value and what was expected.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise InputError("--values", path, "a readable YAML file") from None
+    except yaml.YAMLError as error:
+        raise InputError("--values", path, f"valid YAML ({str(error).splitlines()[-1].strip()})") from None
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise InputError("--values", path, "a YAML mapping with run, defaults and steps")
+    try:
+        return ClusterValues.model_validate(loaded)
+    except ValidationError as error:
+        key, value, expected = _first(error)
+        raise InputError(".".join(map(str, key)), value, expected) from None
+
+
+def _first(error: ValidationError) -> tuple[tuple[str | int, ...], object, str]:
+    """Place, value and expectation of a validation's first fault."""
+    fault = error.errors()[0]
+    # Pydantic marks a mapping's faulty key by a part of its own.
+    place = tuple(part for part in fault["loc"] if part != "[key]")
+    inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, _At):
+        return (*place, *inner.place), inner.value, str(inner)
+    if fault["type"] == "extra_forbidden":
+        return place, fault["input"], f"a known key, one of: {', '.join(_keys_at(place[:-1]))}"
+    if fault["type"] == "missing":
+        return place, None, "a value; it is required"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    value = "the given mapping" if isinstance(fault["input"], _Part) else fault["input"]
+    return place, value, message
+
+
+def _keys_at(place: tuple[str | int, ...]) -> list[str]:
+    model: Any = ClusterValues
+    for part in place:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = _part_of(model.model_fields[str(part)].annotation)
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def _part_of(annotation: Any) -> Any:
+    """The section class inside an annotation such as tuple[SecretValues, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _part_of(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Every key as (key, default, description); step values once, under `defaults`."""
+    return list(_rows(ClusterValues, ""))
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        part = _part_of(field.annotation)
+        plain = not isinstance(field.get_default(call_default_factory=True), BaseModel)
+        if part is None or (part is StepValues and plain):
+            yield key, _shown(field), field.description or ""
+        elif plain:
+            yield key, _shown(field), field.description or ""
+            yield from _rows(part, f"{key}[].")
+        else:
+            yield from _rows(part, f"{key}.")
+
+
+def _shown(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default()
+    if isinstance(default, str):
+        return default or "''"
+    return "none" if default is None else json.dumps(default)
+
+
+def image_name(reference: str) -> str:
+    """The name of a step image without its tag."""
+    return reference.rpartition(":")[0]

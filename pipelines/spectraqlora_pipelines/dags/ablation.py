@@ -1,0 +1,45 @@
+"""The ablation DAG: one branch per method, rounds unrolled, then compare, merge-export and register."""
+
+from typing import Any
+
+from kfp import dsl
+from spectraqlora.settings import Settings
+
+from spectraqlora_pipelines.dags.branch import branch_of
+from spectraqlora_pipelines.dags.placement import Placement
+from spectraqlora_pipelines.dags.shared_steps import shared_steps
+
+DEFAULTS = Settings().model_dump(mode="json")
+
+
+def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = Placement()) -> Any:
+    """The pipeline with a static branch for each method and its rounds unrolled, its tasks placed by `place`."""
+    branches = {method: branch_of(method, rounds, place) for method in methods}
+
+    @dsl.pipeline(
+        name="spectraqlora-ablation",
+        description="QLoRA and Spectrum ablations, from base to registry",
+        pipeline_config=place.pipeline_config(),
+    )
+    def ablation(
+        base_model: str = DEFAULTS["model"]["base_model"],
+        base_content: str = "",
+        source: str = DEFAULTS["data"]["source"],
+        source_content: str = "",
+        table_content: str = "",
+        run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        seed: int = DEFAULTS["seed"],
+        model: dict = DEFAULTS["model"],
+        data: dict = DEFAULTS["data"],
+        snr: dict = DEFAULTS["snr"],
+        select: dict = DEFAULTS["select"],
+        train: dict = DEFAULTS["train"],
+        evaluate: dict = DEFAULTS["evaluate"],
+        tracking: dict = DEFAULTS["tracking"],
+        promote: dict = DEFAULTS["promote"],
+        checkpoint: dict = DEFAULTS["checkpoint"],
+        export: dict = DEFAULTS["export"],
+    ):
+        shared_steps(branches, dict(locals()), {}, place)
+
+    return ablation

@@ -1,0 +1,113 @@
+"""How a DAG's tasks are named, retried and placed: by a retry count alone, or by a cluster's values file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kfp import dsl
+
+from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, StepValues, image_name, seconds
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Applied to every task of a DAG as `place(task, display_name)`.
+
+    On one machine a failed step fails again, so local runs ask for no retries; clusters lose pods.
+    """
+
+    retries: int = 2
+    values: ClusterValues | None = None
+
+    def __call__(self, task: Any, name: str) -> Any:
+        """Name the task for people and give it its step's retries, caching, resources and environment."""
+        task.set_display_name(name)
+        step = task.component_spec.name.replace("_", "-")
+        if self.values is not None:
+            return _place(task, self.values.step(step))
+        if self.retries:
+            task.set_retry(self.retries, backoff_duration="30s", backoff_factor=2.0)
+        if step in NEVER_CACHED:
+            task.set_caching_options(False)
+        return task
+
+    def pipeline_config(self) -> dsl.PipelineConfig | None:
+        """The run's own limits, where there are any."""
+        run = self.values.run if self.values else None
+        if run is None or not (run.time_limit or run.keep_finished):
+            return None
+        return dsl.PipelineConfig(
+            active_deadline_seconds=seconds(run.time_limit) if run.time_limit else None,
+            ttl_seconds_after_finished=seconds(run.keep_finished) if run.keep_finished else None,
+        )
+
+
+def _place(task: Any, values: StepValues) -> Any:
+    from kfp import kubernetes
+
+    task.set_container_image(values.image.reference(image_name(task.container_spec.image)))
+    kubernetes.set_image_pull_policy(task, values.image.pull_policy)
+    if values.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(values.pull_secrets))
+
+    for kind in ("cpu", "memory"):
+        for bound in ("request", "limit"):
+            given = getattr(getattr(values, kind), bound)
+            if given:
+                getattr(task, f"set_{kind}_{bound}")(given)
+    if values.gpu.count:
+        task.set_accelerator_type(values.gpu.resource).set_accelerator_limit(values.gpu.count)
+    if values.shm:
+        kubernetes.empty_dir_mount(
+            task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=values.shm
+        )
+
+    for key, value in values.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in values.tolerations:
+        kubernetes.add_toleration(
+            task,
+            key=toleration.key,
+            operator=toleration.operator,
+            value=toleration.value,
+            effect=toleration.effect,
+            toleration_seconds=toleration.seconds,
+        )
+
+    retries = values.retries
+    if retries.attempts:
+        task.set_retry(
+            retries.attempts,
+            backoff_duration=f"{seconds(retries.backoff)}s",
+            backoff_factor=retries.factor,
+            backoff_max_duration=f"{seconds(retries.max_backoff)}s",
+        )
+    task.set_caching_options(values.caching)
+    if values.time_limit:
+        kubernetes.set_timeout(task, seconds(values.time_limit))
+
+    for name, value in values.env.items():
+        task.set_env_variable(name, value)
+    for secret in values.secrets:
+        keys = {key: env for env, key in secret.env.items()}
+        kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
+    for config in values.config_maps:
+        keys = {key: env for env, key in config.env.items()}
+        kubernetes.use_config_map_as_env(task, config.name, keys, optional=config.optional)
+    if values.cache.claim:
+        kubernetes.mount_pvc(task, values.cache.claim, values.cache.path, values.cache.sub_path)
+        if "HF_HOME" not in values.env:
+            task.set_env_variable("HF_HOME", f"{values.cache.path}/huggingface")
+
+    kubernetes.set_security_context(
+        task,
+        run_as_user=values.user.run_as_user,
+        run_as_group=values.user.run_as_group,
+        run_as_non_root=True,
+    )
+    for key, value in values.labels.items():
+        kubernetes.add_pod_label(task, key, value)
+    for key, value in values.annotations.items():
+        kubernetes.add_pod_annotation(task, key, value)
+    return task

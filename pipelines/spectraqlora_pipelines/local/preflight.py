@@ -1,0 +1,215 @@
+"""What can be refused is refused here, in seconds, before any step starts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+from spectraqlora import __version__
+from spectraqlora.errors import InputError
+from spectraqlora.files import file_digest, folder_digest, write_text
+from spectraqlora.settings import Settings, is_address
+
+MINIMUM_FREE_BYTES = 512 * 2**20
+
+
+def check(settings: Settings, base_model: str, source: str) -> None:
+    """Refuse bad data, bad model folders, and ranks and processes that do not fit."""
+    from spectraqlora.data.sources import check_source
+
+    settings.promote.check_measured()
+    if settings.promote.guard_data:
+        from spectraqlora.steps.promote.rescore import guard_file
+
+        guard_file(settings.promote.guard_data)
+    if settings.tracking.registered_form == "adapter" and is_address(base_model):
+        raise InputError(
+            "tracking.registered_form",
+            "adapter",
+            f"merged; transformers cannot load a reference to {base_model}",
+        )
+    if settings.tracking.uri:
+        from spectraqlora.tracking.registry import Registry
+
+        Registry(settings.tracking).versions()
+    _check_destinations(settings)
+    if settings.train.processes > 1:
+        from spectraqlora.steps.train.distributed import share
+
+        share(settings.train, settings.train.processes)
+    with _silence():
+        check_source(settings.data.model_copy(update={"source": source}))
+    if is_address(base_model):
+        with tempfile.TemporaryDirectory() as scratch:
+            _fetch_outline(base_model, Path(scratch) / "model", settings.model.trust_remote_code)
+            _check_fit(settings, Path(scratch) / "model")
+        return
+    folder = Path(base_model)
+    if not folder.is_dir():
+        looks_like_hub = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
+        if not looks_like_hub:
+            raise InputError(
+                "model.base_model", base_model, "an existing folder or a hub id such as owner/name"
+            )
+        return
+    from spectraqlora.models.tensors import check_model_folder
+
+    check_model_folder(folder, settings.model.trust_remote_code)
+    _check_fit(settings, folder)
+
+
+def _check_fit(settings: Settings, folder: Path) -> None:
+    """Refuse ranks and tables that do not fit the model; its config alone is read."""
+    from spectraqlora.methods.ranks import check_rank
+    from spectraqlora.models.modules import model_outline
+
+    modules = model_outline(folder, settings.model.trust_remote_code)
+    check_rank(modules, settings.select, settings.methods)
+    if settings.snr.table:
+        from spectraqlora.snr.table import read_given
+        from spectraqlora.steps.snr_analyze.analyze import given_table
+
+        with _silence():
+            read_given(given_table(settings.snr.table), modules)
+
+
+def memory_warning(settings: Settings, base_model: str) -> str:
+    """A line where a step may take more memory than this machine, or its GPU, has; empty where all fit.
+
+    No refusal: the plan's figures are upper bounds, and those of unusual models may be far off. A model at an
+    address is not looked at.
+
+    Raises:
+        InputError: the hub has no such model or cannot be reached, or it is no language model.
+    """
+    if is_address(base_model):
+        return ""
+    import torch
+    from spectraqlora.planning.memory_plan import GIB, plan_for
+
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    try:
+        with _silence(), warnings.catch_warnings(action="ignore"):
+            plan, free = plan_for(base_model, settings, gpu)
+    except InputError:
+        raise
+    except Exception as error:  # of the model's own code, which runs on tensors without content
+        return f"Memory: what this model takes could not be planned ({type(error).__name__})"
+    most = max(plan.needs, key=lambda need: need.device)
+    if most.device <= free:
+        return ""
+    return (
+        f"Memory: {most.label} takes up to {most.device / GIB:.1f} GiB of the {free / GIB:.1f} GiB that "
+        f"{'the GPU' if gpu else 'this machine'} has; the command plan, given the same settings, says what to change"
+    )
+
+
+def _check_destinations(settings: Settings) -> None:
+    from spectraqlora.storage import check_writable, parse_address
+
+    for section in ("checkpoint", "export"):
+        destination = getattr(settings, section).destination
+        if destination:
+            check_writable(parse_address(destination, f"{section}.destination"))
+
+
+def _fetch_outline(base_model: str, folder: Path, trust_remote_code: bool) -> None:
+    """Bring what describes a model to disk, after its shards' headers were read where they are."""
+    from spectraqlora.models.remote_tensors import S3Tensors
+    from spectraqlora.models.tensors import check_model_files
+    from spectraqlora.storage import download_folder, list_files, parse_address
+
+    address = parse_address(base_model, "model.base_model")
+    names = list_files(address)
+    with _silence():
+        download_folder(address, folder, wanted=lambda name: name.endswith((".json", ".py")))
+    config = folder / "config.json"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
+    check_model_files(base_model, names, text, trust_remote_code)
+    S3Tensors(address)
+
+
+def _silence() -> contextlib.AbstractContextManager[object]:
+    """Progress lines of small transfers are not worth the screen."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def content_digest(path: str) -> str:
+    """Digest of a file or folder, local or at an s3:// address; empty for hub ids, which have a revision."""
+    if is_address(path):
+        from spectraqlora import storage
+
+        return storage.content_digest(storage.parse_address(path))
+    local = Path(path)
+    if local.is_file():
+        return file_digest(local)
+    return folder_digest(local) if local.is_dir() else ""
+
+
+def claim_workdir(
+    workdir: Path, settings: Settings, contents: dict[str, str], pipeline: str = "ablation"
+) -> None:
+    """Make the workdir this run's own, or find that it already is.
+
+    Args:
+        workdir: the folder.
+        settings: of the run.
+        contents: digests of what must not change between runs there.
+        pipeline: name of the DAG.
+
+    Raises:
+        InputError: it holds a run of other settings or inputs, is a file, or its disk is full.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError("--workdir", workdir, "a folder")
+    identity: dict[str, object] = {
+        "version": __version__,
+        "settings": settings.model_dump(mode="json"),
+        "contents": contents,
+        "pipeline": pipeline,
+    }
+    stored = workdir / "run.json"
+    if stored.exists():
+        try:
+            before = json.loads(stored.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError("--workdir", workdir, "a readable run.json") from None
+        if before != identity:
+            raise InputError(
+                "--workdir", workdir, f"a new folder; this one holds a run of {_difference(before, identity)}"
+            )
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise InputError("--workdir", workdir, "an empty or new folder, or one that holds a run")
+    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < MINIMUM_FREE_BYTES:
+        raise InputError("--workdir", workdir, f"at least 512 MiB of free disk; {free // 2**20} MiB are left")
+    if not stored.exists():
+        try:
+            write_text(stored, json.dumps(identity, indent=1))
+        except OSError as error:
+            raise InputError(
+                "--workdir", workdir, f"a folder that can be written ({error.strerror})"
+            ) from None
+
+
+def _difference(before: dict[str, object], now: dict[str, object]) -> str:
+    def flat(value: object, prefix: str = "") -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        found: dict[str, object] = {}
+        for key, inner in value.items():
+            found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return found
+
+    old, new = flat(before), flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            name = key.removeprefix("settings.")
+            return f"other settings: {name} was {old.get(key)!r} and is now {new.get(key)!r}"
+    return "other settings"

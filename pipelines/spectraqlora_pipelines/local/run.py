@@ -1,0 +1,179 @@
+"""Running the compiled DAG with kfp.local: logs to a file, progress on screen, results in the workdir."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from spectraqlora.errors import InputError
+from spectraqlora.runtime.console import PREFIX
+from spectraqlora.runtime.step import ERROR_PREFIX, LAUNCHER_PID
+
+if TYPE_CHECKING:
+    from spectraqlora_pipelines.local.containers import Surroundings
+
+_GRACE_S = 30
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_TASK = re.compile(r"(?:Executing task|Task) '?([a-z0-9-]+)'?")
+
+
+@contextlib.contextmanager
+def _steps_end_with_us() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the running step first; a step whose command line is killed ends itself."""
+
+    def stop(number: int, frame: object) -> None:
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        # Training ends after its current step and a checkpoint, everything else at once.
+        _, alive = psutil.wait_procs(children, timeout=_GRACE_S)
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        raise KeyboardInterrupt
+
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        del os.environ[LAUNCHER_PID]
+
+
+class StepFailed(Exception):
+    """A step ended with an error that is not the user's input."""
+
+
+class _Lines(io.TextIOBase):
+    """Splits what kfp.local prints into lines: each goes to the log file and to a listener."""
+
+    def __init__(self, log: Path, listen: Callable[[str], None]) -> None:
+        self._file = open(log, "a", encoding="utf-8")  # noqa: SIM115 - closed with the stream
+        self._listen, self._rest = listen, ""
+        self.tail: list[str] = []
+        self.refusal: str | None = None
+        """What a step said of its input; other steps may have gone on and written much after it."""
+
+    def write(self, text: str) -> int:
+        # On a full disk the log is cut short; what counts is what the step says.
+        with contextlib.suppress(OSError):
+            self._file.write(_ANSI.sub("", text))
+            self._file.flush()
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            clean = _ANSI.sub("", line).strip()
+            if clean:
+                self.tail = [*self.tail[-60:], clean]
+                if clean.startswith(ERROR_PREFIX):
+                    self.refusal = clean.removeprefix(ERROR_PREFIX)
+                self._listen(clean)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _captured(lines: _Lines) -> Iterator[None]:
+    handler_streams = []
+    root = logging.getLogger()
+    for handler in root.handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler_streams.append((handler, handler.setStream(lines)))
+    try:
+        with contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
+            yield
+    finally:
+        for handler, stream in handler_streams:
+            if stream is not None:
+                handler.setStream(stream)
+
+
+def run_locally(
+    pipeline: Any,
+    arguments: dict[str, Any],
+    workdir: Path,
+    containers: Surroundings | None,
+    on_task: Callable[[str], None],
+    on_progress: Callable[[int, int, str], None],
+) -> None:
+    """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
+
+    Args:
+        pipeline: the DAG.
+        arguments: of the pipeline.
+        workdir: where everything of the run is kept.
+        containers: what step containers share with this machine; None runs steps as processes.
+        on_task: told every step's name when it starts.
+        on_progress: told done, total and label of what a step counts.
+
+    Raises:
+        InputError: a step refused its input.
+        StepFailed: a step failed otherwise; the message ends with where to read on.
+    """
+    from kfp import local
+
+    from spectraqlora_pipelines.local.containers import replace_kfps
+
+    log = workdir / "run.log"
+    chosen = local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False)
+    local.init(
+        chosen,
+        pipeline_root=str(workdir / "artifacts"),
+        enable_caching=True,
+        cache_root=str(workdir / "artifacts" / ".kfp_cache"),
+    )
+
+    def listen(line: str) -> None:
+        if line.startswith(PREFIX):
+            match = re.match(rf"{PREFIX} (\d+)/(\d+) (.*)", line)
+            if match:
+                on_progress(int(match[1]), int(match[2]), match[3])
+        elif "Executing task" in line or "Cache hit" in line:
+            found = _TASK.search(line)
+            if found:
+                on_task(found[1])
+
+    lines = _Lines(log, listen)
+    try:
+        in_containers = replace_kfps(containers) if containers else contextlib.nullcontext()
+        with _steps_end_with_us(), in_containers, _captured(lines), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline(**arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        if lines.refusal is not None:
+            raise _Relayed(lines.refusal) from None
+        raise StepFailed(f"{_ANSI.sub('', str(error))} Last line: {_last(lines.tail)} Read {log}") from error
+    finally:
+        lines.close()
+
+
+class _Relayed(InputError):
+    """An `InputError` that a step printed; its line is passed on as it is."""
+
+    def __init__(self, line: str) -> None:
+        Exception.__init__(self, line)
+
+
+def _last(tail: list[str]) -> str:
+    telling = [line for line in tail if re.match(r"^[\w.]*(Error|Exception)\b", line)]
+    return repr((telling or tail or [""])[-1])

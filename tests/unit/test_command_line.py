@@ -1,0 +1,97 @@
+"""A step's command line is its component: names, types and meanings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from spectraqlora.runtime import command_line
+from spectraqlora.runtime.images import images
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*arguments: str, image: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, in the named image."""
+    environment = {
+        command_line.IMAGE: image,
+        "PYTHONPATH": str(ROOT / "components"),
+        "PATH": "/usr/bin:/bin",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "spectraqlora", *arguments],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step", command_line.steps())
+def test_every_parameter_of_a_component_is_an_option_with_its_meaning(step: str) -> None:
+    function = command_line.component(step)
+    described = command_line.options(function)
+    assert {option.name for option in described} == set(
+        function.__code__.co_varnames[: function.__code__.co_argcount]
+    )
+    assert all(option.help for option in described)
+    assert any(option.kind == "output" for option in described)
+    shown = command_line.parser(step, function).format_help()
+    for option in described:
+        assert option.flag in shown
+
+
+def test_an_image_explains_its_steps_and_runs_only_those() -> None:
+    shown = call("--help", image="light")
+    assert shown.returncode == 0
+    assert "prepare-data" in shown.stdout and "compare" in shown.stdout and "snr-analyze" not in shown.stdout
+    refused = call("train", image="light")
+    assert refused.returncode == 2
+    assert (
+        refused.stderr
+        == f"error: STEP: 'train': expected one of {', '.join(images()['light'])}, or a program\n"
+    )
+
+
+def test_an_image_of_one_step_needs_no_name() -> None:
+    shown = call("--help", image="train")
+    assert "--quantized DIR" in shown.stdout and "Example: train --quantized quantized" in shown.stdout
+
+
+def test_another_program_is_passed_on_with_its_exit_code() -> None:
+    done = call("sh", "-ec", 'echo "$0 $1"; exit 3', "a", "b", image="train")
+    assert (done.stdout, done.returncode) == ("a b\n", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "error: arguments: 'quantize-load': expected the following arguments are required: --base-model"),
+        (["--base-model", "x", "--quantized", "out", "--settings", "[1]"], "error: --settings: '[1]': expected a JSON object"),
+        (["--base-model", "x", "--quantized", "/proc/none"], "error: --quantized: '/proc/none': expected a folder that can be written"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_get_one_line_and_exit_code_2(arguments: list[str], line: str, tmp_path: Path) -> None:
+    refused = call("quantize-load", *[str(tmp_path) if a == "out" else a for a in arguments])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(line) and refused.stderr.count("\n") == 1
+
+
+def test_a_missing_input_folder_is_named(tmp_path: Path) -> None:
+    refused = call("snr-analyze", "--quantized", "none", "--table", str(tmp_path / "table"))
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --quantized: 'none': expected the folder of an artifact\n"
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_step_runs_and_says_what_it_wrote(
+    quantized: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command_line.run(
+        "prepare-data",
+        [
+            *("--source", str(tiny_rows), "--settings", '{"eval_fraction": 0.25}'),
+            *("--tokenizer", str(quantized), "--data", str(tmp_path / "data")),
+        ],
+    )
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["data"]["eval_rows"] == 12
+    assert (tmp_path / "data" / "manifest.json").exists()
