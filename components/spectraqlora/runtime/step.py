@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from spectraqlora.errors import InputError, Stopped
+from spectraqlora.runtime.console import fail, say
 from spectraqlora.runtime.logs import silence_libraries
 
 P = ParamSpec("P")
 R = TypeVar("R")
-ERROR_PREFIX = "error: "
 LAUNCHER_PID = "SPECTRAQLORA_LAUNCHER_PID"
 """Environment variable that names the local process without which a step has nobody to work for."""
 
@@ -48,15 +48,15 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except InputError as error:
-            print(f"{ERROR_PREFIX}{error}", flush=True)
+            fail(str(error))
             sys.exit(2)
         except Stopped as stop:
-            print(stop, flush=True)
+            say(str(stop))
             sys.exit(stop.exit_code)
         except OSError as error:
             if error.errno != 28:
                 raise
-            print(f"{ERROR_PREFIX}{InputError('disk', error.filename or 'output', 'free space; it is full')}")
+            fail(str(InputError("disk", error.filename or "output", "free space; it is full")))
             sys.exit(2)
 
     return guarded

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from spectraqlora.errors import InputError
-from spectraqlora.runtime.console import PREFIX
-from spectraqlora.runtime.step import ERROR_PREFIX, LAUNCHER_PID
+from spectraqlora.runtime.console import ERROR, PROGRESS
+from spectraqlora.runtime.step import LAUNCHER_PID
 
 if TYPE_CHECKING:
     from spectraqlora_pipelines.local.containers import Surroundings
@@ -76,8 +76,8 @@ class _Lines(io.TextIOBase):
             clean = _ANSI.sub("", line).strip()
             if clean:
                 self.tail = [*self.tail[-60:], clean]
-                if clean.startswith(ERROR_PREFIX):
-                    self.refusal = clean.removeprefix(ERROR_PREFIX)
+                if clean.startswith(f"{ERROR} "):
+                    self.refusal = clean.removeprefix(f"{ERROR} ")
                 self._listen(clean)
         return len(text)
 
@@ -142,8 +142,8 @@ def run_locally(
     )
 
     def listen(line: str) -> None:
-        if line.startswith(PREFIX):
-            match = re.match(rf"{PREFIX} (\d+)/(\d+) (.*)", line)
+        if line.startswith(PROGRESS):
+            match = re.match(rf"{PROGRESS} (\d+)/(\d+) (.*)", line)
             if match:
                 on_progress(int(match[1]), int(match[2]), match[3])
         elif "Executing task" in line or "Cache hit" in line:
