@@ -23,13 +23,13 @@ from spectraqlora.settings import (
 from spectraqlora.snr.table import read_table
 from spectraqlora.steps.merge_export.merge import merge_export
 from spectraqlora.steps.prepare_data.prepare import prepare
-from spectraqlora.steps.promote.rescore import load_registered
 from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
 from spectraqlora.steps.register.register import register
 from spectraqlora.steps.select_layers.select import select
 from spectraqlora.steps.snr_analyze.analyze import analyze
 from spectraqlora.steps.train.training import train
+from spectraqlora.tracking.registered_model import load_model
 from spectraqlora.tracking.registry import Registry
 from spectraqlora.tracking.runs import Tracker
 
@@ -185,7 +185,7 @@ def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_truste
         registry = Registry(tracking)
         folder = registry.download_model(registry.version("challenger"), tmp_path / f"registered-{form}")
         with pytest.raises(InputError, match="without code of its own"):
-            load_registered(folder)
+            load_model(folder)
 
 
 @pytest.mark.parametrize(("family", "words"), [("bert", "looks ahead"), ("mamba", "fails")])

@@ -13,8 +13,9 @@ from spectraqlora.files import folder_digest
 from spectraqlora.scoring.held_out import read_eval_rows
 from spectraqlora.settings import EvaluateSettings, PromoteSettings, SelectSettings, TrackingSettings
 from spectraqlora.steps.promote.promotion import Promotion
-from spectraqlora.steps.promote.rescore import guard_perplexity, load_registered, score_again
+from spectraqlora.steps.promote.rescore import guard_perplexity, score_again
 from spectraqlora.steps.register.register import register
+from spectraqlora.tracking.registered_model import load_model
 from spectraqlora.tracking.registry import ADAPTER, EVAL_ROWS, Registry
 from spectraqlora.tracking.runs import Tracker
 
@@ -99,7 +100,7 @@ def test_the_champion_generates_text_with_mlflow_alone(
     whole = sum(path.stat().st_size for path in (exported / "merged").rglob("*.safetensors"))
     assert (size < 0.5 * whole) == (form == "adapter"), "the adapter form refers to the base"
     rows, answers = read_eval_rows(registry.download(found, EVAL_ROWS, tmp_path))
-    again = score_again(*load_registered(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
+    again = score_again(*load_model(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
     assert again["merged_eval_loss"] > 0 and "accuracy" in again
     adapter = registry.download(found, ADAPTER, tmp_path)
     assert (adapter / "adapter_model.safetensors").exists() and (adapter / "rank_map.json").exists()
@@ -128,7 +129,7 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     rows, answers = read_eval_rows(registry.download(registry.version(second), EVAL_ROWS, tmp_path / "rows"))
     for version, numbers in ((second, outcome.challenger), (first, outcome.champion)):
         folder = registry.download_model(registry.version(version), tmp_path / str(version))
-        model, tokenizer = load_registered(folder)
+        model, tokenizer = load_model(folder)
         measured = score_again(model, tokenizer, rows, answers, EvaluateSettings(accuracy_rows=2))
         assert numbers["merged_eval_loss"] == pytest.approx(measured["merged_eval_loss"], rel=1e-5)
     better = outcome.challenger["merged_eval_loss"] < outcome.champion["merged_eval_loss"]
@@ -139,7 +140,7 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     given = {"guard_data": str(text), "guard_rows": 3}
     guarded = _gate(uri, "again", second, **given, guard_bound=100.0).run(dry_run=True)
     perplexities = [numbers["guard_perplexity"] for numbers in (guarded.challenger, guarded.champion)]
-    model, tokenizer = load_registered(tmp_path / str(second))
+    model, tokenizer = load_model(tmp_path / str(second))
     assert perplexities[0] == pytest.approx(guard_perplexity(model, tokenizer, str(text), 3, 16), rel=1e-4)
     assert perplexities[0] != perplexities[1]
     assert "guard_digest" not in registry.version(second).tags, "a dry run writes nothing"

@@ -193,3 +193,19 @@ def read_pairs(folder: Path) -> dict[str, torch.Tensor]:
     for key, value in load_file(folder / "adapter_model.safetensors").items():
         found[key.removeprefix("base_model.model.").removesuffix(".weight")] = value.float()
     return found
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """A plain or 4-bit model with a saved PEFT adapter on it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder)
+
+
+def merge(model: Any, folder: Path) -> Any:
+    """A plain model with a saved PEFT adapter added to its weights.
+
+    Raises:
+        ValueError: the merged weights are not finite.
+    """
+    return with_adapter(model, folder).merge_and_unload(safe_merge=True)

@@ -10,28 +10,15 @@ import torch
 
 from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel
 from spectraqlora.files import write_text
+from spectraqlora.models import adapters
+from spectraqlora.models.four_bit import copy_dequantized
 from spectraqlora.models.loading import load_plain, load_quantized, load_tokenizer, original_folder
-from spectraqlora.models.modules import dequantized_weight
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings, is_address
 from spectraqlora.storage import parse_address, upload_folder
 
 FOLDERS = ("merged", "adapter")
-
-
-def _take_dequantized(plain: Any, quantized: Path) -> None:
-    """Give a plain model the weights of the 4-bit one, layer by layer."""
-    import bitsandbytes as bnb
-
-    packed, manifest = load_quantized(quantized)
-    layers = dict(plain.named_modules())
-    transposed = {m.module for m in manifest.modules if m.transposed}
-    with torch.no_grad():
-        for name, module in packed.named_modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                weight = dequantized_weight(module)
-                layers[name].weight.copy_(weight.T if name in transposed else weight)
 
 
 def merge_export(
@@ -49,8 +36,6 @@ def merge_export(
     base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
     and scored as proof.
     """
-    from peft import PeftModel
-
     held_out = load_rows(data, "eval")
     manifest = QuantizedModel.read(quantized)
     dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
@@ -58,8 +43,9 @@ def merge_export(
     def merged(into: str) -> Any:
         plain = load_plain(original_folder(manifest), dtype, trust)
         if into == "quantized":
-            _take_dequantized(plain, quantized)
-        return PeftModel.from_pretrained(plain, adapter).merge_and_unload(safe_merge=True)
+            transposed = {m.module for m in manifest.modules if m.transposed}
+            copy_dequantized(load_quantized(quantized)[0], plain, transposed)
+        return adapters.merge(plain, adapter)
 
     losses: dict[str, float] = {}
     best: Any = None

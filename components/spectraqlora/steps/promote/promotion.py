@@ -136,12 +136,13 @@ class Promotion:
         return {"guard_perplexity": self._guard[version.number]}
 
     def _score(self, version: Version, rows: bool) -> None:
-        from spectraqlora.steps.promote.rescore import guard_perplexity, load_registered, score_again
+        from spectraqlora.steps.promote.rescore import guard_perplexity, score_again
+        from spectraqlora.tracking.registered_model import load_model
 
         print(f"scoring {version.name} version {version.number}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch)
-            model, tokenizer = load_registered(self.registry.download_model(version, target))
+            model, tokenizer = load_model(self.registry.download_model(version, target))
             if rows:
                 kept = self.registry.download(self.challenger, EVAL_ROWS, target)
                 scored, answers = read_eval_rows(kept)

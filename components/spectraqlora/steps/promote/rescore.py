@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest
 from spectraqlora.models.families import context_length
-from spectraqlora.models.hardware import compute_dtype
-from spectraqlora.models.loading import load_plain, load_tokenizer
-from spectraqlora.places import resolve_base
 from spectraqlora.scoring.loss import accuracy, score
 from spectraqlora.settings import EvaluateSettings, is_address
 
 GUARD_TOKENS = 512
 _KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def load_registered(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a downloaded MLflow model: safetensors only, and no code from the registry runs."""
-    try:
-        flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["transformers"]
-    except (OSError, KeyError, yaml.YAMLError):
-        raise InputError("registered model", folder, "an MLflow model of the transformers flavor") from None
-    dtype = compute_dtype("auto")
-    if "peft_adaptor" in flavor:
-        from peft import PeftModel
-
-        base = flavor.get("local_base_model_path") or flavor["source_model_name"]
-        plain = _without_own_code(resolve_base(base, flavor.get("source_model_revision") or "main"))
-        model = PeftModel.from_pretrained(load_plain(plain, dtype), folder / flavor["peft_adaptor"])
-    else:
-        model = load_plain(_without_own_code(folder / flavor["model_binary"]), dtype)
-    return model.eval(), load_tokenizer(folder / "components" / "tokenizer")
-
-
-def _without_own_code(folder: Path) -> Path:
-    """The folder; refused where loading its model would run code that lies beside it."""
-    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise InputError(
-            "registered model",
-            folder,
-            "a model without code of its own, which would have to run here to score it",
-        )
-    return folder
 
 
 def score_again(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from spectraqlora.artifacts import QuantizedModel
 from spectraqlora.files import folder_digest
-from spectraqlora.models.families import auto_class, check_computes, plain_linears, quantizable_t5
-from spectraqlora.models.hardware import compute_dtype, device
+from spectraqlora.models.families import check_computes
+from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, unquantized
+from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.loading import load_tokenizer
-from spectraqlora.models.modules import candidates, without_cpu_packing
+from spectraqlora.models.modules import candidates
 from spectraqlora.models.tensors import check_model_folder
 from spectraqlora.places import resolve_base
 from spectraqlora.settings import ModelSettings, is_address
@@ -31,9 +32,7 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
         InputError: the model folder is unreadable, holds pickles only, or needs remote code; the model does
             not compute in 4 bits, looks ahead, or has nothing to adapt.
     """
-    import bitsandbytes as bnb
     import torch
-    from transformers import AutoConfig, BitsAndBytesConfig
 
     remote = is_address(settings.base_model)
     if remote and not content:
@@ -42,34 +41,13 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
     source = resolve_base(settings.base_model, settings.revision, content, trust)
     check_model_folder(source, trust)
     dtype = compute_dtype(settings.compute_dtype)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-    with plain_linears(), quantizable_t5():
-        model = auto_class(config).from_pretrained(
-            source,
-            dtype=dtype,
-            device_map={"": device()},
-            use_safetensors=True,
-            trust_remote_code=trust,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                # One type for all parameters: FSDP shards them together, and T5 asks `wo` for its type.
-                bnb_4bit_quant_storage=dtype,
-            ),
-        )
-    without_cpu_packing(model)
+    model = load_in_four_bit(source, dtype, trust)
     check_computes(model, settings.base_model)
     modules = candidates(model, settings.base_model)
     model.save_pretrained(output / "model", safe_serialization=True)
     load_tokenizer(source, trust).save_pretrained(output / "model")
 
-    four_bit = sum(
-        m.out_features * m.in_features for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)
-    )
-    packed = sum(p.numel() for p in model.parameters() if isinstance(p, bnb.nn.Params4bit))
-    total = sum(p.numel() for p in model.parameters()) - packed + four_bit
+    total, four_bit = count_parameters(model)
     manifest = QuantizedModel(
         source=settings.base_model,
         revision=settings.revision,
@@ -80,7 +58,7 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
         compute_dtype=str(dtype).removeprefix("torch."),
         parameters=total,
         four_bit_parameters=four_bit,
-        unquantized=[n for n, p in model.named_parameters() if not isinstance(p, bnb.nn.Params4bit)],
+        unquantized=unquantized(model),
         modules=modules,
     )
     manifest.write(output)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 from spectraqlora.artifacts import Evaluation, MergedModel
-from spectraqlora.errors import InputError
-from spectraqlora.models.families import auto_class
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.scoring.held_out import read_eval_rows, write_eval_rows
-from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.registered_model import log_model
 from spectraqlora.tracking.registry import ADAPTER, CHALLENGER, EVAL_ROWS, Registry
 from spectraqlora.tracking.runs import Tracker
 
-_REQUIREMENTS = ("torch", "transformers", "safetensors", "accelerate")
 _NEW_TOKENS = 16
 
 
@@ -62,66 +58,12 @@ def register(
         Evaluation.read(winner).rounds[-1].rank_map.write(scratch)
         tracker.log_folder(run_id, winner / "adapter", ADAPTER)
         tracker.log_folder(run_id, Path(scratch), ADAPTER)
-    logged = _log(settings, run_id, exported, tokenizer, example, trust)
+    number = log_model(settings, run_id, exported, tokenizer, example, trust)
     tags["tokenizer_digest"] = vocabulary_digest(tokenizer)
-    number = int(logged.registered_model_version)
     registry.tag(number, {**tags, **{name: f"{value:.9g}" for name, value in metrics.items()}})
     # Only now is the version whole; whoever looks for the challenger finds one with its numbers.
     registry.set_alias(CHALLENGER, number)
     return settings.registered_model, number
-
-
-def _log(
-    settings: TrackingSettings, run_id: str, exported: Path, tokenizer: Any, example: str, trust: bool
-) -> Any:
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
-    from transformers import AutoConfig
-
-    merged = exported / "merged"
-    config = AutoConfig.from_pretrained(merged, trust_remote_code=trust)
-    extra: dict[str, Any] = {}
-    requirements = list(_REQUIREMENTS)
-    if settings.registered_form == "adapter":
-        model, base_folder = _with_adapter(config, exported / "adapter", trust)
-        requirements.append("peft")
-        extra = {"base_model_path": base_folder} if base_folder else {}
-    else:
-        # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
-        model = auto_class(config).from_pretrained(merged, use_safetensors=True, trust_remote_code=trust)
-    text = Schema([ColSpec(DataType.string)])
-    mlflow.set_tracking_uri(settings.uri)
-    mlflow.set_registry_uri(settings.uri)
-    with mlflow.start_run(run_id=run_id):
-        logged = mlflow.transformers.log_model(
-            transformers_model={"model": model, "tokenizer": tokenizer},
-            name="model",
-            task="text2text-generation" if config.is_encoder_decoder else "text-generation",
-            pip_requirements=[f"{package}=={installed(package)}" for package in requirements],
-            registered_model_name=settings.registered_model,
-            signature=ModelSignature(inputs=text, outputs=text),
-            input_example=example,
-            **extra,
-        )
-    return logged
-
-
-def _with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, str]:
-    """The base with the adapter on it, and the base's folder where it is one: MLflow keeps a reference to it."""
-    from peft import PeftModel
-
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
-        "base_model_name_or_path"
-    ]
-    if "://" in base:
-        raise InputError(
-            "tracking.registered_form",
-            "adapter",
-            f"merged; a reference to {base} cannot be loaded by transformers",
-        )
-    model = auto_class(config).from_pretrained(base, use_safetensors=True, trust_remote_code=trust)
-    return PeftModel.from_pretrained(model, adapter), base if Path(base).is_dir() else ""
 
 
 def _example(rows: Path, tokenizer: Any) -> str:

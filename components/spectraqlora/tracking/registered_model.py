@@ -1,0 +1,115 @@
+"""A model in MLflow: logged in the transformers flavor, and loaded from it again."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spectraqlora.errors import InputError
+from spectraqlora.models.adapters import with_adapter
+from spectraqlora.models.families import auto_class
+from spectraqlora.models.hardware import compute_dtype
+from spectraqlora.models.loading import load_plain, load_tokenizer
+from spectraqlora.places import resolve_base
+from spectraqlora.settings import TrackingSettings
+
+_REQUIREMENTS = ("torch", "transformers", "safetensors", "accelerate")
+
+
+def log_model(
+    settings: TrackingSettings, run_id: str, exported: Path, tokenizer: Any, example: str, trust: bool
+) -> int:
+    """Log the exported model to a run and register it; the version's number.
+
+    Args:
+        settings: the `tracking` section.
+        run_id: run that keeps the model.
+        exported: artifact of merge-export.
+        tokenizer: of the merged model.
+        example: a prompt as the model was trained on it.
+        trust: let code beside the model run.
+
+    Raises:
+        InputError: the adapter form was asked for, of a base that MLflow cannot refer to.
+    """
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from transformers import AutoConfig
+
+    merged = exported / "merged"
+    config = AutoConfig.from_pretrained(merged, trust_remote_code=trust)
+    extra: dict[str, Any] = {}
+    requirements = list(_REQUIREMENTS)
+    if settings.registered_form == "adapter":
+        model, base_folder = _base_with_adapter(config, exported / "adapter", trust)
+        requirements.append("peft")
+        extra = {"base_model_path": base_folder} if base_folder else {}
+    else:
+        # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
+        model = auto_class(config).from_pretrained(merged, use_safetensors=True, trust_remote_code=trust)
+    text = Schema([ColSpec(DataType.string)])
+    mlflow.set_tracking_uri(settings.uri)
+    mlflow.set_registry_uri(settings.uri)
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.transformers.log_model(
+            transformers_model={"model": model, "tokenizer": tokenizer},
+            name="model",
+            task="text2text-generation" if config.is_encoder_decoder else "text-generation",
+            pip_requirements=[f"{package}=={installed(package)}" for package in requirements],
+            registered_model_name=settings.registered_model,
+            signature=ModelSignature(inputs=text, outputs=text),
+            input_example=example,
+            **extra,
+        )
+    return int(logged.registered_model_version)
+
+
+def _base_with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, str]:
+    """The base with the adapter on it, and the base's folder where it is one: MLflow keeps a reference to it."""
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]
+    if "://" in base:
+        raise InputError(
+            "tracking.registered_form",
+            "adapter",
+            f"merged; a reference to {base} cannot be loaded by transformers",
+        )
+    model = auto_class(config).from_pretrained(base, use_safetensors=True, trust_remote_code=trust)
+    return with_adapter(model, adapter), base if Path(base).is_dir() else ""
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a downloaded MLflow model: safetensors only, and no code from the registry runs.
+
+    Raises:
+        InputError: the folder holds another flavor, or a model with code of its own.
+    """
+    try:
+        flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["transformers"]
+    except (OSError, KeyError, yaml.YAMLError):
+        raise InputError("registered model", folder, "an MLflow model of the transformers flavor") from None
+    dtype = compute_dtype("auto")
+    if "peft_adaptor" in flavor:
+        base = flavor.get("local_base_model_path") or flavor["source_model_name"]
+        plain = _without_own_code(resolve_base(base, flavor.get("source_model_revision") or "main"))
+        model = with_adapter(load_plain(plain, dtype), folder / flavor["peft_adaptor"])
+    else:
+        model = load_plain(_without_own_code(folder / flavor["model_binary"]), dtype)
+    return model.eval(), load_tokenizer(folder / "components" / "tokenizer")
+
+
+def _without_own_code(folder: Path) -> Path:
+    """The folder; refused where loading its model would run code that is beside it."""
+    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise InputError(
+            "registered model",
+            folder,
+            "a model without code of its own, which would have to run here to score it",
+        )
+    return folder
