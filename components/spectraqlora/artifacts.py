@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GRADIENT_INIT = "a_init.safetensors"
 """Beside a rank map: the first A (rank x in) of a module, or of a group by its first module."""
 
@@ -37,8 +37,10 @@ class _Manifest(BaseModel):
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise InputError(kind, path, "a readable JSON document; it is missing or cut short") from None
-        if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(kind, path, f"schema version {SCHEMA_VERSION}")
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != SCHEMA_VERSION:
+            origin = "; it comes from version 0.1.0 and has to be made anew" if version == 1 else ""
+            raise InputError(kind, path, f"schema version {SCHEMA_VERSION}{origin}")
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -60,8 +62,8 @@ class LinearModule(BaseModel):
     transposed: bool = Field(False, description="stored as in x out in the original checkpoint (Conv1D)")
 
 
-class QuantizedModel(_Manifest):
-    """The 4-bit model: folder `model/` as transformers saves it, tokenizer included."""
+class ModelOutline(_Manifest):
+    """What a step without a GPU needs of the 4-bit model: folder `model/` with its configs and tokenizer."""
 
     source: str
     revision: str
@@ -70,16 +72,21 @@ class QuantizedModel(_Manifest):
     trust_remote_code: bool = Field(False, description="the model's own code may run, as the settings say")
     base_digest: str
     compute_dtype: str
-    quant_type: str = "nf4"
-    double_quant: bool = True
     parameters: int
-    four_bit_parameters: int
-    unquantized: list[str]
     modules: list[LinearModule]
 
 
-class PreparedData(_Manifest):
-    """Tokenized rows: `train/` and `eval/` Arrow folders with input_ids and labels."""
+class FourBitModel(ModelOutline):
+    """The 4-bit model: folder `model/` as transformers saves it, tokenizer included."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    four_bit_parameters: int
+    unquantized: list[str]
+
+
+class PreparedRows(_Manifest):
+    """Tokenized rows: Arrow folders `train/` and `held_out/` with input_ids and labels."""
 
     source: str
     digest: str
@@ -90,7 +97,24 @@ class PreparedData(_Manifest):
     dropped_empty: int
     dropped_long: int
     examples: list[str]
-    answers: list[dict[str, str]] = Field(description="eval rows with short answers: prompt, answer")
+    answers: list[dict[str, str]] = Field(description="held-out rows with short answers: prompt, answer")
+
+
+class BaseMeasurement(_Manifest):
+    """The 4-bit base before any training; beside it `sketches.safetensors` where gradients were measured."""
+
+    base_digest: str
+    rows_digest: str
+    loss: float = Field(description="mean loss per counted token of the held-out rows, nats")
+    perplexity: float
+    accuracy: float | None = Field(description="share of exact answers; none where no answer can be scored")
+    row_losses: list[float] = Field(description="summed loss of every held-out row, nats")
+    row_tokens: list[int] = Field(description="counted tokens of every held-out row")
+    sketched: bool = Field(description="whether the gradients of the base were measured")
+
+    @classmethod
+    def filename(cls) -> str:
+        return "measurement.json"
 
 
 class ModuleRank(BaseModel):
@@ -193,7 +217,7 @@ class RoundResult(BaseModel):
 
 
 class Evaluation(_Manifest):
-    """A branch's result on the eval rows, with everything the report shows of it."""
+    """A branch's result on the held-out rows, with everything the report shows of it."""
 
     method: str
     base_digest: str
@@ -206,8 +230,9 @@ class Evaluation(_Manifest):
     perplexity: float
     accuracy: float | None
     eval_rows: int
-    row_losses: list[float] = Field(description="summed loss of every eval row, nats")
-    row_tokens: list[int] = Field(description="counted tokens of every eval row")
+    row_losses: list[float] = Field(description="summed loss of every held-out row, nats")
+    row_tokens: list[int] = Field(description="counted tokens of every held-out row")
+    settings: dict[str, dict[str, Any]] = Field(description="the sections select, evaluate and snr")
     trainable_parameters: int
     train_seconds: float
     train_tokens_per_second: float

@@ -153,11 +153,11 @@ class Study:
         """The half of all matrices that peft finds best conditioned."""
         import torch
         from peft.helpers import find_kappa_target_modules
-        from spectraqlora.artifacts import QuantizedModel
+        from spectraqlora.artifacts import FourBitModel
         from spectraqlora.methods.ranks import rank_map
         from spectraqlora.models.loading import load_plain
 
-        manifest = QuantizedModel.read(self.work / "quantized")
+        manifest = FourBitModel.read(self.work / "quantized")
         model = load_plain(Path(self.base), torch.float32)
         chosen = find_kappa_target_modules(model, top_p=0.5, show_progress=False)["target_modules"]
         scores = {m.module: (1.0, 0.0) for m in manifest.modules if m.module in set(chosen)}
@@ -295,12 +295,12 @@ def main() -> None:
     known = runs.read()
     results = [known[key] for key in wanted]
 
-    from spectraqlora.models.loading import load_quantized
+    from spectraqlora.models.loading import load_four_bit
     from spectraqlora.scoring.batches import load_rows
     from spectraqlora.scoring.loss import score
 
     base = score(
-        load_quantized(study.work / "quantized")[0], load_rows(study.work / "study", "eval"), 32
+        load_four_bit(study.work / "quantized")[0], load_rows(study.work / "study", "held_out"), 32
     ).loss
     text = "\n\n".join([*(table(n, m, results, base) for n, m in tables.items()), agreement(study.work)])
     (study.work / "evidence.md").write_text(text + "\n", encoding="utf-8")

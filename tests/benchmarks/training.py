@@ -124,9 +124,9 @@ class Meter:
 
 def load(folder: Path) -> Any:
     """The 4-bit model, read from disk to the last byte: weights are mapped, and would else count as training's."""
-    from spectraqlora.models.loading import load_quantized
+    from spectraqlora.models.loading import load_four_bit
 
-    model, _ = load_quantized(folder / "quantized")
+    model, _ = load_four_bit(folder / "quantized")
     for parameter in model.parameters():
         parameter.detach().clone()
     return model
@@ -175,7 +175,7 @@ def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, float]:
     """The train step's own code, timed by its progress calls."""
     from datasets import Dataset
-    from spectraqlora.artifacts import QuantizedModel
+    from spectraqlora.artifacts import FourBitModel
     from spectraqlora.methods.ranks import rank_map
     from spectraqlora.models import adapters
     from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
@@ -183,13 +183,13 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     from spectraqlora.snr.table import read_table
     from spectraqlora.steps.train import training
 
-    manifest = QuantizedModel.read(folder / "quantized")
+    manifest = FourBitModel.read(folder / "quantized")
     settings = SelectSettings(rank=16, percent=side.get("percent", 100))
     scores = weight_scores(read_table(folder / "table"))
     ranks = rank_map(side["method"], manifest.modules, scores, settings, manifest.base_digest, 0)
     data = Path(tempfile.mkdtemp(dir=folder))
     Dataset.from_list(rows(options, options.batch * options.steps)).save_to_disk(str(data / "train"))
-    Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "eval"))
+    Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "held_out"))
     model = load(folder)
     meter = Meter()
     model = adapters.attach(model, ranks)

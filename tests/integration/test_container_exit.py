@@ -114,9 +114,9 @@ def test_a_stopped_run_leaves_no_container_and_goes_on_where_it_was(
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), said
     if number == signal.SIGTERM:
         assert not running()
-    quantized = {path: path.stat().st_mtime_ns for path in work.rglob("quantized/manifest.json")}
+    quantized = {path: path.stat().st_mtime_ns for path in work.rglob("four_bit/manifest.json")}
     assert quantized
     done = spectraqlora(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("quantized/manifest.json")} == quantized
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("four_bit/manifest.json")} == quantized
     assert not running()

@@ -120,5 +120,5 @@ def test_no_secret_is_left_on_disk_or_screen(finished: Finished) -> None:
 
 
 def test_what_steps_left_belongs_to_their_user(finished: Finished) -> None:
-    written = [path for path in (finished.workdir / "artifacts").rglob("quantized/model/*")]
+    written = [path for path in (finished.workdir / "artifacts").rglob("four_bit/model/*")]
     assert written and {path.stat().st_uid for path in written} == {os.getuid() or IMAGE_USER}

@@ -10,7 +10,7 @@ import torch
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.settings import EvaluateSettings, TrackingSettings, TrainSettings
 from spectraqlora.steps.train import distributed
 from spectraqlora.steps.train.step import run as run_train
@@ -25,15 +25,17 @@ def _train(
     output = work / f"adapter-{processes}"
     plan = TrainSettings(max_steps=4, evaluations=2, processes=processes, **settings)
     run_train(
-        "key",
-        1,
-        plan.model_dump(),
-        EvaluateSettings(batch_size=2).model_dump(),
-        TrackingSettings(uri=f"sqlite:///{work}/mlflow.db").model_dump(),
-        1,
-        *(SimpleNamespace(path=str(path)) for path in (quantized, prepared, ranks, output)),
-        None,
-        {},
+        run_key="key",
+        rounds=1,
+        train_settings=plan.model_dump(),
+        evaluate_settings=EvaluateSettings(batch_size=2).model_dump(),
+        tracking_settings=TrackingSettings(uri=f"sqlite:///{work}/mlflow.db").model_dump(),
+        checkpoint_settings={},
+        seed=1,
+        four_bit=SimpleNamespace(path=str(quantized)),
+        rows=SimpleNamespace(path=str(prepared)),
+        rank_map=SimpleNamespace(path=str(ranks)),
+        adapter=SimpleNamespace(path=str(output)),
     )
     return TrainingLog.read(output)
 
@@ -93,7 +95,7 @@ def one_process_group() -> Iterator[None]:
 def test_sharding_takes_the_blocks_weights_and_leaves_adapters_and_numbers(quantized: Path) -> None:
     from torch.distributed.tensor import DTensor
 
-    wrapped = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 2, DOWN: 4}))
+    wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 2, DOWN: 4}))
     randomize(wrapped)
     wrapped.eval()
     before = logits(wrapped)

@@ -201,11 +201,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from spectraqlora.steps.train.step import run as run_train
-quantized, data, ranks, adapter, uri, kept = sys.argv[1:]
+*folders, uri, kept = sys.argv[1:]
+names = "four_bit", "rows", "rank_map", "adapter"
 run_train(
-    "run", 1, {"max_steps": 30, "batch_size": 4, "lora_dropout": 0.2, "processes": 2, "evaluations": 3}, {},
-    {"uri": uri}, 1, *(SimpleNamespace(path=p) for p in (quantized, data, ranks, adapter)), None,
-    {"folder": kept, "every_steps": 2},
+    run_key="run",
+    rounds=1,
+    train_settings={
+        "max_steps": 30, "batch_size": 4, "lora_dropout": 0.2, "processes": 2, "evaluations": 3,
+    },
+    evaluate_settings={},
+    tracking_settings={"uri": uri},
+    checkpoint_settings={"folder": kept, "every_steps": 2},
+    seed=1,
+    **{name: SimpleNamespace(path=path) for name, path in zip(names, folders, strict=True)},
 )
 """
 

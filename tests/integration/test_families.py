@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel
+from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel
 from spectraqlora.errors import InputError
 from spectraqlora.settings import (
     DataSettings,
@@ -92,12 +92,12 @@ def reload() -> Iterator[Compare]:
     process.communicate()
 
 
-def _inputs(family: str, rows: Path, work: Path) -> QuantizedModel:
+def _inputs(family: str, rows: Path, work: Path) -> FourBitModel:
     """Base, 4-bit model, data and SNR table of a family."""
     return _first_steps(ModelSettings(base_model=str(write_family(family, work / "base"))), rows, work)
 
 
-def _first_steps(settings: ModelSettings, rows: Path, work: Path) -> QuantizedModel:
+def _first_steps(settings: ModelSettings, rows: Path, work: Path) -> FourBitModel:
     for name in ("quantized", "data", "table"):
         (work / name).mkdir()
     manifest = quantize(settings, work / "quantized")
@@ -243,4 +243,4 @@ def test_experts_are_counted_and_measured_one_by_one(tmp_path: Path) -> None:
     table = read_table(tmp_path / "table")
     experts = table[table["type"].str.contains("experts")]
     assert len(experts) == 4 * 4 * 3
-    assert QuantizedModel.read(tmp_path / "quantized").modules == manifest.modules
+    assert FourBitModel.read(tmp_path / "quantized").modules == manifest.modules

@@ -44,8 +44,8 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(
     if number == signal.SIGTERM:
         assert stopped.returncode == 130
         assert stopped.stderr == "interrupted; run, and snr with --output, go on where they stopped\n"
-    quantized = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("quantized/manifest.json")}
+    quantized = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("four_bit/manifest.json")}
     assert quantized
     done = spectraqlora(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("quantized/manifest.json")} == quantized
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("four_bit/manifest.json")} == quantized

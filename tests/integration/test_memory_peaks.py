@@ -47,13 +47,13 @@ print(json.dumps(bench.run_ours(Path(sys.argv[1]), Namespace(**options), json.lo
 CALIBRATION = """
 import json, sys
 from pathlib import Path
-from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.artifacts import FourBitModel
 from spectraqlora.signals.gradients import sketch_gradients
 from tests.benchmarks import training as bench
 
 folder, rows, tokens, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
 model = bench.load(folder)
-modules = QuantizedModel.read(folder / "quantized").modules
+modules = FourBitModel.read(folder / "quantized").modules
 import torch
 ids = torch.randint(3, 1000, (rows, tokens))
 batches = [{"input_ids": ids, "labels": ids}] * 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from spectraqlora.artifacts import MergedModel, QuantizedModel
+from spectraqlora.artifacts import FourBitModel, MergedModel
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.settings import ExportSettings, ModelSettings, SnrSettings, parse
@@ -100,7 +100,7 @@ def test_steps_take_the_base_from_its_address_and_notice_another_one(
     analyze(SnrSettings(), folder, tmp_path / "table")
     analyze(SnrSettings(), tmp_path / "local", tmp_path / "expected")
     pd.testing.assert_frame_equal(read_table(tmp_path / "table"), read_table(tmp_path / "expected"))
-    assert original_folder(QuantizedModel.read(folder)).is_relative_to(tmp_path / "cache")
+    assert original_folder(FourBitModel.read(folder)).is_relative_to(tmp_path / "cache")
 
     (tmp_path / "changed").mkdir()
     for path in tiny_model.iterdir():
@@ -110,7 +110,7 @@ def test_steps_take_the_base_from_its_address_and_notice_another_one(
     assert preflight.content_digest(address) != content
     for act in (
         lambda: analyze(SnrSettings(), folder, tmp_path / "again"),
-        lambda: original_folder(QuantizedModel.read(folder)),
+        lambda: original_folder(FourBitModel.read(folder)),
         lambda: quantize(ModelSettings(base_model=address), tmp_path / "q", content),
     ):
         with pytest.raises(InputError, match="replaced since"):
@@ -133,14 +133,14 @@ def test_the_content_digest_follows_what_is_there(server: Server, tmp_path: Path
 
 
 def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path, server: Server) -> None:
-    from spectraqlora.models.loading import load_quantized
+    from spectraqlora.models.loading import load_four_bit
     from spectraqlora.settings import EvaluateSettings
     from spectraqlora.steps.merge_export.merge import merge_export
 
     from tests.unit.results import evaluation
     from tests.unit.test_adapters import Q0, randomize, rank_map
 
-    wrapped = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 4}))
+    wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4}))
     randomize(wrapped)
     adapters.save(wrapped, tmp_path / "adapter", "base")
     destination = f"s3://{BUCKET}/exports/tiny"

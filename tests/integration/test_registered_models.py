@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from spectraqlora.artifacts import MergedModel, QuantizedModel
+from spectraqlora.artifacts import FourBitModel, MergedModel
 from spectraqlora.files import folder_digest
 from spectraqlora.scoring.held_out import read_eval_rows
 from spectraqlora.settings import EvaluateSettings, PromoteSettings, SelectSettings, TrackingSettings
@@ -49,7 +49,7 @@ def exported(quantized: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("winner")
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     ranks = rank_map("qlora", manifest.modules, {}, SelectSettings(rank=4), manifest.base_digest, 1, None)
     torch.manual_seed(0)
     wrapped = adapters.attach(load_plain(tiny_model, torch.float32), ranks)

@@ -99,25 +99,26 @@ def test_steps_run_by_hand_with_plain_arguments(
         assert code == 0, said
         return said
 
-    step("quantize-load", "--base-model", "/model", "--quantized", "/steps/quantized")
+    step("quantize-load", "--base-model", "/model", "--four-bit", "/steps/four_bit")
     said = step(
-        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--tokenizer", "/steps/quantized",
-        "--data", "/steps/data", where="light",
+        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--outline", "/steps/four_bit",
+        "--rows", "/steps/rows", where="light",
     )  # fmt: skip
-    assert json.loads(said.splitlines()[-1])["data"]["train_rows"] > 0
-    step("snr-analyze", "--quantized", "/steps/quantized", "--table", "/steps/table")
+    assert json.loads(said.splitlines()[-1])["rows"]["train_rows"] > 0
+    step("snr-analyze", "--outline", "/steps/four_bit", "--table", "/steps/table")
     step(
-        "select-layers", "--method", "hybrid", "--settings", '{"rank": 4}', "--quantized", "/steps/quantized",
-        "--data", "/steps/data", "--table", "/steps/table", "--ranks", "/steps/ranks",
+        "select-layers", "--method", "hybrid", "--select-settings", '{"rank": 4}',
+        "--four-bit", "/steps/four_bit", "--rows", "/steps/rows", "--table", "/steps/table",
+        "--rank-map", "/steps/rank_map",
     )  # fmt: skip
     step(
-        "train", "--quantized", "/steps/quantized", "--data", "/steps/data", "--ranks", "/steps/ranks",
-        "--adapter", "/steps/adapter", "--settings", '{"max_steps": 3}',
+        "train", "--four-bit", "/steps/four_bit", "--rows", "/steps/rows", "--rank-map", "/steps/rank_map",
+        "--adapter", "/steps/adapter", "--train-settings", '{"max_steps": 3}',
     )  # fmt: skip
-    assert RankMap.read(tmp_path / "ranks").method == "hybrid"
+    assert RankMap.read(tmp_path / "rank_map").method == "hybrid"
     assert TrainingLog.read(tmp_path / "adapter").round == 1
 
 
 def test_bad_input_is_one_line_with_exit_code_2(docker: Any) -> None:
-    code, said = contained(docker, "train", "--settings", "{}")
+    code, said = contained(docker, "train", "--train-settings", "{}")
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1

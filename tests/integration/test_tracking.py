@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from spectraqlora.artifacts import PreparedData, RankMap, TrainingLog
+from spectraqlora.artifacts import PreparedRows, RankMap, TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.settings import EvaluateSettings, SelectSettings, TrackingSettings, TrainSettings
 from spectraqlora.tracking import live as live_metrics
@@ -78,7 +78,7 @@ def test_runs_say_where_they_come_from(
     monkeypatch.setenv("SPECTRAQLORA_REVISION", "abc123")
     tracker = Tracker(settings(mlflow_server, "origin"), key, "train")
     run_id = tracker.branch_run("qlora")
-    data = PreparedData.read(prepared)
+    data = PreparedRows.read(prepared)
     for _ in range(2):
         tracker.log_data(run_id, data)
     run = tracker.client.get_run(run_id)
@@ -106,13 +106,13 @@ def _history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]
 def test_training_goes_on_while_the_server_is_away_and_the_curves_arrive_whole(
     quantized: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    from spectraqlora.artifacts import QuantizedModel
+    from spectraqlora.artifacts import FourBitModel
     from spectraqlora.methods.ranks import rank_map
     from spectraqlora.steps.train.training import train
 
     monkeypatch.setattr(live_metrics, "SEND_SECONDS", 0.1)
     monkeypatch.setattr(live_metrics, "SAMPLE_SECONDS", 0.5)
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     ranks = rank_map("qlora", manifest.modules, {}, SelectSettings(rank=4), manifest.base_digest, 1, None)
     ranks.write(tmp_path / "ranks")
     with MlflowServer(tmp_path / "server") as server:

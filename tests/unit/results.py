@@ -54,6 +54,7 @@ def evaluation(method: str, losses: list[float], parameters: int, **changes: Any
         "eval_rows": len(losses),
         "row_losses": losses,
         "row_tokens": [1] * len(losses),
+        "settings": {"select": {}, "evaluate": {}, "snr": {}},
         "trainable_parameters": parameters,
         "train_seconds": 2.0,
         "train_tokens_per_second": 50.0,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectraqlora.models import activations, adapters
 from spectraqlora.models.activations import elementwise_remade, recompute_blocks
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 
 from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
 
@@ -20,7 +20,7 @@ def _backward(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_gradients_of_a_model_stay_the_same_to_the_bit(quantized: Path) -> None:
-    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 4, DOWN: 4}))
+    model = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4, DOWN: 4}))
     randomize(model)
     plain = _backward(model)
     with elementwise_remade():
@@ -57,7 +57,7 @@ def test_a_gated_layer_keeps_its_input_and_two_matrix_products_alone(
 def test_recomputed_blocks_keep_gradients_and_force_none_below_the_first_adapter(
     every: int, quantized: Path
 ) -> None:
-    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {DOWN: 4}))
+    model = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {DOWN: 4}))
     randomize(model)
     model.train()
     plain = _backward(model)

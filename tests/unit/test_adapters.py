@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora.artifacts import ModuleRank, QuantizedModel, RankMap
+from spectraqlora.artifacts import FourBitModel, ModuleRank, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.methods.next_round import carry_over
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 
 
 def rank_map(quantized: Path, ranks: dict[str, int], groups: dict[str, int] | None = None) -> RankMap:
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     return RankMap(
         method="alors",
         round=1,
@@ -55,12 +55,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_mixed_ranks_reload_with_peft_alone_and_identical_logits(quantized: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    wrapped = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 2, Q1: 8, DOWN: 4}))
+    wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 2, Q1: 8, DOWN: 4}))
     randomize(wrapped)
     wrapped.eval()
     before = logits(wrapped)
     adapters.save(wrapped, tmp_path, "base")
-    again = PeftModel.from_pretrained(load_quantized(quantized)[0], tmp_path).eval()
+    again = PeftModel.from_pretrained(load_four_bit(quantized)[0], tmp_path).eval()
     assert torch.equal(logits(again), before)
     assert set(adapters.lora_layers(wrapped)) == {Q0, Q1, DOWN}
 
@@ -68,9 +68,9 @@ def test_mixed_ranks_reload_with_peft_alone_and_identical_logits(quantized: Path
 def test_shared_pairs_count_once_stay_shared_and_export_as_copies(quantized: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    alone = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 4, Q1: 4}))
+    alone = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4, Q1: 4}))
     shared_map = rank_map(quantized, {Q0: 4, Q1: 4}, {Q0: 0, Q1: 0})
-    shared = adapters.attach(load_quantized(quantized)[0], shared_map)
+    shared = adapters.attach(load_four_bit(quantized)[0], shared_map)
     assert adapters.trainable_parameters(alone) == 2 * adapters.trainable_parameters(shared)
     optimizer = torch.optim.AdamW(adapters.parameter_groups(shared, shared_map, 0.01))
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 2
@@ -84,13 +84,13 @@ def test_shared_pairs_count_once_stay_shared_and_export_as_copies(quantized: Pat
     assert pairs[f"{Q0}.lora_B"].abs().sum() > 0
     shared.eval()
     adapters.save(shared, tmp_path, "base")
-    again = PeftModel.from_pretrained(load_quantized(quantized)[0], tmp_path).eval()
+    again = PeftModel.from_pretrained(load_four_bit(quantized)[0], tmp_path).eval()
     assert torch.equal(logits(again), logits(shared))
 
 
 def test_growing_keeps_the_function_and_shrinking_stays_within_its_reported_error(quantized: Path) -> None:
     old = rank_map(quantized, {Q0: 4, DOWN: 4})
-    wrapped = adapters.attach(load_quantized(quantized)[0], old)
+    wrapped = adapters.attach(load_four_bit(quantized)[0], old)
     randomize(wrapped)
     weights = adapters.pairs(wrapped)
     new = rank_map(quantized, {Q0: 8, DOWN: 2}).model_copy(update={"round": 2})
@@ -110,14 +110,14 @@ def test_growing_keeps_the_function_and_shrinking_stays_within_its_reported_erro
 def test_learning_rates_follow_the_map(quantized: Path) -> None:
     ranks = rank_map(quantized, {Q0: 4, DOWN: 4})
     ranks.modules = [m.model_copy(update={"lr_scale": 3.0}) if m.module == Q0 else m for m in ranks.modules]
-    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    wrapped = adapters.attach(load_four_bit(quantized)[0], ranks)
     groups = adapters.parameter_groups(wrapped, ranks, 1e-3)
     assert [g["lr"] for g in groups] == pytest.approx([1e-3, 3e-3])
 
 
 def test_lora_plus_gives_b_a_rate_of_its_own(quantized: Path) -> None:
     ranks = rank_map(quantized, {Q0: 4})
-    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    wrapped = adapters.attach(load_four_bit(quantized)[0], ranks)
     groups = adapters.parameter_groups(wrapped, ranks, 1e-3, lora_plus_ratio=16)
     layer = adapters.lora_layers(wrapped)[Q0]
     rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
@@ -128,7 +128,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own(quantized: Path) -> None:
 def test_frozen_tiers_do_not_train(quantized: Path) -> None:
     ranks = rank_map(quantized, {Q0: 4, DOWN: 4})
     ranks.modules = [m.model_copy(update={"tier": "frozen"}) if m.module == Q0 else m for m in ranks.modules]
-    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    wrapped = adapters.attach(load_four_bit(quantized)[0], ranks)
     trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
     assert trained and all(DOWN in name for name in trained)
 
@@ -139,7 +139,7 @@ def test_a_rank_map_of_another_base_is_refused(quantized: Path) -> None:
 
 
 def test_a_merged_adapter_gives_the_adapters_logits(quantized: Path) -> None:
-    base = load_quantized(quantized)[0].dequantize()
+    base = load_four_bit(quantized)[0].dequantize()
     wrapped = adapters.attach(base, rank_map(quantized, {Q0: 4, DOWN: 8}))
     randomize(wrapped)
     wrapped.eval()

@@ -53,7 +53,7 @@ def test_an_image_explains_its_steps_and_runs_only_those() -> None:
 
 def test_an_image_of_one_step_needs_no_name() -> None:
     shown = call("--help", image="train")
-    assert "--quantized DIR" in shown.stdout and "Example: train --quantized quantized" in shown.stdout
+    assert "--four-bit DIR" in shown.stdout and "Example: train --four-bit four_bit" in shown.stdout
 
 
 def test_another_program_is_passed_on_with_its_exit_code() -> None:
@@ -65,8 +65,8 @@ def test_another_program_is_passed_on_with_its_exit_code() -> None:
     ("arguments", "line"),
     [
         ([], "error: arguments: 'quantize-load': expected the following arguments are required: --base-model"),
-        (["--base-model", "x", "--quantized", "out", "--settings", "[1]"], "error: --settings: '[1]': expected a JSON object"),
-        (["--base-model", "x", "--quantized", "/proc/none"], "error: --quantized: '/proc/none': expected a folder that can be written"),
+        (["--base-model", "x", "--four-bit", "out", "--model-settings", "[1]"], "error: --model-settings: '[1]': expected a JSON object"),
+        (["--base-model", "x", "--four-bit", "/proc/none"], "error: --four-bit: '/proc/none': expected a folder that can be written"),
     ],
 )  # fmt: skip
 def test_bad_arguments_get_one_line_and_exit_code_2(arguments: list[str], line: str, tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_bad_arguments_get_one_line_and_exit_code_2(arguments: list[str], line: 
 
 
 def test_a_missing_input_folder_is_named(tmp_path: Path) -> None:
-    refused = call("snr-analyze", "--quantized", "none", "--table", str(tmp_path / "table"))
+    refused = call("snr-analyze", "--outline", "none", "--table", str(tmp_path / "table"))
     assert refused.returncode == 2
-    assert refused.stderr == "error: --quantized: 'none': expected the folder of an artifact\n"
+    assert refused.stderr == "error: --outline: 'none': expected the folder of an artifact\n"
     assert not (tmp_path / "table").exists()
 
 
@@ -88,10 +88,10 @@ def test_a_step_runs_and_says_what_it_wrote(
     command_line.run(
         "prepare-data",
         [
-            *("--source", str(tiny_rows), "--settings", '{"eval_fraction": 0.25}'),
-            *("--tokenizer", str(quantized), "--data", str(tmp_path / "data")),
+            *("--source", str(tiny_rows), "--data-settings", '{"eval_fraction": 0.25}'),
+            *("--outline", str(quantized), "--rows", str(tmp_path / "rows")),
         ],
     )
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["data"]["eval_rows"] == 12
-    assert (tmp_path / "data" / "manifest.json").exists()
+    assert said["rows"]["eval_rows"] == 12
+    assert (tmp_path / "rows" / "manifest.json").exists()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_plain, load_quantized
+from spectraqlora.models.loading import load_four_bit, load_plain
 from spectraqlora.scoring import head_loss
 from spectraqlora.scoring.batches import IGNORED
 from spectraqlora.scoring.head_loss import HeadLoss
@@ -31,7 +31,7 @@ def gradients(model: Any) -> list[torch.Tensor]:
 def test_loss_and_gradients_are_the_models_own_chunk_by_chunk(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {Q0: 4, DOWN: 4}))
+    model = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4, DOWN: 4}))
     randomize(model)
     inputs = batch(model)
     own = model(**inputs).loss

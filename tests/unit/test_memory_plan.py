@@ -10,7 +10,7 @@ import torch
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.models.activations import made_again
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.planning import memory_plan
 from spectraqlora.settings import ModelSettings, Settings, parse
 from spectraqlora.steps.quantize_load.quantize import quantize
@@ -67,7 +67,7 @@ def test_activations_counted_without_storage_are_those_of_the_real_4_bit_model(
         planned = memory_plan.kept_activations(
             adapters.attach(outline.build(), ranks), ROWS, TOKENS, padded, cuda=False
         )
-        model, _ = load_quantized(tmp_path / "quantized")
+        model, _ = load_four_bit(tmp_path / "quantized")
         real = really_kept(adapters.attach(model, ranks).train(), padded)
         assert sum(planned.blocks) + planned.outside == pytest.approx(real, rel=0.01)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from spectraqlora.artifacts import PreparedData
+from spectraqlora.artifacts import PreparedRows
 from spectraqlora.data.layouts import messages_of, recognise
 from spectraqlora.data.sources import check_source
 from spectraqlora.errors import InputError
@@ -52,7 +52,7 @@ def test_only_completions_count_and_empty_and_long_rows_are_dropped(quantized: P
     counted = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(counted) == " red</s>"
     assert tokenizer.decode(row["input_ids"]).startswith("<s>Question: who is")
-    assert PreparedData.read(out).answers[0]["answer"] == "red"
+    assert PreparedRows.read(out).answers[0]["answer"] == "red"
 
 
 def test_rows_end_where_the_model_has_no_more_positions(quantized: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_rows_stay_on_their_side_as_data_grows(quantized: Path, tmp_path: Path) 
             source=_jsonl(tmp_path / "r.jsonl", part), split_by=split_by, eval_fraction=0.5, max_eval_rows=10
         )  # type: ignore[arg-type]
         prepare(settings, quantized, 1, tmp_path / "data")
-        answers = PreparedData.read(tmp_path / "data").answers
+        answers = PreparedRows.read(tmp_path / "data").answers
         return {answer["answer"] for answer in answers}
 
     before, after = held_out(rows[:40], "content"), held_out(list(reversed(rows)), "content")

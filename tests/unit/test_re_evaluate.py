@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora.artifacts import QuantizedModel, TrainingLog
+from spectraqlora.artifacts import FourBitModel, TrainingLog
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
 from spectraqlora.snr.marchenko_pastur import statistics
@@ -20,7 +20,7 @@ def test_the_snr_after_training_is_that_of_the_updated_weights(
     quantized: Path, prepared: Path, tmp_path: Path
 ) -> None:
     ranks = rank_map(quantized, {Q0: 4, DOWN: 4})
-    wrapped = adapters.attach(load_quantized(quantized)[0], ranks)
+    wrapped = adapters.attach(load_four_bit(quantized)[0], ranks)
     randomize(wrapped)
     folders = [tmp_path / name for name in ("ranks", "adapter", "evaluation", "next-ranks", "next-adapter")]
     for folder in folders:
@@ -44,7 +44,7 @@ def test_the_snr_after_training_is_that_of_the_updated_weights(
     result = re_evaluate(
         quantized, prepared, folders[0], folders[1], settings, select, SnrSettings(), 1, *folders[2:]
     )
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     weights = dict(tensors_of(LocalTensors(Path(manifest.source_path)), manifest.modules))
     pairs = adapters.read_pairs(folders[1])
     for name, weight in weights.items():

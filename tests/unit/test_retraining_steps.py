@@ -6,7 +6,7 @@ import pytest
 from spectraqlora.artifacts import RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.settings import DataSettings, Settings
-from spectraqlora.steps.detect_changes.changes import compare, source_digest
+from spectraqlora.steps.detect_changes.changes import changed_since_champion, source_digest
 from spectraqlora.steps.start_point.champion import start_from
 from spectraqlora.tracking.registry import Version
 from spectraqlora_pipelines.dags.catalogue import recipe
@@ -20,24 +20,24 @@ def version(number: int, source: str, settings: str = "recipe", *aliases: str, *
 
 
 def test_without_a_champion_there_is_something_to_train() -> None:
-    assert compare("d1", "recipe", []).changed
+    assert changed_since_champion("d1", "recipe", []).changed
 
 
 def test_the_champions_own_data_and_settings_are_nothing_new() -> None:
-    found = compare("d1", "recipe", [version(2, "d1", "recipe", "champion"), version(1, "d0")])
+    found = changed_since_champion("d1", "recipe", [version(2, "d1", "recipe", "champion"), version(1, "d0")])
     assert not found.changed and "version 2" in found.reason
 
 
 def test_data_that_a_rejected_version_was_made_of_is_not_tried_again() -> None:
     rejected = version(3, "d2", **{"promotion.decision": "not promoted"})
-    found = compare("d2", "recipe", [rejected, version(2, "d1", "recipe", "champion")])
+    found = changed_since_champion("d2", "recipe", [rejected, version(2, "d1", "recipe", "champion")])
     assert not found.changed and "version 3" in found.reason and "not promoted" in found.reason
 
 
 def test_new_data_and_new_settings_are_told_apart() -> None:
     champion = version(2, "d1", "recipe", "champion")
-    assert "data changed" in compare("d2", "recipe", [champion]).reason
-    assert "settings changed" in compare("d1", "other", [champion]).reason
+    assert "data changed" in changed_since_champion("d2", "recipe", [champion]).reason
+    assert "settings changed" in changed_since_champion("d1", "other", [champion]).reason
 
 
 def test_the_digest_follows_the_content_of_a_file_and_a_folder(tmp_path: Path) -> None:

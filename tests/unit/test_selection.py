@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from spectraqlora.artifacts import GRADIENT_INIT, LinearModule, QuantizedModel, RankMap
+from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, LinearModule, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.methods.grouping import group_by_similarity
 from spectraqlora.methods.ranks import check_rank, cost, rank_map
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.modules import dequantized_weight
 from spectraqlora.scoring.batches import Collator, load_rows
 from spectraqlora.settings import SelectSettings, SnrSettings
@@ -130,8 +130,8 @@ def test_a_share_that_selects_nothing_and_ranks_too_large_are_refused() -> None:
 
 
 def test_sketched_cosines_agree_with_full_gradients(quantized: Path, prepared: Path) -> None:
-    model, _ = load_quantized(quantized)
-    modules = QuantizedModel.read(quantized).modules
+    model, _ = load_four_bit(quantized)
+    modules = FourBitModel.read(quantized).modules
     few = list(Collator(0, None).batches(load_rows(prepared, "train"), 8, limit=3))
     sketches = sketch_gradients(model, modules, few, 96, seed=1)
     assert len(sketches) == len(modules)
@@ -156,8 +156,8 @@ def test_sketched_cosines_agree_with_full_gradients(quantized: Path, prepared: P
 
 
 def test_gradient_snr_and_energy_are_those_of_the_full_gradients(quantized: Path, prepared: Path) -> None:
-    model, _ = load_quantized(quantized)
-    (info,) = [m for m in QuantizedModel.read(quantized).modules if m.module.endswith("1.self_attn.q_proj")]
+    model, _ = load_four_bit(quantized)
+    (info,) = [m for m in FourBitModel.read(quantized).modules if m.module.endswith("1.self_attn.q_proj")]
     few = list(Collator(0, None).batches(load_rows(prepared, "train"), 4, limit=4))
     sketch = sketch_gradients(model, [info], few, 64, seed=1)[info.module]
     full = model.dequantize().float()
@@ -173,8 +173,8 @@ def test_gradient_snr_and_energy_are_those_of_the_full_gradients(quantized: Path
 def test_calibration_keeps_the_inputs_of_the_blocks_and_runs_them_again(
     quantized: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = load_quantized(quantized)
-    modules = QuantizedModel.read(quantized).modules
+    model, _ = load_four_bit(quantized)
+    modules = FourBitModel.read(quantized).modules
     few = list(Collator(0, None).batches(load_rows(prepared, "train"), 8, limit=2))
     runs: list[int] = []
     for index, block in enumerate(model.model.layers):
@@ -212,7 +212,7 @@ def test_a_starts_from_the_leading_gradient_directions_of_its_group(
     groups = {m.group for m in found.active()}
     assert len(starts) == len(groups) == 7
     members = [m.module for m in found.active() if m.type == "self_attn.q_proj"]
-    model, _ = load_quantized(quantized)
+    model, _ = load_four_bit(quantized)
     batches = Collator(0, None).batches(
         load_rows(prepared, "train").shuffle(seed=1), settings.calibration_rows, limit=2
     )

@@ -16,8 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from spectraqlora.artifacts import QuantizedModel
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.artifacts import FourBitModel
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.modules import dequantized_weight
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import SnrSettings
@@ -138,7 +138,7 @@ def test_peak_memory_of_a_scan_does_not_follow_the_size_of_the_checkpoint() -> N
 
 
 def test_a_packed_checkpoint_is_scanned_as_the_loaded_model_would_be(quantized: Path, tmp_path: Path) -> None:
-    model, manifest = load_quantized(quantized)
+    model, manifest = load_four_bit(quantized)
     named = dict(model.named_modules())
     checkpoint = LocalTensors(quantized / "model")
     for info in manifest.modules:
@@ -158,7 +158,7 @@ def test_the_original_is_scanned_where_the_settings_say_so(quantized: Path, tmp_
     analyze(SnrSettings(source="original"), quantized, tmp_path)
     table = read_table(tmp_path)
     assert set(table["source"]) == {"original"}
-    source = Path(QuantizedModel.read(quantized).source_path)
+    source = Path(FourBitModel.read(quantized).source_path)
     everything = scan(LocalTensors(source))
     pd.testing.assert_frame_equal(
         table.sort_values("module", ignore_index=True), everything.sort_values("module", ignore_index=True)

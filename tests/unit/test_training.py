@@ -10,7 +10,7 @@ import torch
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.settings import EvaluateSettings, TrainSettings
 from spectraqlora.steps.train.training import check_optimizer, train
 
@@ -48,7 +48,7 @@ def test_optimizers_that_need_a_gpu_are_refused_without_one(name: str) -> None:
 
 
 def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quantized: Path) -> None:
-    model = adapters.attach(load_quantized(quantized)[0], rank_map(quantized, {DOWN: 4}))
+    model = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {DOWN: 4}))
     hidden = model(input_ids=torch.arange(3, 23)[None], output_hidden_states=True).hidden_states
     # The embedding and the outputs of blocks 0 and 1, then that of block 2, which holds the adapter.
     assert [states.requires_grad for states in hidden] == [False, False, False, True, True]

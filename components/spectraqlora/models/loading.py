@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.artifacts import FourBitModel
 from spectraqlora.models.families import auto_class, plain_linears, quantizable_t5
 from spectraqlora.models.hardware import device
 from spectraqlora.models.modules import without_cpu_packing
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def original_folder(manifest: QuantizedModel) -> Path:
+def original_folder(manifest: FourBitModel) -> Path:
     """Local folder of the model that was quantized; fetched again where another machine did that."""
     here = not is_address(manifest.source) and Path(manifest.source_path).is_dir()
     source = manifest.source_path if here else manifest.source
     return resolve_base(source, manifest.revision, manifest.source_content, manifest.trust_remote_code)
 
 
-def original_tensors(manifest: QuantizedModel) -> Tensors:
+def original_tensors(manifest: FourBitModel) -> Tensors:
     """Tensors of the model that was quantized; those at an s3:// address are read where they are.
 
     Raises:
@@ -43,12 +43,12 @@ def original_tensors(manifest: QuantizedModel) -> Tensors:
     return S3Tensors(address)
 
 
-def load_quantized(folder: str | Path, on: str = "") -> tuple[Any, QuantizedModel]:
+def load_four_bit(folder: str | Path, on: str = "") -> tuple[Any, FourBitModel]:
     """The 4-bit model on a device, by default the best one, in evaluation mode, with its manifest."""
     import torch
     from transformers import AutoConfig
 
-    manifest = QuantizedModel.read(folder)
+    manifest = FourBitModel.read(folder)
     path, trust = Path(folder) / "model", manifest.trust_remote_code
     with plain_linears(), quantizable_t5():
         model = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=trust)).from_pretrained(

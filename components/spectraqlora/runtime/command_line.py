@@ -191,12 +191,12 @@ def run(step: str, arguments: Sequence[str]) -> None:
             values[option.name] = _value(option, given[option.name])
         if option.kind == "output":
             written[option.name] = values[option.name]
-    tracking = values.get("tracking")
+    tracking = values.get("tracking_settings")
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(tracking, dict) and not tracking.get("uri"):
             # Nobody named a server: what MLflow's own variable says, else a store that ends with the step.
             uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{scratch}/mlflow.db"
-            values["tracking"] = {**tracking, "uri": uri}
+            values["tracking_settings"] = {**tracking, "uri": uri}
         function(**values)
     print(json.dumps({name: artifact.metadata for name, artifact in written.items()}))
 

@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 def load_rows(data: str | Path, split: str) -> Any:
-    """The `train` or `eval` split of prepared data, as a `datasets.Dataset`."""
+    """The `train` or `held_out` rows of prepared data, as a `datasets.Dataset`."""
     from datasets import load_from_disk
 
     try:

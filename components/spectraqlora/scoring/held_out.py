@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import PreparedData
+from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.scoring.batches import load_rows
@@ -25,10 +25,10 @@ def rows_digest(rows: Any) -> str:
 
 def write_eval_rows(data: Path, folder: Path) -> str:
     """Write the eval split of prepared data, with the answers that are scored; returns its digest."""
-    rows = load_rows(data, "eval")
+    rows = load_rows(data, "held_out")
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(str(folder / _ROWS))
-    write_text(folder / _ANSWERS, json.dumps(PreparedData.read(data).answers))
+    write_text(folder / _ANSWERS, json.dumps(PreparedRows.read(data).answers))
     return rows_digest(rows)
 
 

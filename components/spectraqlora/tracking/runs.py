@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.artifacts import Evaluation, PreparedData, TrainingLog
+from spectraqlora.artifacts import Evaluation, PreparedRows, TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
 from spectraqlora.runtime.images import image_reference
@@ -189,7 +189,7 @@ class Tracker:
         fresh = {k: v for k, v in values.items() if math.isfinite(v) and known.get(k) != v}
         self.log_points(run_id, [Metric(k, v, now, 0) for k, v in fresh.items()])
 
-    def log_data(self, run_id: str, data: PreparedData) -> None:
+    def log_data(self, run_id: str, data: PreparedRows) -> None:
         """Log the data set as an MLflow dataset: name, source, digest, counts."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 

@@ -31,59 +31,65 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
         method: str,
         run_key: str,
         seed: int,
-        snr: dict,
-        select: dict,
+        snr_settings: dict,
+        select_settings: dict,
         train_settings: dict,
-        evaluate: dict,
-        tracking: dict,
-        checkpoint: dict,
-        quantized: dsl.Input[dsl.Model],
-        data: dsl.Input[dsl.Dataset],
+        evaluate_settings: dict,
+        tracking_settings: dict,
+        checkpoint_settings: dict,
+        four_bit: dsl.Input[dsl.Model],
+        rows: dsl.Input[dsl.Dataset],
         table: dsl.Input[dsl.Dataset],
     ) -> Branch:
-        chosen = select_layers(
-            method=method, settings=select, seed=seed, quantized=quantized, data=data, table=table
+        selected = select_layers(
+            method=method,
+            select_settings=select_settings,
+            seed=seed,
+            four_bit=four_bit,
+            rows=rows,
+            table=table,
         )
-        place(chosen, f"select-layers ({name})")
-        ranks: Any = chosen.outputs["ranks"]
+        place(selected, f"select-layers ({name})")
+        rank_map: Any = selected.outputs["rank_map"]
         carried: dict[str, Any] = {}
         if from_champion:
-            begun = start_point(tracking=tracking, ranks=ranks)
-            place(begun, f"start-point ({name})")
-            ranks, carried = begun.outputs["start_ranks"], {"start": begun.outputs["start_adapter"]}
-        judged: Any = None
+            start = start_point(tracking_settings=tracking_settings, rank_map=rank_map)
+            place(start, f"start-point ({name})")
+            rank_map, carried = start.outputs["start_rank_map"], {"start": start.outputs["start_adapter"]}
+        evaluated: Any = None
         for number in range(1, rounds + 1):
             trained = train(
                 run_key=run_key,
                 round=number,
                 rounds=rounds,
-                settings=train_settings,
-                evaluate=evaluate,
-                tracking=tracking,
-                checkpoint=checkpoint,
+                train_settings=train_settings,
+                evaluate_settings=evaluate_settings,
+                tracking_settings=tracking_settings,
+                checkpoint_settings=checkpoint_settings,
                 seed=seed,
-                quantized=quantized,
-                data=data,
-                ranks=ranks,
+                four_bit=four_bit,
+                rows=rows,
+                rank_map=rank_map,
                 **carried,
             )
             place(trained, f"train ({name}, round {number})")
-            before = {"previous": judged.outputs["evaluation"]} if judged else {}
-            judged = re_evaluate(
+            before = {"previous": evaluated.outputs["evaluation"]} if evaluated else {}
+            evaluated = re_evaluate(
                 run_key=run_key,
-                settings=evaluate,
-                select=select,
-                snr=snr,
-                tracking=tracking,
+                evaluate_settings=evaluate_settings,
+                select_settings=select_settings,
+                snr_settings=snr_settings,
+                tracking_settings=tracking_settings,
                 seed=seed,
-                quantized=quantized,
-                data=data,
-                ranks=ranks,
+                four_bit=four_bit,
+                rows=rows,
+                rank_map=rank_map,
                 adapter=trained.outputs["adapter"],
                 **before,
             )
-            place(judged, f"re-evaluate ({name}, round {number})")
-            ranks, carried = judged.outputs["next_ranks"], {"previous": judged.outputs["next_adapter"]}
-        return Branch(evaluation=judged.outputs["evaluation"], adapter=trained.outputs["adapter"])
+            place(evaluated, f"re-evaluate ({name}, round {number})")
+            rank_map = evaluated.outputs["next_rank_map"]
+            carried = {"previous": evaluated.outputs["next_adapter"]}
+        return Branch(evaluation=evaluated.outputs["evaluation"], adapter=trained.outputs["adapter"])
 
     return branch

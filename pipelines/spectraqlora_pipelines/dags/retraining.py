@@ -48,9 +48,9 @@ def retraining_pipeline(method: str, rounds: int, start: str, place: Placement =
         export: dict = DEFAULTS["export"],
     ):
         given = dict(locals())
-        looked = detect_changes(source=source, settings=data, tracking=tracking, recipe=recipe)
-        place(looked, "detect-changes")
-        digest = looked.outputs["Output"]
+        changes = detect_changes(source=source, data_settings=data, tracking_settings=tracking, recipe=recipe)
+        place(changes, "detect-changes")
+        digest = changes.outputs["Output"]
         with dsl.If(digest != UNCHANGED, name="something-changed"):
             origin = {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe}
             shared_steps({method: branch}, {**given, "source_content": digest}, origin, place)

@@ -28,65 +28,65 @@ def shared_steps(
     """
     run_key, seed, evaluate, tracking = (given[name] for name in ("run_key", "seed", "evaluate", "tracking"))
     quantized = quantize_load(
-        base_model=given["base_model"], content=given["base_content"], settings=given["model"]
+        base_model=given["base_model"], content=given["base_content"], model_settings=given["model"]
     )
     place(quantized, "quantize-load")
-    four_bit = quantized.outputs["quantized"]
+    four_bit = quantized.outputs["four_bit"]
     prepared = prepare_data(
         source=given["source"],
         content=given["source_content"],
-        settings=given["data"],
+        data_settings=given["data"],
         seed=seed,
-        tokenizer=four_bit,
+        outline=four_bit,
     )
     place(prepared, "prepare-data")
-    rows = prepared.outputs["data"]
-    measured = snr_analyze(settings=given["snr"], content=given["table_content"], quantized=four_bit)
-    place(measured, "snr-analyze")
-    table = measured.outputs["table"]
+    rows = prepared.outputs["rows"]
+    analyzed = snr_analyze(snr_settings=given["snr"], content=given["table_content"], outline=four_bit)
+    place(analyzed, "snr-analyze")
+    table = analyzed.outputs["table"]
     results: dict[str, Any] = {}
     for method, branch in branches.items():
         outcome = branch(
             method=method,
             run_key=run_key,
             seed=seed,
-            snr=given["snr"],
-            select=given["select"],
+            snr_settings=given["snr"],
+            select_settings=given["select"],
             train_settings=given["train"],
-            evaluate=evaluate,
-            tracking=tracking,
-            checkpoint=given["checkpoint"],
-            quantized=four_bit,
-            data=rows,
+            evaluate_settings=evaluate,
+            tracking_settings=tracking,
+            checkpoint_settings=given["checkpoint"],
+            four_bit=four_bit,
+            rows=rows,
             table=table,
         )
         outcome.set_display_name(f"branch: {method}")
         results[method] = outcome.outputs["evaluation"]
         results[f"{method}_adapter"] = outcome.outputs["adapter"]
-    compared = compare(run_key=run_key, tracking=tracking, table=table, **results)
+    compared = compare(run_key=run_key, tracking_settings=tracking, table=table, **results)
     place(compared, "compare")
     winner = compared.outputs["winner"]
     exported = merge_export(
-        settings=evaluate,
-        export=given["export"],
-        quantized=four_bit,
-        data=rows,
+        evaluate_settings=evaluate,
+        export_settings=given["export"],
+        four_bit=four_bit,
+        rows=rows,
         winner=winner,
     )
     place(exported, "merge-export")
     registered = register(
         run_key=run_key,
-        tracking=tracking,
+        tracking_settings=tracking,
         origin=origin,
-        data=rows,
+        rows=rows,
         winner=winner,
         exported=exported.outputs["exported"],
     )
     place(registered, "register")
     promoted = promote_step(
-        tracking=tracking,
-        settings=given["promote"],
-        evaluate=evaluate,
+        tracking_settings=tracking,
+        promote_settings=given["promote"],
+        evaluate_settings=evaluate,
         registered=registered.outputs["registered"],
     )
     place(promoted, "promote")

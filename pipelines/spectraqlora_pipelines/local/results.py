@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.artifacts import Evaluation, MergedModel, PreparedData, QuantizedModel
+from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel, PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.settings import Settings
@@ -31,13 +31,13 @@ def collect(settings: Settings, workdir: Path, more: dict[str, Any] | None = Non
         "exported": _newest(workdir, "exported/manifest.json"),
         "registered": _newest(workdir, "registered/registered.json"),
         "decision": _newest(workdir, "decision/decision.json"),
-        "quantized": _newest(workdir, "quantized/manifest.json"),
-        "data": _newest(workdir, "data/manifest.json"),
+        "four_bit": _newest(workdir, "four_bit/manifest.json"),
+        "rows": _newest(workdir, "rows/manifest.json"),
     }
     board = json.loads((found["leaderboard"] / "leaderboard.json").read_text())
     evaluations = [Evaluation.read(found["leaderboard"] / method) for method in board["order"]]
     merged = MergedModel.read(found["exported"])
-    quantized, data = QuantizedModel.read(found["quantized"]), PreparedData.read(found["data"])
+    quantized, data = FourBitModel.read(found["four_bit"]), PreparedRows.read(found["rows"])
     registered = json.loads((found["registered"] / "registered.json").read_text())
     first = evaluations[0]
     for name in ("merged", "adapter"):

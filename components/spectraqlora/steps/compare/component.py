@@ -10,7 +10,7 @@ from spectraqlora.runtime.component import component
 @component(image="light")
 def compare(
     run_key: str,
-    tracking: dict,
+    tracking_settings: dict,
     table: dsl.Input[dsl.Dataset],
     leaderboard: dsl.Output[dsl.Metrics],
     winner: dsl.Output[dsl.Model],
@@ -25,11 +25,11 @@ def compare(
     sgm_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
     random_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
 ):
-    """Rank the branches on the same eval rows and pass the winner's adapter on.
+    """Order the branches by their loss on the same held-out rows and pass the winner's adapter on.
 
     Args:
         run_key: identifies the pipeline run in MLflow.
-        tracking: the `tracking` section.
+        tracking_settings: the `tracking` section.
         table: SNR table before training.
         leaderboard: all evaluations in order, best first.
         winner: the winner's adapter and evaluation.
@@ -47,11 +47,11 @@ def compare(
     from spectraqlora.steps.compare.step import run
 
     run(
-        run_key,
-        tracking,
-        table,
-        [qlora, hybrid, alors, sgm, random],
-        [qlora_adapter, hybrid_adapter, alors_adapter, sgm_adapter, random_adapter],
-        leaderboard,
-        winner,
+        run_key=run_key,
+        tracking_settings=tracking_settings,
+        table=table,
+        evaluations=[qlora, hybrid, alors, sgm, random],
+        adapters=[qlora_adapter, hybrid_adapter, alors_adapter, sgm_adapter, random_adapter],
+        leaderboard=leaderboard,
+        winner=winner,
     )

@@ -15,8 +15,9 @@ from spectraqlora.settings import TrackingSettings
 
 @step
 def run(
+    *,
     run_key: str,
-    tracking: dict[str, Any],
+    tracking_settings: dict[str, Any],
     table: Any,
     evaluations: list[Any],
     adapters: list[Any],
@@ -29,7 +30,7 @@ def run(
     from spectraqlora.steps.compare.leaderboard import winner as choose
     from spectraqlora.tracking.runs import Tracker
 
-    tracker = Tracker(TrackingSettings(**tracking), run_key, "compare")
+    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "compare")
     run = tracker.pipeline_run()
 
     found = {

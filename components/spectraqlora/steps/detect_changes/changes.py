@@ -55,7 +55,7 @@ def source_digest(settings: DataSettings) -> str:
     return hashlib.sha256(f"{settings.source}@{revision}".encode()).hexdigest()
 
 
-def compare(digest: str, recipe: str, versions: list[Version]) -> Changes:
+def changed_since_champion(digest: str, recipe: str, versions: list[Version]) -> Changes:
     """Whether data and settings differ from those of every version: what was trained once is known.
 
     Args:

@@ -8,8 +8,8 @@ from spectraqlora.runtime.component import component
 @component(image="light")
 def detect_changes(
     source: str,
-    settings: dict,
-    tracking: dict,
+    data_settings: dict,
+    tracking_settings: dict,
     recipe: str,
     changes: dsl.Output[dsl.Artifact],
 ) -> str:
@@ -17,11 +17,17 @@ def detect_changes(
 
     Args:
         source: hub id, file or folder.
-        settings: the `data` section.
-        tracking: the `tracking` section.
+        data_settings: the `data` section.
+        tracking_settings: the `tracking` section.
         recipe: digest of all settings that shape the training.
         changes: digest, decision and reason as JSON.
     """
     from spectraqlora.steps.detect_changes.step import run
 
-    return run(source, settings, tracking, recipe, changes)
+    return run(
+        source=source,
+        data_settings=data_settings,
+        tracking_settings=tracking_settings,
+        recipe=recipe,
+        changes=changes,
+    )

@@ -12,13 +12,20 @@ from spectraqlora.settings import DataSettings, TrackingSettings
 
 
 @step
-def run(source: str, settings: dict[str, Any], tracking: dict[str, Any], recipe: str, changes: Any) -> str:
-    from spectraqlora.steps.detect_changes.changes import UNCHANGED, compare, source_digest
+def run(
+    *,
+    source: str,
+    data_settings: dict[str, Any],
+    tracking_settings: dict[str, Any],
+    recipe: str,
+    changes: Any,
+) -> str:
+    from spectraqlora.steps.detect_changes.changes import UNCHANGED, changed_since_champion, source_digest
     from spectraqlora.tracking.registry import Registry
 
-    registry = Registry(TrackingSettings(**tracking))
-    digest = source_digest(DataSettings(**{**settings, "source": source}))
-    found = compare(digest, recipe, registry.versions())
-    print(f"{'training' if found.changed else 'stopping early'}: {found.reason}", flush=True)
-    write_text(output_folder(changes) / "changes.json", json.dumps(asdict(found), indent=1))
-    return found.digest if found.changed else UNCHANGED
+    registry = Registry(TrackingSettings(**tracking_settings))
+    digest = source_digest(DataSettings(**{**data_settings, "source": source}))
+    result = changed_since_champion(digest, recipe, registry.versions())
+    print(f"{'training' if result.changed else 'stopping early'}: {result.reason}", flush=True)
+    write_text(output_folder(changes) / "changes.json", json.dumps(asdict(result), indent=1))
+    return result.digest if result.changed else UNCHANGED

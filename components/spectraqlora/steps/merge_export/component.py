@@ -7,23 +7,30 @@ from spectraqlora.runtime.component import component
 
 @component(image="merge-export")
 def merge_export(
-    settings: dict,
-    quantized: dsl.Input[dsl.Model],
-    data: dsl.Input[dsl.Dataset],
+    evaluate_settings: dict,
+    four_bit: dsl.Input[dsl.Model],
+    rows: dsl.Input[dsl.Dataset],
     winner: dsl.Input[dsl.Model],
     exported: dsl.Output[dsl.Model],
-    export: dict = {},  # noqa: B006 - KFP's form of a default
+    export_settings: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Merge into dequantized and original weights, export the better one, verify the export.
 
     Args:
-        settings: the `evaluate` section.
-        quantized: 4-bit model artifact.
-        data: prepared data, for the eval rows.
+        evaluate_settings: the `evaluate` section.
+        four_bit: the 4-bit model.
+        rows: prepared rows, of which the held-out ones are scored.
         winner: the winner's adapter and evaluation.
         exported: `merged/` and `adapter/`.
-        export: the `export` section.
+        export_settings: the `export` section.
     """
     from spectraqlora.steps.merge_export.step import run
 
-    run(settings, export, quantized, data, winner, exported)
+    run(
+        evaluate_settings=evaluate_settings,
+        export_settings=export_settings,
+        four_bit=four_bit,
+        rows=rows,
+        winner=winner,
+        exported=exported,
+    )

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from spectraqlora.artifacts import Evaluation, MergedModel, QuantizedModel
+from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel
 from spectraqlora.files import write_text
 from spectraqlora.models import adapters
 from spectraqlora.models.four_bit import copy_dequantized
-from spectraqlora.models.loading import load_plain, load_quantized, load_tokenizer, original_folder
+from spectraqlora.models.loading import load_four_bit, load_plain, load_tokenizer, original_folder
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings, is_address
@@ -36,15 +36,15 @@ def merge_export(
     base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
     and scored as proof.
     """
-    held_out = load_rows(data, "eval")
-    manifest = QuantizedModel.read(quantized)
+    held_out = load_rows(data, "held_out")
+    manifest = FourBitModel.read(quantized)
     dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
 
     def merged(into: str) -> Any:
         plain = load_plain(original_folder(manifest), dtype, trust)
         if into == "quantized":
             transposed = {m.module for m in manifest.modules if m.transposed}
-            copy_dequantized(load_quantized(quantized)[0], plain, transposed)
+            copy_dequantized(load_four_bit(quantized)[0], plain, transposed)
         return adapters.merge(plain, adapter)
 
     losses: dict[str, float] = {}
@@ -92,7 +92,7 @@ def merge_export(
     return result
 
 
-def model_card(result: MergedModel, evaluation: Evaluation, manifest: QuantizedModel) -> str:
+def model_card(result: MergedModel, evaluation: Evaluation, manifest: FourBitModel) -> str:
     """The card beside the exported model and adapter, with both merges' numbers."""
     accuracy = "not scored" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
     base_accuracy = "not scored" if evaluation.base_accuracy is None else f"{evaluation.base_accuracy:.1%}"

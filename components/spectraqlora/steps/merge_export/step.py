@@ -12,18 +12,24 @@ from spectraqlora.settings import EvaluateSettings, ExportSettings
 
 @step
 def run(
-    settings: dict[str, Any], export: dict[str, Any], quantized: Any, data: Any, winner: Any, exported: Any
+    *,
+    evaluate_settings: dict[str, Any],
+    export_settings: dict[str, Any],
+    four_bit: Any,
+    rows: Any,
+    winner: Any,
+    exported: Any,
 ) -> None:
     from spectraqlora.steps.merge_export.merge import merge_export
 
     chosen = Path(winner.path)
     result = merge_export(
-        Path(quantized.path),
-        Path(data.path),
+        Path(four_bit.path),
+        Path(rows.path),
         chosen / "adapter",
         Evaluation.read(chosen),
-        EvaluateSettings(**settings),
+        EvaluateSettings(**evaluate_settings),
         output_folder(exported),
-        ExportSettings(**export),
+        ExportSettings(**export_settings),
     )
     exported.metadata.update(method=result.method, merged_into=result.merged_into, **result.published)

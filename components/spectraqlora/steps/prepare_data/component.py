@@ -9,21 +9,21 @@ from spectraqlora.runtime.component import component
 def prepare_data(
     source: str,
     content: str,
-    settings: dict,
+    data_settings: dict,
     seed: int,
-    tokenizer: dsl.Input[dsl.Model],
-    data: dsl.Output[dsl.Dataset],
+    outline: dsl.Input[dsl.Artifact],
+    rows: dsl.Output[dsl.Dataset],
 ):
     """Load, recognise, tokenize and split a data set.
 
     Args:
         source: hub id, file, folder or s3:// address.
         content: digest of the source's files, so that changed ones are not taken from the cache.
-        settings: the `data` section.
+        data_settings: the `data` section.
         seed: of the split.
-        tokenizer: 4-bit model artifact, for its tokenizer.
-        data: tokenized train and eval splits.
+        outline: of the model, for its tokenizer.
+        rows: tokenized training rows and held-out rows.
     """
     from spectraqlora.steps.prepare_data.step import run
 
-    run(source, content, settings, seed, tokenizer, data)
+    run(source=source, content=content, data_settings=data_settings, seed=seed, outline=outline, rows=rows)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import PreparedData, QuantizedModel
+from spectraqlora.artifacts import FourBitModel, PreparedRows
 from spectraqlora.data.layouts import Layout, messages_of, recognise
 from spectraqlora.data.sources import (
     LOADERS,
@@ -112,8 +112,8 @@ def _load(settings: DataSettings, content: str) -> Any:
 
 def prepare(
     settings: DataSettings, quantized: Path, seed: int, output: Path, content: str = ""
-) -> PreparedData:
-    """Write `train/` and `eval/` (Arrow: input_ids, labels) and the manifest.
+) -> PreparedRows:
+    """Write `train/` and `held_out/` (Arrow: input_ids, labels) and the manifest.
 
     Args:
         settings: the `data` section.
@@ -130,7 +130,7 @@ def prepare(
 
     raw = _load(settings, content)
     layout = recognise(raw.column_names)
-    folder, trust = quantized / "model", QuantizedModel.read(quantized).trust_remote_code
+    folder, trust = quantized / "model", FourBitModel.read(quantized).trust_remote_code
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     encoder = _Encoder(load_tokenizer(folder, trust), settings, layout, config.is_encoder_decoder)
     length = min(settings.max_length, context_length(config) or settings.max_length)
@@ -163,19 +163,19 @@ def prepare(
         )
     train_count, eval_count = split_sizes(len(kept), settings)
     held_out, train = kept[:eval_count], kept[eval_count : eval_count + train_count]
-    splits = {"train": _tokens(train), "eval": _tokens(held_out)}
+    splits = {"train": _tokens(train), "held_out": _tokens(held_out)}
     if layout == "text" and settings.pack:
         splits = {name: _packed(rows, length) for name, rows in splits.items()}
     total = hashlib.sha256()
     for name, rows in splits.items():
         total.update(json.dumps([name, rows]).encode())
         Dataset.from_list(rows).save_to_disk(str(output / name))
-    result = PreparedData(
+    result = PreparedRows(
         source=settings.source,
         digest=total.hexdigest(),
         layout=layout,
         train_rows=len(splits["train"]),
-        eval_rows=len(splits["eval"]),
+        eval_rows=len(splits["held_out"]),
         train_tokens=sum(len(row["input_ids"]) for row in splits["train"]),
         dropped_empty=empty,
         dropped_long=too_long,

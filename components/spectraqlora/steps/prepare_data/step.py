@@ -10,9 +10,11 @@ from spectraqlora.settings import DataSettings
 
 
 @step
-def run(source: str, content: str, settings: dict[str, Any], seed: int, tokenizer: Any, data: Any) -> None:
+def run(
+    *, source: str, content: str, data_settings: dict[str, Any], seed: int, outline: Any, rows: Any
+) -> None:
     from spectraqlora.steps.prepare_data.prepare import prepare
 
-    section = DataSettings(**{**settings, "source": source})
-    result = prepare(section, Path(tokenizer.path), seed, output_folder(data), content)
-    data.metadata.update(digest=result.digest, train_rows=result.train_rows, eval_rows=result.eval_rows)
+    section = DataSettings(**{**data_settings, "source": source})
+    result = prepare(section, Path(outline.path), seed, output_folder(rows), content)
+    rows.metadata.update(digest=result.digest, train_rows=result.train_rows, eval_rows=result.eval_rows)

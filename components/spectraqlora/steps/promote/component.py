@@ -7,21 +7,27 @@ from spectraqlora.runtime.component import component
 
 @component(image="re-evaluate")
 def promote(
-    tracking: dict,
-    settings: dict,
-    evaluate: dict,
+    tracking_settings: dict,
+    promote_settings: dict,
+    evaluate_settings: dict,
     registered: dsl.Input[dsl.Artifact],
     decision: dsl.Output[dsl.Metrics],
 ):
     """Let the gate decide whether the registered model becomes champion.
 
     Args:
-        tracking: the `tracking` section.
-        settings: the `promote` section.
-        evaluate: the `evaluate` section.
+        tracking_settings: the `tracking` section.
+        promote_settings: the `promote` section.
+        evaluate_settings: the `evaluate` section.
         registered: model name and version.
         decision: what was decided, why, and the numbers of both models.
     """
     from spectraqlora.steps.promote.step import run
 
-    run(tracking, settings, evaluate, registered, decision)
+    run(
+        tracking_settings=tracking_settings,
+        promote_settings=promote_settings,
+        evaluate_settings=evaluate_settings,
+        registered=registered,
+        decision=decision,
+    )

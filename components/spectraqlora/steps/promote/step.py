@@ -14,19 +14,22 @@ from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSet
 
 @step
 def run(
-    tracking: dict[str, Any],
-    settings: dict[str, Any],
-    evaluate: dict[str, Any],
+    *,
+    tracking_settings: dict[str, Any],
+    promote_settings: dict[str, Any],
+    evaluate_settings: dict[str, Any],
     registered: Any,
     decision: Any,
 ) -> None:
     from spectraqlora.steps.promote.promotion import Promotion
     from spectraqlora.tracking.registry import CHAMPION, Registry
 
-    section = PromoteSettings(**settings)
+    section = PromoteSettings(**promote_settings)
     found = json.loads((Path(registered.path) / "registered.json").read_text())
-    registry = Registry(TrackingSettings(**{**tracking, "registered_model": found["name"]}))
-    promotion = Promotion(registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate))
+    registry = Registry(TrackingSettings(**{**tracking_settings, "registered_model": found["name"]}))
+    promotion = Promotion(
+        registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate_settings)
+    )
     # A gate that is off still says what it would have said.
     outcome = promotion.run(dry_run=not section.enabled)
     print(f"version {outcome.version}: {outcome.decision}: {outcome.reason}", flush=True)

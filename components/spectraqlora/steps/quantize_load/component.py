@@ -6,15 +6,15 @@ from spectraqlora.runtime.component import component
 
 
 @component(image="quantize-load")
-def quantize_load(base_model: str, content: str, settings: dict, quantized: dsl.Output[dsl.Model]):
+def quantize_load(base_model: str, content: str, model_settings: dict, four_bit: dsl.Output[dsl.Model]):
     """Quantize the base model to 4-bit NF4 with double quantization.
 
     Args:
         base_model: hub id, folder or s3:// address.
         content: digest of the folder, local or not, so that changed files are not taken from the cache.
-        settings: the `model` section.
-        quantized: 4-bit model with tokenizer and manifest.
+        model_settings: the `model` section.
+        four_bit: 4-bit model with tokenizer and manifest.
     """
     from spectraqlora.steps.quantize_load.step import run
 
-    run(base_model, content, settings, quantized)
+    run(base_model=base_model, content=content, model_settings=model_settings, four_bit=four_bit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.artifacts import FourBitModel
 from spectraqlora.files import folder_digest
 from spectraqlora.models.families import check_computes
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, unquantized
@@ -20,7 +20,7 @@ from spectraqlora.storage import content_digest, parse_address
 LOW_SHARE = 0.8
 
 
-def quantize(settings: ModelSettings, output: Path, content: str = "") -> QuantizedModel:
+def quantize(settings: ModelSettings, output: Path, content: str = "") -> FourBitModel:
     """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
 
     Args:
@@ -48,7 +48,7 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> Quanti
     load_tokenizer(source, trust).save_pretrained(output / "model")
 
     total, four_bit = count_parameters(model)
-    manifest = QuantizedModel(
+    manifest = FourBitModel(
         source=settings.base_model,
         revision=settings.revision,
         source_path=str(source.resolve()),

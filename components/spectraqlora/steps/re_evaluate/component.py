@@ -10,17 +10,17 @@ from spectraqlora.runtime.component import component
 @component(image="re-evaluate")
 def re_evaluate(
     run_key: str,
-    settings: dict,
-    select: dict,
-    snr: dict,
-    tracking: dict,
+    evaluate_settings: dict,
+    select_settings: dict,
+    snr_settings: dict,
+    tracking_settings: dict,
     seed: int,
-    quantized: dsl.Input[dsl.Model],
-    data: dsl.Input[dsl.Dataset],
-    ranks: dsl.Input[dsl.Artifact],
+    four_bit: dsl.Input[dsl.Model],
+    rows: dsl.Input[dsl.Dataset],
+    rank_map: dsl.Input[dsl.Artifact],
     adapter: dsl.Input[dsl.Model],
     evaluation: dsl.Output[dsl.Metrics],
-    next_ranks: dsl.Output[dsl.Artifact],
+    next_rank_map: dsl.Output[dsl.Artifact],
     next_adapter: dsl.Output[dsl.Model],
     previous: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045 - the KFP compiler reads this form
 ):
@@ -28,26 +28,35 @@ def re_evaluate(
 
     Args:
         run_key: identifies the pipeline run in MLflow.
-        settings: the `evaluate` section.
-        select: the `select` section.
-        snr: the `snr` section.
-        tracking: the `tracking` section.
+        evaluate_settings: the `evaluate` section.
+        select_settings: the `select` section.
+        snr_settings: the `snr` section.
+        tracking_settings: the `tracking` section.
         seed: of fresh rows in grown adapters.
-        quantized: 4-bit model artifact.
-        data: prepared data.
-        ranks: this round's rank map.
+        four_bit: the 4-bit model.
+        rows: prepared rows.
+        rank_map: this round's rank map.
         adapter: this round's adapter.
         evaluation: metrics, rounds so far, SNR table of the updated weights.
-        next_ranks: the next round's rank map.
+        next_rank_map: the next round's rank map.
         next_adapter: the adapter carried over to the next round's ranks.
         previous: the evaluation of the round before.
     """
     from spectraqlora.steps.re_evaluate.step import run
 
     run(
-        run_key,
-        (settings, select, snr, tracking),
-        seed,
-        (quantized, data, ranks, adapter, previous),
-        (evaluation, next_ranks, next_adapter),
+        run_key=run_key,
+        evaluate_settings=evaluate_settings,
+        select_settings=select_settings,
+        snr_settings=snr_settings,
+        tracking_settings=tracking_settings,
+        seed=seed,
+        four_bit=four_bit,
+        rows=rows,
+        rank_map=rank_map,
+        adapter=adapter,
+        previous=previous,
+        evaluation=evaluation,
+        next_rank_map=next_rank_map,
+        next_adapter=next_adapter,
     )

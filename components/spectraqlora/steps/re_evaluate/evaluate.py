@@ -12,8 +12,8 @@ import torch
 
 from spectraqlora.artifacts import (
     Evaluation,
-    PreparedData,
-    QuantizedModel,
+    FourBitModel,
+    PreparedRows,
     RankMap,
     RoundResult,
     Similarity,
@@ -22,7 +22,7 @@ from spectraqlora.artifacts import (
 from spectraqlora.methods.next_round import carry_over, next_rank_map
 from spectraqlora.methods.updates import UpdateSpectrum, update_spectrum
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_quantized, load_tokenizer, original_tensors
+from spectraqlora.models.loading import load_four_bit, load_tokenizer, original_tensors
 from spectraqlora.models.modules import dequantized_weight
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import accuracy, score
@@ -50,10 +50,10 @@ def re_evaluate(
     previous: Path | None = None,
 ) -> Evaluation:
     """Write the evaluation, the next round's rank map and the adapter carried over to it."""
-    ranks, prepared = RankMap.read(ranks_folder), PreparedData.read(data)
+    ranks, prepared = RankMap.read(ranks_folder), PreparedRows.read(data)
     log = TrainingLog.read(adapter)
-    held_out = load_rows(data, "eval")
-    model, manifest = load_quantized(quantized)
+    held_out = load_rows(data, "held_out")
+    model, manifest = load_four_bit(quantized)
     ranks.check_base(manifest.base_digest)
     before = Evaluation.read(previous) if previous else None
     trained = log.train_tokens > 0
@@ -146,6 +146,11 @@ def re_evaluate(
         eval_rows=len(tuned.losses),
         row_losses=tuned.losses,
         row_tokens=tuned.tokens,
+        settings={
+            "select": select.model_dump(mode="json"),
+            "evaluate": settings.model_dump(mode="json"),
+            "snr": snr.model_dump(mode="json"),
+        },
         trainable_parameters=max(r.training.trainable_parameters for r in rounds),
         train_seconds=seconds,
         train_tokens_per_second=sum(r.training.train_tokens for r in rounds) / seconds,
@@ -188,7 +193,7 @@ def _unchanged_round(before: Evaluation, ranks: RankMap, log: TrainingLog) -> Ev
 
 def _measure(
     wrapped: Any,
-    manifest: QuantizedModel,
+    manifest: FourBitModel,
     ranks: RankMap,
     weights: dict[str, torch.Tensor],
     settings: EvaluateSettings,
@@ -232,7 +237,7 @@ def _carry_folder(
     carried: dict[str, torch.Tensor],
     wrapped: Any,
     following: RankMap,
-    manifest: QuantizedModel,
+    manifest: FourBitModel,
 ) -> None:
     """Write the carried-over adapter as a standard PEFT adapter beside its training log."""
     if following.changes == ["nothing moved"]:

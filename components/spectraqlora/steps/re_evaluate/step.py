@@ -12,44 +12,52 @@ from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings,
 
 @step
 def run(
+    *,
     run_key: str,
-    sections: tuple[dict[str, Any], ...],
+    evaluate_settings: dict[str, Any],
+    select_settings: dict[str, Any],
+    snr_settings: dict[str, Any],
+    tracking_settings: dict[str, Any],
     seed: int,
-    inputs: tuple[Any, ...],
-    outputs: tuple[Any, Any, Any],
+    four_bit: Any,
+    rows: Any,
+    rank_map: Any,
+    adapter: Any,
+    previous: Any,
+    evaluation: Any,
+    next_rank_map: Any,
+    next_adapter: Any,
 ) -> None:
     from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
     from spectraqlora.tracking.runs import Tracker
 
-    settings, select, snr, tracking = sections
-    quantized, data, ranks, adapter, previous = inputs
-    evaluation = outputs[0]
-    tracker = Tracker(TrackingSettings(**tracking), run_key, "re-evaluate")
-    branch = tracker.branch_run(RankMap.read(ranks.path).method)
-    folders = [output_folder(artifact) for artifact in outputs]
+    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "re-evaluate")
+    branch = tracker.branch_run(RankMap.read(rank_map.path).method)
+    select, snr = SelectSettings(**select_settings), SnrSettings(**snr_settings)
+    folder = output_folder(evaluation)
     result = re_evaluate(
-        Path(quantized.path),
-        Path(data.path),
-        Path(ranks.path),
+        Path(four_bit.path),
+        Path(rows.path),
+        Path(rank_map.path),
         Path(adapter.path),
-        EvaluateSettings(**settings),
-        SelectSettings(**select),
-        SnrSettings(**snr),
+        EvaluateSettings(**evaluate_settings),
+        select,
+        snr,
         seed,
-        folders[0],
-        folders[1],
-        folders[2],
+        folder,
+        output_folder(next_rank_map),
+        output_folder(next_adapter),
         previous=Path(previous.path) if previous is not None else None,
     )
     metrics = result.headline()
     for name, value in metrics.items():
         evaluation.log_metric(name, value)
-    chosen = {"select": SelectSettings(**select).model_dump(), "snr": SnrSettings(**snr).model_dump()}
+    chosen = {"select": select.model_dump(), "snr": snr.model_dump()}
 
     def send() -> None:
         tracker.log_params(branch, chosen)
         tracker.log_evaluation(branch, result, metrics)
-        tracker.log_folder(branch, folders[0], "evaluation")
+        tracker.log_folder(branch, folder, "evaluation")
         tracker.finish(branch)
 
     tracker.patiently(send, "the evaluation")

@@ -8,9 +8,9 @@ from spectraqlora.runtime.component import component
 @component(image="re-evaluate")
 def register(
     run_key: str,
-    tracking: dict,
+    tracking_settings: dict,
     origin: dict,
-    data: dsl.Input[dsl.Dataset],
+    rows: dsl.Input[dsl.Dataset],
     winner: dsl.Input[dsl.Model],
     exported: dsl.Input[dsl.Model],
     registered: dsl.Output[dsl.Artifact],
@@ -19,13 +19,21 @@ def register(
 
     Args:
         run_key: identifies the pipeline run in MLflow.
-        tracking: the `tracking` section.
+        tracking_settings: the `tracking` section.
         origin: digests of data source and recipe, by which retraining knows what was trained already.
-        data: prepared data; its eval rows are kept beside the model.
+        rows: prepared rows, of which the held-out ones are kept next to the model.
         winner: the winner's adapter and evaluation.
         exported: the merged model.
         registered: model name and version.
     """
     from spectraqlora.steps.register.step import run
 
-    run(run_key, tracking, origin, data, winner, exported, registered)
+    run(
+        run_key=run_key,
+        tracking_settings=tracking_settings,
+        origin=origin,
+        rows=rows,
+        winner=winner,
+        exported=exported,
+        registered=registered,
+    )

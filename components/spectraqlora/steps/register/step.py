@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.artifacts import Evaluation, MergedModel, PreparedData
+from spectraqlora.artifacts import Evaluation, MergedModel, PreparedRows
 from spectraqlora.files import folder_digest, write_text
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import TrackingSettings
@@ -16,10 +16,11 @@ from spectraqlora.settings import TrackingSettings
 
 @step
 def run(
+    *,
     run_key: str,
-    tracking: dict[str, Any],
+    tracking_settings: dict[str, Any],
     origin: dict[str, str],
-    data: Any,
+    rows: Any,
     winner: Any,
     exported: Any,
     registered: Any,
@@ -27,7 +28,7 @@ def run(
     from spectraqlora.steps.register.register import register
     from spectraqlora.tracking.runs import REVISION, Tracker
 
-    section = TrackingSettings(**tracking)
+    section = TrackingSettings(**tracking_settings)
     tracker = Tracker(section, run_key, "register")
     run = tracker.pipeline_run()
     evaluation, merged = Evaluation.read(winner.path), MergedModel.read(exported.path)
@@ -48,11 +49,11 @@ def run(
         tracker,
         Path(exported.path),
         Path(winner.path),
-        Path(data.path),
+        Path(rows.path),
         tags,
         {**evaluation.headline(), "merged_eval_loss": loss},
     )
-    tracker.log_data(run, PreparedData.read(data.path))
+    tracker.log_data(run, PreparedRows.read(rows.path))
     write_text(output_folder(registered) / "registered.json", json.dumps({"name": name, "version": version}))
     registered.metadata.update(name=name, version=version)
     tracker.finish(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectraqlora.artifacts import GRADIENT_INIT, LinearModule, QuantizedModel, RankMap
+from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, LinearModule, RankMap
 from spectraqlora.files import write_text
 from spectraqlora.methods.ranks import check_rank, rank_map, top_percent
 from spectraqlora.settings import SelectSettings
@@ -20,7 +20,7 @@ def select(
     method: str, quantized: Path, data: Path, table: Path, settings: SelectSettings, seed: int, output: Path
 ) -> RankMap:
     """Write `rank_map.json`, and for sgm `similarity.json` and the gradient initialisation."""
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     modules = manifest.modules
     check_rank(modules, settings, (method,))
     snr = read_table(table)
@@ -29,7 +29,7 @@ def select(
     if method == "sgm" or signal or settings.gradient_init == "on":
         import torch
 
-        from spectraqlora.models.loading import load_quantized
+        from spectraqlora.models.loading import load_four_bit
 
         candidates = modules
         if method == "sgm" and not settings.needs_gradients:
@@ -37,7 +37,7 @@ def select(
             chosen = top_percent(modules, scores, settings.percent, settings.scope)
             candidates = [m for m in modules if m.module in chosen]
         torch.manual_seed(seed)
-        model, _ = load_quantized(quantized)
+        model, _ = load_four_bit(quantized)
         sketches = calibration_sketches(model, candidates, data, settings, seed)
     scores = module_scores(settings, modules, snr, sketches) if method in ("hybrid", "alors", "sgm") else {}
     groups = None

@@ -11,12 +11,19 @@ from spectraqlora.settings import SelectSettings
 
 @step
 def run(
-    method: str, settings: dict[str, Any], seed: int, quantized: Any, data: Any, table: Any, ranks: Any
+    *,
+    method: str,
+    select_settings: dict[str, Any],
+    seed: int,
+    four_bit: Any,
+    rows: Any,
+    table: Any,
+    rank_map: Any,
 ) -> None:
     from spectraqlora.steps.select_layers.select import select
 
-    section = SelectSettings(**settings)
+    section = SelectSettings(**select_settings)
     result = select(
-        method, Path(quantized.path), Path(data.path), Path(table.path), section, seed, output_folder(ranks)
+        method, Path(four_bit.path), Path(rows.path), Path(table.path), section, seed, output_folder(rank_map)
     )
-    ranks.metadata.update(method=method, active=len(result.active()))
+    rank_map.metadata.update(method=method, active=len(result.active()))

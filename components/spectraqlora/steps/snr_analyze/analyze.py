@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from spectraqlora.artifacts import QuantizedModel
+from spectraqlora.artifacts import FourBitModel
 from spectraqlora.models.loading import original_tensors
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.runtime.cache import cache_folder
@@ -22,7 +22,7 @@ def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
 
     Until the table is written, finished rows lie in the user's cache: an interrupted scan goes on from them.
     """
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     if settings.table:
         write_table(read_given(given_table(settings.table), manifest.modules), output)
         return

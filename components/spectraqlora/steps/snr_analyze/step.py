@@ -10,7 +10,7 @@ from spectraqlora.settings import SnrSettings
 
 
 @step
-def run(settings: dict[str, Any], quantized: Any, table: Any) -> None:
+def run(*, snr_settings: dict[str, Any], outline: Any, table: Any) -> None:
     from spectraqlora.steps.snr_analyze.analyze import analyze
 
-    analyze(SnrSettings(**settings), Path(quantized.path), output_folder(table))
+    analyze(SnrSettings(**snr_settings), Path(outline.path), output_folder(table))

@@ -11,15 +11,15 @@ from spectraqlora.settings import TrackingSettings
 
 
 @step
-def run(tracking: dict[str, Any], ranks: Any, start_ranks: Any, start_adapter: Any) -> None:
+def run(*, tracking_settings: dict[str, Any], rank_map: Any, start_rank_map: Any, start_adapter: Any) -> None:
     from spectraqlora.steps.start_point.champion import start_from
     from spectraqlora.tracking.registry import Registry
 
-    registry = Registry(TrackingSettings(**tracking))
+    registry = Registry(TrackingSettings(**tracking_settings))
     with tempfile.TemporaryDirectory() as scratch:
-        found = registry.champion_adapter(Path(scratch))
-        champion = (found[0].number, found[1]) if found else None
+        stored = registry.champion_adapter(Path(scratch))
+        champion = (stored[0].number, stored[1]) if stored else None
         said = start_from(
-            champion, Path(ranks.path), output_folder(start_ranks), output_folder(start_adapter)
+            champion, Path(rank_map.path), output_folder(start_rank_map), output_folder(start_adapter)
         )
     print(f"training starts {said}", flush=True)

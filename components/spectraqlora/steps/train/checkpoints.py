@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from spectraqlora.artifacts import GRADIENT_INIT, PreparedData, QuantizedModel, RankMap, TrainingCheckpoint
+from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, PreparedRows, RankMap, TrainingCheckpoint
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest, write_text
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
@@ -54,7 +54,7 @@ def identity(
     rounds: int,
 ) -> str:
     """Digest of everything that decides how a training goes, its method and round among them."""
-    base = QuantizedModel.read(quantized)
+    base = FourBitModel.read(quantized)
     files = {
         "ranks": ranks_folder / RankMap.filename(),
         "gradient init": ranks_folder / GRADIENT_INIT,
@@ -66,7 +66,7 @@ def identity(
         "base": base.model_dump(
             mode="json", include={"base_digest", "compute_dtype", "quant_type", "double_quant"}
         ),
-        "data": PreparedData.read(data).digest,
+        "data": PreparedRows.read(data).digest,
         **{name: file_digest(path) for name, path in files.items() if path.exists()},
         "settings": settings.model_dump(mode="json"),
         "evaluation": evaluation.batch_size,

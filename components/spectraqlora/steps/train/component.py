@@ -12,17 +12,17 @@ def train(
     run_key: str,
     round: int,
     rounds: int,
-    settings: dict,
-    evaluate: dict,
-    tracking: dict,
+    train_settings: dict,
+    evaluate_settings: dict,
+    tracking_settings: dict,
     seed: int,
-    quantized: dsl.Input[dsl.Model],
-    data: dsl.Input[dsl.Dataset],
-    ranks: dsl.Input[dsl.Artifact],
+    four_bit: dsl.Input[dsl.Model],
+    rows: dsl.Input[dsl.Dataset],
+    rank_map: dsl.Input[dsl.Artifact],
     adapter: dsl.Output[dsl.Model],
     previous: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 - the KFP compiler reads this form
     start: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
-    checkpoint: dict = {},  # noqa: B006 - KFP's form of a default
+    checkpoint_settings: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Train the rank map's adapters on the frozen 4-bit model.
 
@@ -30,32 +30,32 @@ def train(
         run_key: identifies the pipeline run in MLflow.
         round: this round, from 1.
         rounds: all rounds of the branch.
-        settings: the `train` section.
-        evaluate: the `evaluate` section.
-        tracking: the `tracking` section.
+        train_settings: the `train` section.
+        evaluate_settings: the `evaluate` section.
+        tracking_settings: the `tracking` section.
         seed: of data order and fresh adapters.
-        quantized: 4-bit model artifact.
-        data: prepared data.
-        ranks: rank map.
+        four_bit: the 4-bit model.
+        rows: prepared rows.
+        rank_map: which modules get an adapter, of which rank.
         adapter: PEFT adapter with training log.
         previous: adapter carried over from the round before.
         start: adapter to start the first round from; an empty one is none.
-        checkpoint: the `checkpoint` section.
+        checkpoint_settings: the `checkpoint` section.
     """
     from spectraqlora.steps.train.step import run
 
     run(
-        run_key,
-        rounds,
-        settings,
-        evaluate,
-        tracking,
-        seed,
-        quantized,
-        data,
-        ranks,
-        adapter,
-        previous,
-        checkpoint,
-        start,
+        run_key=run_key,
+        rounds=rounds,
+        train_settings=train_settings,
+        evaluate_settings=evaluate_settings,
+        tracking_settings=tracking_settings,
+        checkpoint_settings=checkpoint_settings,
+        seed=seed,
+        four_bit=four_bit,
+        rows=rows,
+        rank_map=rank_map,
+        adapter=adapter,
+        previous=previous,
+        start=start,
     )

@@ -6,25 +6,26 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import PreparedData, RankMap, TrainingLog
+from spectraqlora.artifacts import PreparedRows, RankMap, TrainingLog
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrackingSettings, TrainSettings
 
 
 @step
 def run(
+    *,
     run_key: str,
     rounds: int,
-    settings: dict[str, Any],
-    evaluate: dict[str, Any],
-    tracking: dict[str, Any],
+    train_settings: dict[str, Any],
+    evaluate_settings: dict[str, Any],
+    tracking_settings: dict[str, Any],
+    checkpoint_settings: dict[str, Any],
     seed: int,
-    quantized: Any,
-    data: Any,
-    ranks: Any,
+    four_bit: Any,
+    rows: Any,
+    rank_map: Any,
     adapter: Any,
-    previous: Any,
-    checkpoint: dict[str, Any],
+    previous: Any = None,
     start: Any = None,
 ) -> None:
     arguments = dict(locals())
@@ -34,48 +35,48 @@ def run(
     from spectraqlora.tracking.runs import Tracker
 
     # KFP hands every number over as a float; the sections give them their types back.
-    section, scoring = TrainSettings(**settings), EvaluateSettings(**evaluate)
-    rank_map = RankMap.read(ranks.path)
+    section, scoring = TrainSettings(**train_settings), EvaluateSettings(**evaluate_settings)
+    ranks = RankMap.read(rank_map.path)
     check_optimizer(section)
     count = distributed.processes(section)
     distributed.share(section, count)
     begin = start.path if start is not None and any(Path(start.path).iterdir()) else None
-    if count > 1 and not distributed.launched() and not nothing_left(rank_map):
+    if count > 1 and not distributed.launched() and not nothing_left(ranks):
         distributed.launch(count, arguments)
         return
     work = functools.partial(
         train,
-        Path(quantized.path),
-        Path(data.path),
-        Path(ranks.path),
+        Path(four_bit.path),
+        Path(rows.path),
+        Path(rank_map.path),
         section,
         scoring,
         seed,
         rounds,
         previous=Path(previous.path) if previous is not None else None,
         start=Path(begin) if begin is not None else None,
-        checkpoint=CheckpointSettings(**checkpoint),
+        checkpoint=CheckpointSettings(**checkpoint_settings),
     )
     if not distributed.is_main():
         work(output=Path(adapter.path))
         return
-    tracker = Tracker(TrackingSettings(**tracking), run_key, "train")
-    branch = tracker.branch_run(rank_map.method)
+    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "train")
+    branch = tracker.branch_run(ranks.method)
     tracker.log_params(
         branch,
         {
-            "method": rank_map.method,
+            "method": ranks.method,
             "seed": seed,
             "train": section.model_dump(),
             "evaluate": scoring.model_dump(),
         },
     )
-    tracker.log_data(branch, PreparedData.read(data.path))
-    with LiveMetrics(tracker, branch, (rank_map.round - 1) * section.max_steps) as live:
+    tracker.log_data(branch, PreparedRows.read(rows.path))
+    with LiveMetrics(tracker, branch, (ranks.round - 1) * section.max_steps) as live:
         log: TrainingLog = work(output=output_folder(adapter), on_metric=live)
 
     def send() -> None:
         tracker.log_training(branch, log, section.max_steps)
-        tracker.log_file(branch, Path(ranks.path) / RankMap.filename(), f"round-{log.round}")
+        tracker.log_file(branch, Path(rank_map.path) / RankMap.filename(), f"round-{log.round}")
 
     tracker.patiently(send, "what training logged")

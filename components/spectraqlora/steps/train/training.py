@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from spectraqlora.artifacts import GRADIENT_INIT, QuantizedModel, RankMap, TrainingLog
+from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, RankMap, TrainingLog
 from spectraqlora.errors import InputError, Stopped
 from spectraqlora.models import adapters
 from spectraqlora.models.activations import elementwise_remade, every_nth, recompute_blocks
 from spectraqlora.models.hardware import device, peak_memory_bytes
-from spectraqlora.models.loading import load_quantized
+from spectraqlora.models.loading import load_four_bit
 from spectraqlora.runtime.console import Progress
 from spectraqlora.runtime.deferred_signals import deferred_signals
 from spectraqlora.scoring.batches import Collator, load_rows, order
@@ -73,7 +73,7 @@ def train(
     from safetensors.torch import load_file
 
     ranks = RankMap.read(ranks_folder)
-    manifest = QuantizedModel.read(quantized)
+    manifest = FourBitModel.read(quantized)
     ranks.check_base(manifest.base_digest)
     if previous is not None and nothing_left(ranks):
         print(f"round {ranks.round}: {ranks.method} keeps its rank map, so nothing is left to train")
@@ -93,7 +93,7 @@ def train(
     check_optimizer(settings)
     torch.manual_seed(seed)
     sharded = distributed.world_size() > 1 and settings.parallel == "fsdp"
-    model, _ = load_quantized(quantized, "cpu" if sharded else "")
+    model, _ = load_four_bit(quantized, "cpu" if sharded else "")
     init_file = ranks_folder / GRADIENT_INIT
     begin = previous or start
     wrapped = adapters.attach(
@@ -220,7 +220,7 @@ def fit(
     """
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-    rows, held_out = load_rows(data, "train"), load_rows(data, "eval")
+    rows, held_out = load_rows(data, "train"), load_rows(data, "held_out")
     collate = Collator.of(model.config)
     pass_rows, passes = distributed.share(settings, distributed.world_size())
     per_step = settings.batch_size * settings.gradient_accumulation
