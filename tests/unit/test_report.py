@@ -1,45 +1,193 @@
-"""The report: everything a reader looks for, self-contained, and safe against odd names."""
+"""The report: everything a reader looks for, self-contained, and safe against whatever is in names and rows."""
 
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
-from spectraqlora.artifacts import Similarity
-from spectraqlora.report.page import write_report
+import pytest
+from spectraqlora.artifacts import Evaluation, PreparedData, QuantizedModel, Similarity
+from spectraqlora.report.page import EXAMPLE_CHARACTERS, render_report
+from spectraqlora.report.plots import draw, write_plots
 from spectraqlora.snr.table import COLUMNS
 
 from tests.unit.results import evaluation
 
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
+MARKUP = "<script>alert('1')</script>"
+SETTINGS = {"seed": 1, "select": {"rank": 4, "budget": 0.5}}
+ESCAPED = "&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;"
 
-def _table() -> pd.DataFrame:
+
+def _table(kind: str = "mlp.up_proj") -> pd.DataFrame:
     rows = [dict.fromkeys(COLUMNS, 1.0) for _ in range(2)]
     for layer, row in enumerate(rows):
-        row.update(
-            module=f"model.layers.{layer}.mlp.up_proj", layer=layer, type="mlp.up_proj", source="original"
-        )
+        row.update(module=NAMES[layer], layer=layer, type=kind, source="original")
     rows[1]["snr"] = float("inf")
     return pd.DataFrame(rows)
 
 
-def test_the_page_shows_every_part_and_escapes_what_users_named(tmp_path: Path) -> None:
-    names = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
-    similarity = Similarity(modules=names, cosines=[[1.0, 0.8], [0.8, 1.0]], groups=[names])
-    branches = [
+def _outline(**changes: object) -> QuantizedModel:
+    values = {
+        "source": "org/model",
+        "revision": "main",
+        "source_path": "",
+        "base_digest": "b" * 64,
+        "compute_dtype": "float32",
+        "parameters": 1_200_000,
+        "four_bit_parameters": 1_000_000,
+        "unquantized": [],
+        "modules": [],
+    }
+    return QuantizedModel(**(values | changes))
+
+
+def _rows(**changes: object) -> PreparedData:
+    values = {
+        "source": "faq.jsonl",
+        "digest": "d" * 64,
+        "layout": "question-answer",
+        "train_rows": 1234,
+        "eval_rows": 2,
+        "train_tokens": 56_789,
+        "dropped_empty": 3,
+        "dropped_long": 4,
+        "examples": ["Question: Who?\nAnswer: Ada", "Question: Why?\nAnswer: a long story"],
+        "answers": [{"prompt": "<s>Question: Who?\nAnswer:", "answer": "Ada"}],
+    }
+    return PreparedData(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def branches() -> list[Evaluation]:
+    similarity = Similarity(modules=NAMES, cosines=[[1.0, 0.8], [0.8, 1.0]], groups=[NAMES])
+    return [
         evaluation("sgm", [1.0, 2.0], 10, similarity=similarity),
         evaluation("qlora", [2.0, 3.0], 20, accuracy=None),
     ]
-    page = tmp_path / "report.html"
-    settings = {"model": {"base_model": "<script>alert(1)</script>"}, "seed": 1}
-    write_report(page, branches, _table(), settings, {"data": "d" * 64}, "sgm")
-    text = page.read_text()
+
+
+@pytest.fixture(scope="module")
+def page(branches: list[Evaluation]) -> str:
+    return render_report(branches, _table(), _outline(), _rows(), "sgm", SETTINGS)
+
+
+def test_the_page_shows_every_part(page: str) -> None:
     for words in (
         "Leaderboard",
+        "Data",
         "Signal-to-noise",
         "Where each method trained",
         "whose gradients agree",
         "Cost",
+        "Rounds",
+        "Settings and digests",
     ):
-        assert words in text
-    assert "2 candidates in 1 groups; 2 modules share an update" in text
-    assert "∞" in text and "d" * 64 in text
-    assert "<script" not in text and "&lt;script&gt;" in text
-    assert text.count("<svg") == 5
+        assert f">{words}" in page or f" {words}" in page
+    assert re.sub(r"\s+", " ", page).count("2 candidates in 1 groups; 2 modules share an update") == 1
+    assert "∞" in page
+    assert page.count("<svg") == 5
+    for key, value in (("seed", "1"), ("select.rank", "4"), ("select.budget", "0.5")):
+        assert f"<tr><th>{key}</th><td><code>{value}</code></td></tr>" in page
+    assert "b" * 64 in page and "d" * 64 in page
+
+
+def test_the_leaderboard_has_a_row_for_the_base_and_marks_the_winner(page: str) -> None:
+    board = page[page.index("<tbody>") : page.index("</tbody>")]
+    rows = re.findall(r'<tr(?: class="(\w+)")?><td><span class="dot"[^>]*></span>([^<]+)</td>', board)
+    assert rows == [("base", "base (4-bit)"), ("winner", "sgm"), ("", "qlora")]
+    assert "1.5000 ± 0.1000" in board and "-62.5%" in board and "4.0000" in board
+
+
+def test_the_data_block_says_what_was_trained_on_and_what_was_dropped_and_why(page: str) -> None:
+    block = re.sub(r"\s+", " ", page[page.index("<h2>Data") : page.index("<h2>Loss")])
+    assert "<code>faq.jsonl</code>, layout question-answer" in block
+    assert "1,234 rows, 56,789 tokens" in block and "2 rows, 1 with a short answer" in block
+    assert "3 empty (nothing to learn from), 4 longer than <code>data.max_length</code>" in block
+
+
+def test_an_example_marks_what_the_loss_counts_where_that_is_known(page: str) -> None:
+    assert "<pre>Question: Who?\nAnswer: <mark>Ada</mark></pre>" in page
+    assert "<pre>Question: Why?\nAnswer: a long story</pre>" in page
+
+
+def test_plain_text_is_learned_from_end_to_end_and_a_long_one_is_cut(branches: list[Evaluation]) -> None:
+    rows = _rows(layout="text", examples=["once upon a time", "x" * 9999], answers=[], dropped_empty=0)
+    page = render_report(branches, _table(), _outline(), rows, "sgm", {}, draw(branches, _table(), "sgm"))
+    assert "<pre><mark>once upon a time</mark></pre>" in page
+    assert f"<pre><mark>{'x' * EXAMPLE_CHARACTERS} …</mark></pre>" in page
+
+
+class _Elements(HTMLParser):
+    """The names and attributes of a page's elements, as a browser reads them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_what_comes_from_models_data_and_settings_is_text_and_never_markup(
+    branches: list[Evaluation], page: str
+) -> None:
+    moved = [b.model_copy(deep=True) for b in branches]
+    moved[0].rounds[0].changes = [MARKUP]
+    rows = _rows(
+        source=MARKUP,
+        layout=MARKUP,
+        examples=[f"{MARKUP} {MARKUP}", MARKUP],
+        answers=[{"prompt": MARKUP, "answer": MARKUP}],
+    )
+    outline = _outline(source=MARKUP, revision=MARKUP, compute_dtype=MARKUP)
+    settings = {"model": {"base_model": MARKUP}, MARKUP: {'"onload=': '"onload='}}
+    hostile = render_report(moved, _table(MARKUP), outline, rows, "sgm", settings)
+    before, after = _Elements(page), _Elements(hostile)
+    assert after.names == before.names and after.attributes == before.attributes
+    # Title, lead, base model and revision and type, data source and layout, two examples, a change, two settings.
+    assert hostile.count(ESCAPED) >= 12
+    assert f"<pre>{ESCAPED} <mark>{ESCAPED}</mark></pre>" in hostile
+
+
+def test_a_dollar_in_a_name_is_no_formula(branches: list[Evaluation]) -> None:
+    assert "$\\broken$" in draw(branches, _table("$\\broken$"), "sgm")["snr"]
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    for reference in ('src="http', 'href="http', "<script", "<link", "url(http", "@import"):
+        assert reference not in page
+
+
+def test_the_same_evaluations_give_the_same_page(branches: list[Evaluation], page: str) -> None:
+    again = render_report(branches, _table(), _outline(), _rows(), "sgm", SETTINGS)
+    assert again == page
+
+
+def test_the_pictures_are_files_too(branches: list[Evaluation], tmp_path: Path) -> None:
+    write_plots(draw(branches, _table(), "sgm"), tmp_path)
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(written) == {"loss.svg", "snr.svg", "ranks.svg", "cost.svg", "similarity.svg"}
+    assert all(text.startswith("<svg") for text in written.values())
+
+
+def test_the_wheel_and_the_images_carry_the_template(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("components", "pipelines"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("spectraqlora-*.whl")
+    assert "spectraqlora/report/page.html.j2" in zipfile.ZipFile(wheel).namelist()
+    assert "COPY components/spectraqlora " in (ROOT / "images" / "light" / "Dockerfile").read_text()
+    assert re.search(r"^jinja2==", (ROOT / "images" / "light" / "requirements.lock").read_text(), re.M)

@@ -4,30 +4,74 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectraqlora.artifacts import Evaluation, RankMap, Similarity
 from spectraqlora.files import write_text
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLOURS = {"qlora": "#4c566a", "hybrid": "#2f7ed8", "alors": "#d97706", "sgm": "#2a9d5c", "random": "#a855a0"}
 _MISSING = "#eceff4"
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    # The same evaluations give the same page, byte for byte.
+    "svg.hashsalt": "spectraqlora",
+    # A $ in a name is a $.
+    "text.parse_math": False,
+}
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def colour(method: str) -> str:
+    """The method's colour, the same in every picture."""
+    return COLOURS[method]
+
+
+def draw(evaluations: Sequence[Evaluation], snr_table: pd.DataFrame, winner: str) -> dict[str, str]:
+    """The report's pictures by name: loss, snr, ranks, cost, and similarity where a branch measured it.
+
+    Args:
+        evaluations: all branches, best first.
+        snr_table: before training.
+        winner: method name.
+    """
+    names = {row.module: (int(row.layer), str(row.type)) for row in snr_table.itertuples()}
+    before = {row.module: float(row.snr) for row in snr_table.itertuples()}
+    best = next(e for e in evaluations if e.method == winner)
+    drawn = {
+        "loss": loss_curves(evaluations),
+        "snr": snr_maps(names, before, best.snr_after),
+        "ranks": rank_maps(evaluations, names),
+        "cost": cost_bars(evaluations),
+    }
+    for entry in evaluations:
+        if entry.similarity is not None:
+            drawn["similarity"] = similarity_matrix(entry.similarity)
+    return drawn
+
+
+def write_plots(drawn: Mapping[str, str], folder: Path) -> None:
+    """Write what `draw` drew as SVG files, each under its name."""
+    for name, svg in drawn.items():
+        write_text(folder / f"{name}.svg", svg)
+
+
+def _figure(width: float, height: float) -> Any:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mpl.rcParams.update(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "s"}
-    )
+    mpl.rcParams.update(_STYLE)
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, mpl
+    return figure
 
 
 def _svg(figure: Any) -> str:
@@ -39,23 +83,21 @@ def _svg(figure: Any) -> str:
 
 def loss_curves(evaluations: Sequence[Evaluation]) -> str:
     """Training loss (thin), eval loss (bold) of every branch over optimizer steps; the base dashed."""
-    figure, _ = _figure(10, 4)
+    figure = _figure(10, 4)
     axes = figure.subplots()
     for entry in evaluations:
         offset = 0
         train: list[tuple[int, float]] = []
         evals: list[tuple[int, float]] = [(0, entry.base_eval_loss)]
         for result in entry.rounds:
-            if not result.trained:
-                continue
             log = result.training
             train += [(step + offset, loss) for step, loss in log.loss_curve]
             evals += [(step + offset, loss) for step, loss in log.eval_curve]
             offset = max([offset, *(step for step, _ in train + evals)])
-        colour = COLOURS[entry.method]
+        line = {"color": colour(entry.method)}
         if train:
-            axes.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
-        axes.plot(*zip(*evals, strict=True), color=colour, marker="o", markersize=4, label=entry.method)
+            axes.plot(*zip(*train, strict=True), alpha=0.3, linewidth=1, **line)
+        axes.plot(*zip(*evals, strict=True), marker="o", markersize=4, label=entry.method, **line)
     axes.axhline(
         evaluations[0].base_eval_loss, color="#999", linestyle="--", linewidth=1, label="base (4-bit)"
     )
@@ -63,34 +105,6 @@ def loss_curves(evaluations: Sequence[Evaluation]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _svg(figure)
-
-
-def write_plots(evaluations: Sequence[Evaluation], table: Any, winner: str, folder: Path) -> list[Path]:
-    """Write the report's pictures as SVG files.
-
-    Args:
-        evaluations: all branches, best first.
-        table: SNR table before training.
-        winner: method name.
-        folder: where the files go.
-    """
-    names = {row.module: (int(row.layer), str(row.type)) for row in table.itertuples()}
-    before = {row.module: float(row.snr) for row in table.itertuples()}
-    best = next(e for e in evaluations if e.method == winner)
-    drawn = {
-        "loss": loss_curves(evaluations),
-        "snr": snr_maps(names, before, best.snr_after),
-        "ranks": rank_maps(evaluations, names),
-        "cost": cost_bars(evaluations),
-    }
-    for entry in evaluations:
-        if entry.similarity is not None:
-            drawn["similarity"] = similarity_matrix(entry.similarity)
-    paths = []
-    for name, text in drawn.items():
-        paths.append(folder / f"{name}.svg")
-        write_text(paths[-1], text)
-    return paths
 
 
 def _grid(
@@ -129,7 +143,7 @@ def snr_maps(
     finite = [v for v in [*before.values(), *clean.values()] if math.isfinite(v) and v > 0] or [0.1, 1.0]
     norm = LogNorm(min(finite), max(max(finite), min(finite) * 1.01))
     _, types, layers = _grid(before, names)
-    figure, _ = _figure(10, 1.5 + 0.28 * len(types))
+    figure = _figure(10, 1.5 + 0.28 * len(types))
     left, right = figure.subplots(1, 2, sharey=True)
     shown = None
     for axes, values, title in ((left, before, "before training"), (right, clean, "after training (winner)")):
@@ -145,14 +159,11 @@ def snr_maps(
 
 def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str]]) -> str:
     """Every method's last trained rank map over the same grid; SGM cells carry their group's number."""
-    maps: list[RankMap] = [
-        next((r.rank_map for r in reversed(e.rounds) if r.trained), e.rounds[-1].rank_map)
-        for e in evaluations
-    ]
+    maps: list[RankMap] = [e.rounds[-1].rank_map for e in evaluations]
     highest = max(m.rank for rank_map in maps for m in rank_map.modules)
     _, types, layers = _grid({}, names)
     lines = (len(maps) + 1) // 2
-    figure, _ = _figure(10, lines * (1.1 + 0.26 * len(types)))
+    figure = _figure(10, lines * (1.1 + 0.26 * len(types)))
     panels = figure.subplots(lines, 2, sharey=True, squeeze=False).flatten()
     shown = None
     for axes, rank_map in zip(panels, maps, strict=False):
@@ -170,11 +181,12 @@ def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str
         for module in rank_map.active():
             if module.module not in names or len(layers) > 40:
                 continue
-            column, row = layers.index(module.layer), types.index(module.type)
+            layer, kind = names[module.module]
+            column, row = layers.index(layer), types.index(kind)
             sizes = sum(1 for m in rank_map.modules if m.group == module.group and m.group is not None)
             text = f"{module.rank}" + (f"·g{module.group}" if sizes > 1 else "")
-            colour = "white" if module.rank > 0.6 * highest else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+            ink = "white" if module.rank > 0.6 * highest else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink)
     for axes in panels[len(maps) :]:
         axes.set_visible(False)
     figure.colorbar(shown, ax=list(panels), label="LoRA rank")
@@ -189,7 +201,7 @@ def similarity_matrix(similarity: Similarity) -> str:
     index = {name: i for i, name in enumerate(similarity.modules)}
     matrix = np.array([[similarity.cosines[index[a]][index[b]] for b in order] for a in order], dtype=float)
     side = min(10.0, 3.2 + 0.17 * len(order))
-    figure, _ = _figure(side, side * 0.85)
+    figure = _figure(side, side * 0.85)
     axes = figure.subplots()
     labels = order if len(order) <= 48 else []
     shown = _cells(axes, matrix, labels, [], "gradient cosine", vmin=-1, vmax=1, cmap="RdBu_r")
@@ -208,7 +220,7 @@ def similarity_matrix(similarity: Similarity) -> str:
 
 def cost_bars(evaluations: Sequence[Evaluation]) -> str:
     """Peak memory, speed and trainable parameters of every branch."""
-    figure, _ = _figure(10, 0.8 + 0.3 * len(evaluations))
+    figure = _figure(10, 0.8 + 0.3 * len(evaluations))
     names = [e.method for e in evaluations]
     series = (
         ("peak memory, MiB", [e.peak_memory_bytes / 2**20 for e in evaluations]),
@@ -216,7 +228,7 @@ def cost_bars(evaluations: Sequence[Evaluation]) -> str:
         ("trainable parameters, thousands", [e.trainable_parameters / 1e3 for e in evaluations]),
     )
     for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True), series, strict=True):
-        bars = axes.barh(names, values, color=[COLOURS[n] for n in names])
+        bars = axes.barh(names, values, color=[colour(n) for n in names])
         axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlim(0, max(values) * 1.25 or 1)

@@ -94,27 +94,22 @@ def collect_retraining(settings: Settings, workdir: Path) -> dict[str, Any]:
 
 def report(settings: Settings, workdir: Path) -> Path:
     """Write `report.html` from the run's artifacts."""
-    from spectraqlora.report.page import write_report
+    from spectraqlora.report.page import render_report
     from spectraqlora.snr.table import read_table
 
     leaderboard = _newest(workdir, "leaderboard/leaderboard.json")
     board = json.loads((leaderboard / "leaderboard.json").read_text())
     evaluations = [Evaluation.read(leaderboard / method) for method in board["order"]]
     path = workdir / "report.html"
-    digests = {
-        "base model": evaluations[0].base_digest,
-        "data": evaluations[0].data_digest,
-        "spectraqlora": __version__,
-    }
-    write_report(
-        path,
+    page = render_report(
         evaluations,
         read_table(_newest(workdir, "table/snr.parquet")),
-        settings.model_dump(mode="json"),
-        digests,
+        QuantizedModel.read(_newest(workdir, "quantized/manifest.json")),
+        PreparedData.read(_newest(workdir, "data/manifest.json")),
         board["winner"],
-        MergedModel.read(_newest(workdir, "exported/manifest.json")),
+        settings.model_dump(mode="json"),
     )
+    write_text(path, page)
     return path
 
 

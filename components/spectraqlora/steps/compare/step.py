@@ -24,7 +24,7 @@ def run(
     leaderboard: Any,
     winner: Any,
 ) -> None:
-    from spectraqlora.report.plots import write_plots
+    from spectraqlora.report import plots
     from spectraqlora.snr.table import read_table
     from spectraqlora.steps.compare.leaderboard import rank
     from spectraqlora.steps.compare.leaderboard import winner as choose
@@ -65,5 +65,5 @@ def run(
         for name in ("snr.parquet", "heatmap.png"):
             tracker.log_file(run, Path(table.path) / name, "snr")
 
-    write_plots(ordered, read_table(Path(table.path)), best, board / "plots")
+    plots.write_plots(plots.draw(ordered, read_table(Path(table.path)), best), board / "plots")
     tracker.patiently(send, "the leaderboard")
