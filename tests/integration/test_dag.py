@@ -21,7 +21,8 @@ def spectraqlora(*arguments: str, timeout: float = 560) -> subprocess.CompletedP
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "ablation.yaml"
     probe = (
-        "import sys; from pathlib import Path; from spectraqlora_pipelines.ablation import ablation_pipeline, write_yaml;"
+        "import sys; from pathlib import Path; from spectraqlora_pipelines.dags.ablation import ablation_pipeline; "
+        "from spectraqlora_pipelines.dags.catalogue import write_yaml; "
         f"write_yaml(ablation_pipeline({METHODS!r}, 1), Path({str(path)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", probe], check=True)

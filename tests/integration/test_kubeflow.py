@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
-from spectraqlora_pipelines.app import app
+from spectraqlora_pipelines.cli import app
 from typer.testing import CliRunner, Result
 
 from tests.kfp_server import KfpServer

@@ -16,7 +16,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-CLI = [sys.executable, "-m", "spectraqlora_pipelines.app"]
+CLI = [sys.executable, "-m", "spectraqlora_pipelines.cli"]
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "s3cr3t-0f-s3",
     "HF_TOKEN": "hf_s3cr3t",
@@ -140,7 +140,7 @@ def test_a_bad_command_is_refused_in_one_line_and_writes_nothing(
 def test_submit_and_schedule_take_images_and_the_runs_account_from_the_values_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectraqlora_pipelines.app import app
+    from spectraqlora_pipelines.cli import app
     from typer.testing import CliRunner
 
     from tests.kfp_server import KfpServer

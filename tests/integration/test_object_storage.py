@@ -20,7 +20,7 @@ from spectraqlora.snr.table import read_table
 from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.snr_analyze.analyze import analyze
 from spectraqlora.storage import download_folder, parse_address, upload_file, upload_folder
-from spectraqlora_pipelines.app import app
+from spectraqlora_pipelines.cli import app
 from spectraqlora_pipelines.local import preflight
 
 from tests.integration.test_dag import CLI

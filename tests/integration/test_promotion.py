@@ -12,7 +12,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.steps.promote.promotion import Outcome, Promotion, rollback
 from spectraqlora.tracking.registry import CHAMPION, PREVIOUS, Registry
-from spectraqlora_pipelines.app import app
+from spectraqlora_pipelines.cli import app
 from typer.testing import CliRunner, Result
 
 from tests.registered import register, registry
