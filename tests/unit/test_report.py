@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from spectraqlora.artifacts import Evaluation, PreparedData, QuantizedModel, Similarity
+from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows, Similarity
 from spectraqlora.report.page import EXAMPLE_CHARACTERS, render_report
 from spectraqlora.report.plots import draw, write_plots
 from spectraqlora.snr.table import COLUMNS
@@ -20,7 +20,7 @@ from tests.unit.results import evaluation
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
 MARKUP = "<script>alert('1')</script>"
-SETTINGS = {"seed": 1, "select": {"rank": 4, "budget": 0.5}}
+SETTINGS = {"select": {"rank": 4, "budget": 0.5}, "evaluate": {}, "snr": {"source": "original"}}
 ESCAPED = "&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;"
 
 
@@ -32,7 +32,7 @@ def _table(kind: str = "mlp.up_proj") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _outline(**changes: object) -> QuantizedModel:
+def _outline(**changes: object) -> ModelOutline:
     values = {
         "source": "org/model",
         "revision": "main",
@@ -40,14 +40,12 @@ def _outline(**changes: object) -> QuantizedModel:
         "base_digest": "b" * 64,
         "compute_dtype": "float32",
         "parameters": 1_200_000,
-        "four_bit_parameters": 1_000_000,
-        "unquantized": [],
         "modules": [],
     }
-    return QuantizedModel(**(values | changes))
+    return ModelOutline(**(values | changes))
 
 
-def _rows(**changes: object) -> PreparedData:
+def _rows(**changes: object) -> PreparedRows:
     values = {
         "source": "faq.jsonl",
         "digest": "d" * 64,
@@ -60,21 +58,21 @@ def _rows(**changes: object) -> PreparedData:
         "examples": ["Question: Who?\nAnswer: Ada", "Question: Why?\nAnswer: a long story"],
         "answers": [{"prompt": "<s>Question: Who?\nAnswer:", "answer": "Ada"}],
     }
-    return PreparedData(**(values | changes))
+    return PreparedRows(**(values | changes))
 
 
 @pytest.fixture(scope="module")
 def branches() -> list[Evaluation]:
     similarity = Similarity(modules=NAMES, cosines=[[1.0, 0.8], [0.8, 1.0]], groups=[NAMES])
     return [
-        evaluation("sgm", [1.0, 2.0], 10, similarity=similarity),
+        evaluation("sgm", [1.0, 2.0], 10, similarity=similarity, settings=SETTINGS),
         evaluation("qlora", [2.0, 3.0], 20, accuracy=None),
     ]
 
 
 @pytest.fixture(scope="module")
 def page(branches: list[Evaluation]) -> str:
-    return render_report(branches, _table(), _outline(), _rows(), "sgm", SETTINGS)
+    return render_report(branches, _table(), _outline(), _rows(), "sgm")
 
 
 def test_the_page_shows_every_part(page: str) -> None:
@@ -92,7 +90,7 @@ def test_the_page_shows_every_part(page: str) -> None:
     assert re.sub(r"\s+", " ", page).count("2 candidates in 1 groups; 2 modules share an update") == 1
     assert "∞" in page
     assert page.count("<svg") == 5
-    for key, value in (("seed", "1"), ("select.rank", "4"), ("select.budget", "0.5")):
+    for key, value in (("select.rank", "4"), ("select.budget", "0.5"), ("snr.source", "original")):
         assert f"<tr><th>{key}</th><td><code>{value}</code></td></tr>" in page
     assert "b" * 64 in page and "d" * 64 in page
 
@@ -118,7 +116,7 @@ def test_an_example_marks_what_the_loss_counts_where_that_is_known(page: str) ->
 
 def test_plain_text_is_learned_from_end_to_end_and_a_long_one_is_cut(branches: list[Evaluation]) -> None:
     rows = _rows(layout="text", examples=["once upon a time", "x" * 9999], answers=[], dropped_empty=0)
-    page = render_report(branches, _table(), _outline(), rows, "sgm", {}, draw(branches, _table(), "sgm"))
+    page = render_report(branches, _table(), _outline(), rows, "sgm", draw(branches, _table(), "sgm"))
     assert "<pre><mark>once upon a time</mark></pre>" in page
     assert f"<pre><mark>{'x' * EXAMPLE_CHARACTERS} …</mark></pre>" in page
 
@@ -149,8 +147,8 @@ def test_what_comes_from_models_data_and_settings_is_text_and_never_markup(
         answers=[{"prompt": MARKUP, "answer": MARKUP}],
     )
     outline = _outline(source=MARKUP, revision=MARKUP, compute_dtype=MARKUP)
-    settings = {"model": {"base_model": MARKUP}, MARKUP: {'"onload=': '"onload='}}
-    hostile = render_report(moved, _table(MARKUP), outline, rows, "sgm", settings)
+    moved[0].settings = {"snr": {"table": MARKUP}, MARKUP: {'"onload=': '"onload='}}
+    hostile = render_report(moved, _table(MARKUP), outline, rows, "sgm")
     before, after = _Elements(page), _Elements(hostile)
     assert after.names == before.names and after.attributes == before.attributes
     # Title, lead, base model and revision and type, data source and layout, two examples, a change, two settings.
@@ -168,7 +166,7 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
 
 
 def test_the_same_evaluations_give_the_same_page(branches: list[Evaluation], page: str) -> None:
-    again = render_report(branches, _table(), _outline(), _rows(), "sgm", SETTINGS)
+    again = render_report(branches, _table(), _outline(), _rows(), "sgm")
     assert again == page
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spectraqlora import __version__
-from spectraqlora.artifacts import Evaluation, PreparedData, QuantizedModel
+from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows
 from spectraqlora.report import plots
 
 if TYPE_CHECKING:
@@ -23,10 +23,9 @@ EXAMPLE_CHARACTERS = 2000
 def render_report(
     evaluations: Sequence[Evaluation],
     snr_table: pd.DataFrame,
-    outline: QuantizedModel,
-    rows: PreparedData,
+    outline: ModelOutline,
+    rows: PreparedRows,
     winner: str,
-    settings: Mapping[str, Any],
     pictures: Mapping[str, str] | None = None,
 ) -> str:
     """The page: leaderboard, data, curves, SNR, where each method trained, similarity, cost, rounds, settings.
@@ -39,7 +38,6 @@ def render_report(
         outline: of the base model.
         rows: manifest of the prepared rows.
         winner: method name; one of the evaluations'.
-        settings: nested settings of the run.
         pictures: what `plots.draw` made of the same evaluations; drawn here where it is not given.
     """
     best = next(e for e in evaluations if e.method == winner)
@@ -57,7 +55,7 @@ def render_report(
             pictures={name: Markup(svg) for name, svg in drawn.items()},
             similarity=similarity,
             sharing=sum(len(g) for g in similarity.groups if len(g) > 1) if similarity else 0,
-            settings=list(_flat(settings)),
+            settings=list(_flat(best.settings)),
             version=__version__,
         )
     )
@@ -85,7 +83,7 @@ def _change(value: float, reference: float) -> str:
     return f"{value / reference - 1:+.1%}" if reference else "–"
 
 
-def _example(text: str, rows: PreparedData) -> tuple[str, str]:
+def _example(text: str, rows: PreparedRows) -> tuple[str, str]:
     """(context, learned part) of an example; the second is empty where it is not known.
 
     Plain text is learned from end to end. Of a row with a short answer the manifest says prompt and answer;

@@ -104,10 +104,9 @@ def report(settings: Settings, workdir: Path) -> Path:
     page = render_report(
         evaluations,
         read_table(_newest(workdir, "table/snr.parquet")),
-        QuantizedModel.read(_newest(workdir, "quantized/manifest.json")),
-        PreparedData.read(_newest(workdir, "data/manifest.json")),
+        FourBitModel.read(_newest(workdir, "four_bit/manifest.json")),
+        PreparedRows.read(_newest(workdir, "rows/manifest.json")),
         board["winner"],
-        settings.model_dump(mode="json"),
     )
     write_text(path, page)
     return path
