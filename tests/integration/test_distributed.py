@@ -63,7 +63,7 @@ def test_two_processes_train_as_one_does(
     assert one.loss_curve[0][1] > one.loss_curve[-1][1]
     assert two.train_tokens == one.train_tokens
     assert two.trainable_parameters == one.trainable_parameters
-    first, second = (adapters.read_pairs(tmp_path / f"adapter-{count}") for count in (1, 2))
+    first, second = (adapters.read_adapter_weights(tmp_path / f"adapter-{count}") for count in (1, 2))
     assert first.keys() == second.keys()
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-5)
@@ -104,7 +104,7 @@ def test_sharding_takes_the_blocks_weights_and_leaves_adapters_and_numbers(quant
     in_blocks = {name for name, _ in wrapped.named_parameters() if ".layers." in name and "lora_" not in name}
     assert sharded == in_blocks and len(sharded) == 4 * 9
     assert torch.equal(logits(wrapped), before)
-    assert all(not isinstance(weight, DTensor) for weight in adapters.pairs(wrapped).values())
+    assert all(not isinstance(weight, DTensor) for weight in adapters.adapter_weights(wrapped).values())
 
 
 def test_blocks_are_the_outermost_numbered_modules() -> None:

@@ -161,8 +161,8 @@ def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path
             assert (tmp_path / "back" / name / path.name).read_bytes() == path.read_bytes()
         assert result.published[name].startswith(f"{destination}/{name}/")
     assert torch.equal(
-        adapters.read_pairs(tmp_path / "back" / "adapter")[f"{Q0}.lora_A"],
-        adapters.read_pairs(tmp_path / "adapter")[f"{Q0}.lora_A"],
+        adapters.read_adapter_weights(tmp_path / "back" / "adapter")[f"{Q0}.lora_A"],
+        adapters.read_adapter_weights(tmp_path / "adapter")[f"{Q0}.lora_A"],
     )
 
 

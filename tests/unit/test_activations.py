@@ -1,11 +1,11 @@
-"""What the backward pass keeps: activation functions and products are made again, to the bit."""
+"""What the backward pass keeps: activation functions and products are recomputed, to the bit."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from spectraqlora.models import activations, adapters
-from spectraqlora.models.activations import elementwise_remade, recompute_blocks
+from spectraqlora.models.activations import recompute_blocks, recompute_elementwise
 from spectraqlora.models.loading import load_four_bit
 
 from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
@@ -23,10 +23,10 @@ def test_gradients_of_a_model_stay_the_same_to_the_bit(quantized: Path) -> None:
     model = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4, DOWN: 4}))
     randomize(model)
     plain = _backward(model)
-    with elementwise_remade():
-        remade = _backward(model)
+    with recompute_elementwise():
+        recomputed = _backward(model)
     assert len(plain) == 4
-    assert all(torch.equal(one, other) for one, other in zip(plain, remade, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
 
 
 @pytest.mark.parametrize("function", ["silu", "gelu"])

@@ -79,9 +79,9 @@ def test_shared_pairs_count_once_stay_shared_and_export_as_copies(quantized: Pat
         shared(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    pairs = adapters.pairs(shared)
-    assert torch.equal(pairs[f"{Q0}.lora_B"], pairs[f"{Q1}.lora_B"])
-    assert pairs[f"{Q0}.lora_B"].abs().sum() > 0
+    weights = adapters.adapter_weights(shared)
+    assert torch.equal(weights[f"{Q0}.lora_B"], weights[f"{Q1}.lora_B"])
+    assert weights[f"{Q0}.lora_B"].abs().sum() > 0
     shared.eval()
     adapters.save(shared, tmp_path, "base")
     again = PeftModel.from_pretrained(load_four_bit(quantized)[0], tmp_path).eval()
@@ -92,12 +92,12 @@ def test_growing_keeps_the_function_and_shrinking_stays_within_its_reported_erro
     old = rank_map(quantized, {Q0: 4, DOWN: 4})
     wrapped = adapters.attach(load_four_bit(quantized)[0], old)
     randomize(wrapped)
-    weights = adapters.pairs(wrapped)
+    weights = adapters.adapter_weights(wrapped)
     new = rank_map(quantized, {Q0: 8, DOWN: 2}).model_copy(update={"round": 2})
     carried, errors = carry_over(weights, old, new, seed=1)
 
-    def product(pairs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        return pairs[f"{name}.lora_B"] @ pairs[f"{name}.lora_A"]
+    def product(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        return weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
 
     assert carried[f"{Q0}.lora_A"].shape[0] == 8
     torch.testing.assert_close(product(carried, Q0), product(weights, Q0), rtol=0, atol=0)

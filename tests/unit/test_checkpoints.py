@@ -75,7 +75,7 @@ def uninterrupted(
 
 def same(first: Path, second: Path) -> None:
     """Equal bit for bit: adapter, loss curve, eval curve, tokens."""
-    one, two = adapters.read_pairs(first), adapters.read_pairs(second)
+    one, two = adapters.read_adapter_weights(first), adapters.read_adapter_weights(second)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     logs = [TrainingLog.read(folder) for folder in (first, second)]
     for name in ("loss_curve", "eval_curve", "best_eval_loss", "train_tokens"):

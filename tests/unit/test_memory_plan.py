@@ -9,7 +9,7 @@ import pytest
 import torch
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
-from spectraqlora.models.activations import made_again
+from spectraqlora.models.activations import recomputed
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.planning import memory_plan
 from spectraqlora.settings import ModelSettings, Settings, parse
@@ -34,7 +34,7 @@ def really_kept(model: Any, padded: bool) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and not made_again(tensor):
+        if storage._cdata not in own and not recomputed(tensor):
             seen[storage._cdata] = storage
         return tensor
 

@@ -46,11 +46,11 @@ def test_the_snr_after_training_is_that_of_the_updated_weights(
     )
     manifest = FourBitModel.read(quantized)
     weights = dict(tensors_of(LocalTensors(Path(manifest.source_path)), manifest.modules))
-    pairs = adapters.read_pairs(folders[1])
+    trained = adapters.read_adapter_weights(folders[1])
     for name, weight in weights.items():
         update = torch.zeros_like(weight)
         if name in (Q0, DOWN):
-            update = 2.0 * pairs[f"{name}.lora_B"] @ pairs[f"{name}.lora_A"]
+            update = 2.0 * trained[f"{name}.lora_B"] @ trained[f"{name}.lora_A"]
             spectrum = result.rounds[0].update_spectrum[name]
             packed = result.rounds[0].update_spectrum[name]["relative_norm"]
             assert packed == pytest.approx(float(update.norm() / weight.norm()), rel=0.02)

@@ -11,8 +11,9 @@ from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
+from spectraqlora.models.optimizers import check_optimizer
 from spectraqlora.settings import EvaluateSettings, TrainSettings
-from spectraqlora.steps.train.training import check_optimizer, train
+from spectraqlora.steps.train.training import train
 
 from tests.unit.test_adapters import DOWN, Q0, rank_map
 
@@ -33,7 +34,7 @@ def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path)
                 tmp_path / name,
             )
         )
-    first, second = (adapters.read_pairs(tmp_path / name) for name in "ab")
+    first, second = (adapters.read_adapter_weights(tmp_path / name) for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert logs[0].loss_curve == logs[1].loss_curve != logs[2].loss_curve
     assert logs[0].best_eval_loss == min(loss for _, loss in logs[0].eval_curve)
@@ -44,7 +45,7 @@ def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these run on GPUs")
 def test_optimizers_that_need_a_gpu_are_refused_without_one(name: str) -> None:
     with pytest.raises(InputError, match=rf"train\.optimizer: '{name}'.*need a CUDA device"):
-        check_optimizer(TrainSettings(optimizer=name))
+        check_optimizer(name)
 
 
 def test_blocks_below_the_first_adapter_are_left_out_of_the_backward_pass(quantized: Path) -> None:

@@ -18,11 +18,11 @@ _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
 @dataclass(frozen=True)
-class _Remade:
+class _Recomputed:
     """A tensor as the autograd node that computed it.
 
-    The node still has its inputs when the tensor is asked for: a backward pass reaches a tensor's users
-    before its maker.
+    The node still has its inputs when the tensor is asked for: a backward pass reaches the operations that
+    used a tensor before the one that computed it.
     """
 
     node: Any
@@ -31,15 +31,15 @@ class _Remade:
     def tensor(self) -> torch.Tensor:
         name = self.node.name()
         if name == "SiluBackward0":
-            found = silu(self.node._saved_self)
+            tensor = silu(self.node._saved_self)
         elif name == "GeluBackward0":
-            found = gelu(self.node._saved_self, approximate=self.node._saved_approximate)
+            tensor = gelu(self.node._saved_self, approximate=self.node._saved_approximate)
         else:
-            found = self.node._saved_self * self.node._saved_other
-        return found.view(self.shape)
+            tensor = self.node._saved_self * self.node._saved_other
+        return tensor.view(self.shape)
 
 
-def _pack(tensor: torch.Tensor) -> torch.Tensor | _Remade:
+def _pack(tensor: torch.Tensor) -> torch.Tensor | _Recomputed:
     node: Any = tensor.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
@@ -49,22 +49,22 @@ def _pack(tensor: torch.Tensor) -> torch.Tensor | _Remade:
     # A product keeps both factors only where both need gradients.
     both = name == "MulBackward0" and all(after is not None for after, _ in node.next_functions)
     if both or name in ("SiluBackward0", "GeluBackward0"):
-        return _Remade(node, tensor.shape)
+        return _Recomputed(node, tensor.shape)
     return tensor
 
 
-def made_again(tensor: torch.Tensor) -> bool:
-    """Whether `elementwise_remade` makes this tensor again instead of keeping it."""
-    return isinstance(_pack(tensor), _Remade)
+def recomputed(tensor: torch.Tensor) -> bool:
+    """Whether `recompute_elementwise` computes this tensor anew instead of keeping it."""
+    return isinstance(_pack(tensor), _Recomputed)
 
 
-def _unpack(packed: torch.Tensor | _Remade) -> torch.Tensor:
+def _unpack(packed: torch.Tensor | _Recomputed) -> torch.Tensor:
     with torch.no_grad():
-        return packed.tensor() if isinstance(packed, _Remade) else packed
+        return packed.tensor() if isinstance(packed, _Recomputed) else packed
 
 
 @contextlib.contextmanager
-def elementwise_remade() -> Iterator[None]:
+def recompute_elementwise() -> Iterator[None]:
     """Inside, activation functions and products of two activations are not kept for the backward pass.
 
     Gradients are the same numbers: the same operation runs again on the same inputs.

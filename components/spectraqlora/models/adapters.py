@@ -10,17 +10,15 @@ import torch
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
 
 _ADAPTER = "default"
-
-
 _MATRICES = ("lora_A", "lora_B")
 _MAGNITUDE = "lora_magnitude_vector"
 
 
-def lora_config(ranks: RankMap, dropout: float = 0.0, encoder_decoder: bool = False) -> Any:
+def lora_config(rank_map: RankMap, dropout: float = 0.0, encoder_decoder: bool = False) -> Any:
     """PEFT config naming every active module with its own rank and alpha."""
     from peft import LoraConfig
 
-    active = ranks.active()
+    active = rank_map.active()
     first = active[0]
     return LoraConfig(
         r=first.rank,
@@ -31,8 +29,8 @@ def lora_config(ranks: RankMap, dropout: float = 0.0, encoder_decoder: bool = Fa
         lora_dropout=dropout,
         bias="none",
         task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
-        use_rslora=ranks.settings.get("variant") == "rslora",
-        use_dora=ranks.settings.get("variant") == "dora",
+        use_rslora=rank_map.settings.get("variant") == "rslora",
+        use_dora=rank_map.settings.get("variant") == "dora",
     )
 
 
@@ -56,7 +54,7 @@ def adaptable(model: Any, modules: list[LinearModule]) -> list[LinearModule]:
     """
     from peft import LoraConfig, get_peft_model
 
-    found: set[str] = set()
+    reachable: set[str] = set()
     for kind in dict.fromkeys(m.type for m in modules):
         names = [m.module for m in modules if m.type == kind]
         reason = "PEFT takes the name for another one"
@@ -68,13 +66,13 @@ def adaptable(model: Any, modules: list[LinearModule]) -> list[LinearModule]:
             reached, reason = set(), str(error).splitlines()[0]
         if len(reached) < len(names):
             print(f"{kind}: {len(names) - len(reached)} matrices stay frozen without an adapter: {reason}")
-        found |= reached
-    return [m for m in modules if m.module in found]
+        reachable |= reached
+    return [m for m in modules if m.module in reachable]
 
 
 def attach(
     model: Any,
-    ranks: RankMap,
+    rank_map: RankMap,
     dropout: float = 0.0,
     start: dict[str, torch.Tensor] | None = None,
     gradient_init: dict[str, torch.Tensor] | None = None,
@@ -83,19 +81,19 @@ def attach(
 
     Args:
         model: the frozen base model.
-        ranks: the rank map.
+        rank_map: which module gets an adapter of which rank.
         dropout: on the adapters' input.
         start: weights from an earlier round, `module.lora_A` (rank x in) and `module.lora_B` (out x rank).
         gradient_init: the first A (rank x in) of a module, or of a group by its first module.
     """
     from peft import get_peft_model
 
-    config = lora_config(ranks, dropout, model.config.is_encoder_decoder)
+    config = lora_config(rank_map, dropout, model.config.is_encoder_decoder)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     layers = lora_layers(wrapped)
     leader: dict[int, Any] = {}
     with torch.no_grad():
-        for entry in ranks.active():
+        for entry in rank_map.active():
             layer = layers[entry.module]
             if entry.group is not None:
                 if entry.group in leader:
@@ -104,12 +102,12 @@ def attach(
                     continue
                 leader[entry.group] = layer
             if gradient_init and entry.module in gradient_init:
-                first = gradient_init[entry.module]
-                layer.lora_A[_ADAPTER].weight[: len(first)].copy_(first)
+                initial = gradient_init[entry.module]
+                layer.lora_A[_ADAPTER].weight[: len(initial)].copy_(initial)
             for name, weight in _weights(layer).items():
                 if start and f"{entry.module}.{name}" in start:
                     weight.copy_(start[f"{entry.module}.{name}"])
-    for entry in ranks.active():
+    for entry in rank_map.active():
         if entry.tier == "frozen":
             for weight in _weights(layers[entry.module]).values():
                 weight.requires_grad_(False)
@@ -118,27 +116,27 @@ def attach(
 
 def _weights(layer: Any) -> dict[str, torch.nn.Parameter]:
     """Adapter parameters of a LoRA layer: A (rank x in), B (out x rank), and DoRA's magnitudes (out)."""
-    found = {name: getattr(layer, name)[_ADAPTER].weight for name in _MATRICES}
+    weights = {name: getattr(layer, name)[_ADAPTER].weight for name in _MATRICES}
     if _ADAPTER in layer.lora_magnitude_vector:
-        found[_MAGNITUDE] = layer.lora_magnitude_vector[_ADAPTER].weight
-    return found
+        weights[_MAGNITUDE] = layer.lora_magnitude_vector[_ADAPTER].weight
+    return weights
 
 
 def parameter_groups(
-    model: Any, ranks: RankMap, learning_rate: float, lora_plus_ratio: float = 1.0
+    model: Any, rank_map: RankMap, learning_rate: float, lora_plus_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups, one per learning rate; a shared pair stands in one group, once.
+    """Optimizer groups, one per learning rate; a shared pair is in one group, once.
 
     Args:
         model: PEFT model.
-        ranks: its rank map, with each module's learning-rate scale.
+        rank_map: its rank map, with each module's learning-rate scale.
         learning_rate: base rate, that of A.
         lora_plus_ratio: rate of B over that of A.
     """
     layers = lora_layers(model)
     grouped: dict[float, list[torch.nn.Parameter]] = {}
     seen: set[int] = set()
-    for entry in ranks.active():
+    for entry in rank_map.active():
         for name, weight in _weights(layers[entry.module]).items():
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
@@ -152,7 +150,7 @@ def trainable_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def pairs(model: Any) -> dict[str, torch.Tensor]:
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
     """Copies of all adapter weights: `module.lora_A` (rank x in), `module.lora_B` (out x rank), magnitudes."""
     return {
         f"{module}.{name}": weight.detach().float().cpu().clone()
@@ -162,7 +160,7 @@ def pairs(model: Any) -> dict[str, torch.Tensor]:
 
 
 def restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Put `pairs` back."""
+    """Put what `adapter_weights` copied back."""
     with torch.no_grad():
         for module, layer in lora_layers(model).items():
             for name, weight in _weights(layer).items():
@@ -170,10 +168,10 @@ def restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def merged_weight(
-    entry: ModuleRank, ranks: RankMap, weights: dict[str, torch.Tensor], weight: torch.Tensor
+    entry: ModuleRank, rank_map: RankMap, weights: dict[str, torch.Tensor], weight: torch.Tensor
 ) -> torch.Tensor:
     """W + scaling·B·A (out x in, float32); under DoRA its rows rescaled to the trained magnitudes."""
-    delta = ranks.scaling(entry) * (weights[f"{entry.module}.lora_B"] @ weights[f"{entry.module}.lora_A"])
+    delta = rank_map.scaling(entry) * (weights[f"{entry.module}.lora_B"] @ weights[f"{entry.module}.lora_A"])
     merged = weight.float() + delta
     magnitude = weights.get(f"{entry.module}.{_MAGNITUDE}")
     return merged if magnitude is None else merged * (magnitude / merged.norm(dim=1))[:, None]
@@ -185,14 +183,14 @@ def save(model: Any, folder: Path, base_model: str) -> None:
     model.save_pretrained(folder, safe_serialization=True)
 
 
-def read_pairs(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of a saved PEFT adapter under the names that `pairs` uses."""
+def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a saved PEFT adapter under the names that `adapter_weights` uses."""
     from safetensors.torch import load_file
 
-    found = {}
-    for key, value in load_file(folder / "adapter_model.safetensors").items():
-        found[key.removeprefix("base_model.model.").removesuffix(".weight")] = value.float()
-    return found
+    return {
+        key.removeprefix("base_model.model.").removesuffix(".weight"): weight.float()
+        for key, weight in load_file(folder / "adapter_model.safetensors").items()
+    }
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

@@ -210,7 +210,7 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
     """
     import torch
 
-    from spectraqlora.models.activations import made_again
+    from spectraqlora.models.activations import recomputed
 
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     parameters |= {b.untyped_storage()._cdata for b in model.buffers()}
@@ -222,7 +222,7 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
 
     def pack(tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
-        known = (made_again(tensor), storage._cdata)
+        known = (recomputed(tensor), storage._cdata)
         if storage._cdata not in parameters and known not in seen:
             seen[known] = storage
             (remade if known[0] else counts)[current[0]] += storage.nbytes()

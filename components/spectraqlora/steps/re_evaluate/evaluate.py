@@ -85,7 +85,7 @@ def re_evaluate(
     else:
         base = score(model, held_out, settings.batch_size)
         base_loss, base_perplexity, base_accuracy = base.loss, base.perplexity, exact()
-    weights = adapters.read_pairs(adapter)
+    weights = adapters.read_adapter_weights(adapter)
     wrapped = adapters.attach(model, ranks, start=weights)
     wrapped.eval()
     print("scoring the adapter", flush=True)

@@ -29,15 +29,16 @@ def run(
     start: Any = None,
 ) -> None:
     arguments = dict(locals())
+    from spectraqlora.models.optimizers import check_optimizer
     from spectraqlora.steps.train import distributed
-    from spectraqlora.steps.train.training import check_optimizer, nothing_left, train
+    from spectraqlora.steps.train.training import nothing_left, train
     from spectraqlora.tracking.live import LiveMetrics
     from spectraqlora.tracking.runs import Tracker
 
     # KFP hands every number over as a float; the sections give them their types back.
     section, scoring = TrainSettings(**train_settings), EvaluateSettings(**evaluate_settings)
     ranks = RankMap.read(rank_map.path)
-    check_optimizer(section)
+    check_optimizer(section.optimizer)
     count = distributed.processes(section)
     distributed.share(section, count)
     begin = start.path if start is not None and any(Path(start.path).iterdir()) else None

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, RankMap, TrainingLog
-from spectraqlora.errors import InputError, Stopped
+from spectraqlora.errors import Stopped
 from spectraqlora.models import adapters
-from spectraqlora.models.activations import elementwise_remade, every_nth, recompute_blocks
+from spectraqlora.models.activations import every_nth, recompute_blocks, recompute_elementwise
 from spectraqlora.models.hardware import device, peak_memory_bytes
 from spectraqlora.models.loading import load_four_bit
+from spectraqlora.models.optimizers import check_optimizer, make_optimizer
 from spectraqlora.runtime.console import Progress
 from spectraqlora.runtime.deferred_signals import deferred_signals
 from spectraqlora.scoring.batches import Collator, load_rows, order
@@ -90,7 +91,7 @@ def train(
         log.write(output)
         return log
 
-    check_optimizer(settings)
+    check_optimizer(settings.optimizer)
     torch.manual_seed(seed)
     sharded = distributed.world_size() > 1 and settings.parallel == "fsdp"
     model, _ = load_four_bit(quantized, "cpu" if sharded else "")
@@ -100,7 +101,7 @@ def train(
         model,
         ranks,
         settings.lora_dropout,
-        start=adapters.read_pairs(begin) if begin else None,
+        start=adapters.read_adapter_weights(begin) if begin else None,
         gradient_init=load_file(init_file) if init_file.exists() and not begin else None,
     )
     if sharded:
@@ -159,23 +160,6 @@ def span(ranks: RankMap, settings: TrainSettings, rounds: int) -> Span:
     return Span((ranks.round - 1) * settings.max_steps, ranks.round * settings.max_steps, total)
 
 
-def check_optimizer(settings: TrainSettings) -> None:
-    """Refuse optimizers that this machine cannot run."""
-    if settings.optimizer != "adamw" and device() != "cuda":
-        raise InputError("train.optimizer", settings.optimizer, "adamw; 8-bit optimizers need a CUDA device")
-
-
-def _optimizer(model: Any, ranks: RankMap, settings: TrainSettings) -> torch.optim.Optimizer:
-    groups = adapters.parameter_groups(model, ranks, settings.learning_rate, settings.lora_plus_ratio)
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    import bitsandbytes as bnb
-
-    kind = bnb.optim.AdamW8bit if settings.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit
-    optimizer: torch.optim.Optimizer = kind(groups, weight_decay=settings.weight_decay)
-    return optimizer
-
-
 def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, part: Span) -> Any:
     """The branch's learning-rate schedule, from this round's first step on."""
     from transformers import get_scheduler
@@ -225,7 +209,8 @@ def fit(
     pass_rows, passes = distributed.share(settings, distributed.world_size())
     per_step = settings.batch_size * settings.gradient_accumulation
     places = order(len(rows), seed, part.start * per_step, part.stop * per_step)
-    optimizer = _optimizer(model, ranks, settings)
+    groups = adapters.parameter_groups(model, ranks, settings.learning_rate, settings.lora_plus_ratio)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay)
     schedule = _schedule(optimizer, settings, part)
     paused = 0.0
     every = max(1, part.steps // settings.evaluations)
@@ -244,7 +229,7 @@ def fit(
         course.evals.append((step, found))
         on_metric("eval_loss_curve", step, found)
         if found < course.best_loss:
-            course.best_loss, course.best = found, adapters.pairs(model)
+            course.best_loss, course.best = found, adapters.adapter_weights(model)
         paused += time.perf_counter() - began
 
     def keep(checkpoints: Checkpoints, seconds: float, tokens: int) -> None:
@@ -326,7 +311,7 @@ def fit(
                 torch.cuda.reset_peak_memory_stats()
             with (
                 loss.hidden_states(),
-                elementwise_remade(),
+                recompute_elementwise(),
                 deferred_signals() if checkpoints else nullcontext(lambda: 0) as stopped_by,
             ):
                 paused = 0.0
