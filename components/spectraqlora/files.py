@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from spectraqlora.errors import InputError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all: a reader never sees half a file."""
@@ -25,8 +27,22 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files, in hex."""
+    """SHA-256 over names and contents of a folder's files, in hex.
+
+    Links count by the content that they lead to, as a hub cache's snapshots have them. What is below a `.cache`
+    inside the folder is a download's bookkeeping and does not count; where the folder itself is does not matter.
+
+    Raises:
+        InputError: the folder has no files, so that its digest would stand for nothing.
+    """
+    names = sorted(
+        name
+        for path in folder.rglob("*")
+        if path.is_file() and ".cache" not in (name := path.relative_to(folder)).parts
+    )
+    if not names:
+        raise InputError("folder", folder, "a folder with files; a digest of none would equal every other")
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
+    for name in names:
+        total.update(f"{name.as_posix()}\0{file_digest(folder / name)}\n".encode())
     return total.hexdigest()

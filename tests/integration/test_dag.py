@@ -1,12 +1,15 @@
 """The compiled DAG, and the whole of it run through the command line on a tiny model."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from spectraqlora.files import folder_digest
 
 METHODS = ("qlora", "hybrid", "alors", "sgm")
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,8 +87,11 @@ def test_retraining_asks_first_and_does_the_rest_only_where_something_changed(co
 @pytest.fixture(scope="session")
 def finished(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     workdir = tmp_path_factory.mktemp("run") / "work"
+    # Where the hub's copies and those of s3:// addresses are.
+    base = tmp_path_factory.mktemp("home") / ".cache" / "tiny"
+    shutil.copytree(tiny_model, base)
     arguments = [
-        "run", "--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(workdir),
+        "run", "--base-model", str(base), "--data", str(tiny_rows), "--workdir", str(workdir),
         "--rounds", "2", "--max-steps", "8", "--set", "select.rank=8", "--set", "select.rank_high=8",
         "--set", "select.rank_low=4", "--set", "evaluate.accuracy_rows=4", "--set", "evaluate.max_new_tokens=4",
     ]  # fmt: skip
@@ -111,6 +117,14 @@ def test_the_summary_has_every_method_and_the_winners_numbers(finished: list[str
     assert not summary["methods"]["qlora"]["rounds"][1]["trained"]
     assert summary["winner"] in METHODS
     assert summary["registered"] == {"name": "spectraqlora", "version": 1}
+
+
+def test_the_digests_of_a_run_are_those_of_its_files(finished: list[str], tiny_model: Path) -> None:
+    summary = json.loads((_workdir(finished) / "summary.json").read_text())
+    assert summary["base"]["digest"] == folder_digest(tiny_model)
+    of_no_files = hashlib.sha256(b"").hexdigest()
+    documents = [path for path in _workdir(finished).rglob("*") if path.suffix in (".json", ".html")]
+    assert documents and not [path for path in documents if of_no_files in path.read_text()]
 
 
 def test_methods_saw_the_same_number_of_tokens(finished: list[str]) -> None:
