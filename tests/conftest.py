@@ -63,17 +63,23 @@ def quantized(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from spectraqlora.settings import ModelSettings
     from spectraqlora.steps.quantize_load.quantize import quantize
 
-    folder = tmp_path_factory.mktemp("quantized")
-    quantize(ModelSettings(base_model=str(tiny_model)), folder)
-    return folder
+    folder = tmp_path_factory.mktemp("model")
+    quantize(ModelSettings(base_model=str(tiny_model)), folder / "four_bit", folder / "outline")
+    return folder / "four_bit"
 
 
 @pytest.fixture(scope="session")
-def prepared(quantized: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outline(quantized: Path) -> Path:
+    """The tiny model without its weights."""
+    return quantized.parent / "outline"
+
+
+@pytest.fixture(scope="session")
+def prepared(outline: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows tokenized and split."""
     from spectraqlora.settings import DataSettings
     from spectraqlora.steps.prepare_data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(DataSettings(source=str(tiny_rows)), quantized, 1, folder)
+    prepare(DataSettings(source=str(tiny_rows)), outline, 1, folder)
     return folder

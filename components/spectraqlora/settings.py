@@ -86,7 +86,9 @@ class DataSettings(_Section):
 
 class SnrSettings(_Section):
     source: Literal["original", "quantized"] = Field(
-        "original", description="Measure the original weights, or the 4-bit weights dequantized"
+        "original",
+        description="Measure the original weights, or the 4-bit weights dequantized; chosen where the pipeline is "
+        "compiled",
     )
     table: str = Field(
         "",

@@ -88,28 +88,30 @@ class Study:
         from spectraqlora.settings import DataSettings, ModelSettings, SnrSettings
         from spectraqlora.steps.prepare_data.prepare import prepare
         from spectraqlora.steps.quantize_load.quantize import quantize
-        from spectraqlora.steps.snr_analyze.analyze import analyze
+        from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
         if (self.work / "study" / "manifest.json").exists():
             return
         lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
         cut = len(lines) // 3
-        for name in ("quantized", "table", "quantized-table", "tuning", "study"):
+        for name in ("quantized", "outline", "table", "quantized-table", "tuning", "study"):
             shutil.rmtree(self.work / name, ignore_errors=True)
             (self.work / name).mkdir(parents=True)
         quantize(
             ModelSettings.model_validate({"base_model": self.base, "compute_dtype": self.compute_dtype}),
             self.work / "quantized",
+            self.work / "outline",
         )
-        analyze(SnrSettings(), self.work / "quantized", self.work / "table")
-        analyze(SnrSettings(source="quantized"), self.work / "quantized", self.work / "quantized-table")
+        inputs = Inputs(self.work / "outline", self.work / "quantized")
+        analyze(inputs, SnrSettings(), self.work / "table")
+        analyze(inputs, SnrSettings(source="quantized"), self.work / "quantized-table")
         for name, part in (("tuning", lines[:cut]), ("study", lines[cut:])):
             source = self.work / f"{name}.jsonl"
             source.write_text("".join(part), encoding="utf-8")
             settings = DataSettings(
                 source=str(source), max_length=self.max_length, max_rows=rows, max_eval_rows=eval_rows
             )
-            prepare(settings, self.work / "quantized", 0, self.work / name)
+            prepare(settings, self.work / "outline", 0, self.work / name)
 
     def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
         """Train one arm once; the result as one line of `runs.jsonl`."""

@@ -46,7 +46,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> int:
     from spectraqlora.sample import make, world
     from spectraqlora.settings import ModelSettings, SnrSettings
     from spectraqlora.steps.quantize_load.quantize import quantize
-    from spectraqlora.steps.snr_analyze.analyze import analyze
+    from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -66,8 +66,9 @@ def make_model(folder: Path, options: argparse.Namespace) -> int:
     make._tokenizer(world.corpus(world.people(0, 12), 0, 300)).save_pretrained(folder / "base")
     for name in ("quantized", "table"):
         (folder / name).mkdir()
-    parameters = quantize(ModelSettings(base_model=str(folder / "base")), folder / "quantized").parameters
-    analyze(SnrSettings(), folder / "quantized", folder / "table")
+    settings = ModelSettings(base_model=str(folder / "base"))
+    parameters = quantize(settings, folder / "quantized", folder / "outline").parameters
+    analyze(Inputs(folder / "outline"), SnrSettings(), folder / "table")
     return parameters
 
 

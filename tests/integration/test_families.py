@@ -27,7 +27,7 @@ from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
 from spectraqlora.steps.register.register import register
 from spectraqlora.steps.select_layers.select import select
-from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora.steps.train.training import train
 from spectraqlora.tracking.registered_model import load_model
 from spectraqlora.tracking.registry import Registry
@@ -98,11 +98,11 @@ def _inputs(family: str, rows: Path, work: Path) -> FourBitModel:
 
 
 def _first_steps(settings: ModelSettings, rows: Path, work: Path) -> FourBitModel:
-    for name in ("quantized", "data", "table"):
+    for name in ("quantized", "outline", "data", "table"):
         (work / name).mkdir()
-    manifest = quantize(settings, work / "quantized")
-    prepare(DataSettings(source=str(rows)), work / "quantized", 1, work / "data")
-    analyze(SnrSettings(), work / "quantized", work / "table")
+    manifest = quantize(settings, work / "quantized", work / "outline")
+    prepare(DataSettings(source=str(rows)), work / "outline", 1, work / "data")
+    analyze(Inputs(work / "outline"), SnrSettings(), work / "table")
     return manifest
 
 
@@ -167,7 +167,7 @@ def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_truste
 ) -> None:
     base = ModelSettings(base_model=str(write_own_code(tmp_path / "base")))
     with pytest.raises(InputError, match=r"model\.trust_remote_code=true runs it"):
-        quantize(base, tmp_path / "refused")
+        quantize(base, tmp_path / "refused", tmp_path / "outline")
     trusted = base.model_copy(update={"trust_remote_code": True})
     assert _first_steps(trusted, tiny_rows, tmp_path).trust_remote_code
     merged = _merge("hybrid", _branch("hybrid", tmp_path), tmp_path)
@@ -194,7 +194,7 @@ def test_a_family_that_cannot_be_trained_is_refused_with_the_reason(
 ) -> None:
     base = write_family(family, tmp_path / "base")
     with pytest.raises(InputError, match=f"model.base_model.*{words}"):
-        quantize(ModelSettings(base_model=str(base)), tmp_path / "quantized")
+        quantize(ModelSettings(base_model=str(base)), tmp_path / "quantized", tmp_path / "outline")
     assert not (tmp_path / "quantized").exists()
 
 
@@ -236,10 +236,10 @@ def test_falcon_computes_the_same_from_plain_linear_layers(tmp_path: Path) -> No
 def test_experts_are_counted_and_measured_one_by_one(tmp_path: Path) -> None:
     base = write_family("qwen3-moe", tmp_path / "base")
     (tmp_path / "quantized").mkdir()
-    manifest = quantize(ModelSettings(base_model=str(base)), tmp_path / "quantized")
+    manifest = quantize(ModelSettings(base_model=str(base)), tmp_path / "quantized", tmp_path / "outline")
     assert manifest.four_bit_parameters < manifest.parameters
     assert any("experts" in name for name in manifest.unquantized)
-    analyze(SnrSettings(), tmp_path / "quantized", tmp_path / "table")
+    analyze(Inputs(tmp_path / "outline"), SnrSettings(), tmp_path / "table")
     table = read_table(tmp_path / "table")
     experts = table[table["type"].str.contains("experts")]
     assert len(experts) == 4 * 4 * 3

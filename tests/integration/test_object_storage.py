@@ -18,7 +18,7 @@ from spectraqlora.models import adapters
 from spectraqlora.settings import ExportSettings, ModelSettings, SnrSettings, parse
 from spectraqlora.snr.table import read_table
 from spectraqlora.steps.quantize_load.quantize import quantize
-from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora.storage import download_folder, parse_address, upload_file, upload_folder
 from spectraqlora_pipelines.cli import app
 from spectraqlora_pipelines.local import preflight
@@ -94,11 +94,13 @@ def test_steps_take_the_base_from_its_address_and_notice_another_one(
     upload_folder(tiny_model, parse_address(address))
     content = preflight.content_digest(address)
     folder = tmp_path / "quantized"
-    manifest = quantize(ModelSettings(base_model=address), folder, content)
-    local = quantize(ModelSettings(base_model=str(tiny_model)), tmp_path / "local")
+    manifest = quantize(ModelSettings(base_model=address), folder, tmp_path / "outline", content)
+    local = quantize(
+        ModelSettings(base_model=str(tiny_model)), tmp_path / "local", tmp_path / "local-outline"
+    )
     assert manifest.base_digest == local.base_digest and manifest.source_content == content
-    analyze(SnrSettings(), folder, tmp_path / "table")
-    analyze(SnrSettings(), tmp_path / "local", tmp_path / "expected")
+    analyze(Inputs(tmp_path / "outline"), SnrSettings(), tmp_path / "table")
+    analyze(Inputs(tmp_path / "local-outline"), SnrSettings(), tmp_path / "expected")
     pd.testing.assert_frame_equal(read_table(tmp_path / "table"), read_table(tmp_path / "expected"))
     assert original_folder(FourBitModel.read(folder)).is_relative_to(tmp_path / "cache")
 
@@ -109,9 +111,9 @@ def test_steps_take_the_base_from_its_address_and_notice_another_one(
     upload_folder(tmp_path / "changed", parse_address(address))
     assert preflight.content_digest(address) != content
     for act in (
-        lambda: analyze(SnrSettings(), folder, tmp_path / "again"),
+        lambda: analyze(Inputs(tmp_path / "outline"), SnrSettings(), tmp_path / "again"),
         lambda: original_folder(FourBitModel.read(folder)),
-        lambda: quantize(ModelSettings(base_model=address), tmp_path / "q", content),
+        lambda: quantize(ModelSettings(base_model=address), tmp_path / "q", tmp_path / "o", content),
     ):
         with pytest.raises(InputError, match="replaced since"):
             act()

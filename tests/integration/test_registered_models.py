@@ -107,7 +107,7 @@ def test_the_champion_generates_text_with_mlflow_alone(
 
 
 def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
-    exported: Path, prepared: Path, quantized: Path, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+    exported: Path, prepared: Path, outline: Path, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
     from spectraqlora.settings import DataSettings
     from spectraqlora.steps.prepare_data.prepare import prepare
@@ -118,7 +118,7 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     shutil.rmtree(plain / "merged")
     shutil.copytree(tiny_model, plain / "merged")
     other = tmp_path / "other"
-    prepare(DataSettings(source=str(tiny_rows)), quantized, 2, other)
+    prepare(DataSettings(source=str(tiny_rows)), outline, 2, other)
     # The numbers that were logged lie: only scoring again can tell which model is better.
     first = _register(uri, "again", exported, prepared, "run-1", "merged", merged_eval_loss=0.1)
     second = _register(uri, "again", plain, other, "run-2", "merged", merged_eval_loss=9.0)

@@ -99,13 +99,21 @@ def test_steps_run_by_hand_with_plain_arguments(
         assert code == 0, said
         return said
 
-    step("quantize-load", "--base-model", "/model", "--four-bit", "/steps/four_bit")
+    step(
+        "quantize-load",
+        "--base-model",
+        "/model",
+        "--four-bit",
+        "/steps/four_bit",
+        "--outline",
+        "/steps/outline",
+    )
     said = step(
-        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--outline", "/steps/four_bit",
+        "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--outline", "/steps/outline",
         "--rows", "/steps/rows", where="light",
     )  # fmt: skip
     assert json.loads(said.splitlines()[-1])["rows"]["train_rows"] > 0
-    step("snr-analyze", "--outline", "/steps/four_bit", "--table", "/steps/table")
+    step("snr-analyze", "--outline", "/steps/outline", "--table", "/steps/table")
     step(
         "select-layers", "--method", "hybrid", "--select-settings", '{"rank": 4}',
         "--four-bit", "/steps/four_bit", "--rows", "/steps/rows", "--table", "/steps/table",

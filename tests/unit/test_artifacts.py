@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from spectraqlora.artifacts import SCHEMA_VERSION, BaseMeasurement, FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
+from spectraqlora.models.loading import load_tokenizer
 
 RECORDED = Path(__file__).parent / "recorded" / "quantized-0.1.0.json"
 """What quantize-load of version 0.1.0 wrote."""
@@ -43,6 +44,18 @@ def test_what_is_no_measurement_is_refused_in_one_line(
         BaseMeasurement.read(tmp_path)
     assert expected in str(refused.value) and "0.1.0" not in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_an_outline_is_the_4_bit_model_without_its_weights(quantized: Path, outline: Path) -> None:
+    names = {path.name for path in (outline / "model").iterdir()}
+    assert names == {path.name for path in (quantized / "model").iterdir()} - {"model.safetensors"}
+    assert sum(path.stat().st_size for path in outline.rglob("*") if path.is_file()) < 200_000
+    light, full = ModelOutline.read(outline), FourBitModel.read(quantized)
+    assert light.model_dump().items() <= full.model_dump().items()
+    assert len(light.modules) == 28
+    text = "a person and a number: 17"
+    tokenizers = [load_tokenizer(folder / "model") for folder in (outline, quantized)]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
 
 
 def test_a_measurement_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def test_another_program_is_passed_on_with_its_exit_code() -> None:
     ("arguments", "line"),
     [
         ([], "error: arguments: 'quantize-load': expected the following arguments are required: --base-model"),
-        (["--base-model", "x", "--four-bit", "out", "--model-settings", "[1]"], "error: --model-settings: '[1]': expected a JSON object"),
-        (["--base-model", "x", "--four-bit", "/proc/none"], "error: --four-bit: '/proc/none': expected a folder that can be written"),
+        (["--base-model", "x", "--four-bit", "out", "--outline", "out", "--model-settings", "[1]"], "error: --model-settings: '[1]': expected a JSON object"),
+        (["--base-model", "x", "--four-bit", "/proc/none", "--outline", "out"], "error: --four-bit: '/proc/none': expected a folder that can be written"),
     ],
 )  # fmt: skip
 def test_bad_arguments_get_one_line_and_exit_code_2(arguments: list[str], line: str, tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ def test_a_missing_input_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_step_runs_and_says_what_it_wrote(
-    quantized: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    outline: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command_line.run(
         "prepare-data",
         [
             *("--source", str(tiny_rows), "--data-settings", '{"eval_fraction": 0.25}'),
-            *("--outline", str(quantized), "--rows", str(tmp_path / "rows")),
+            *("--outline", str(outline), "--rows", str(tmp_path / "rows")),
         ],
     )
     said = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -56,7 +56,9 @@ def test_activations_counted_without_storage_are_those_of_the_real_4_bit_model(
     write_family(family, tmp_path / "base")
     (tmp_path / "quantized").mkdir()
     manifest = quantize(
-        ModelSettings(base_model=str(tmp_path / "base"), compute_dtype=dtype), tmp_path / "quantized"
+        ModelSettings(base_model=str(tmp_path / "base"), compute_dtype=dtype),
+        tmp_path / "quantized",
+        tmp_path / "outline",
     )
     outline = memory_plan.Outline(
         AutoConfig.from_pretrained(tmp_path / "base"), 4 if dtype == "float32" else 2

@@ -19,7 +19,7 @@ from spectraqlora.signals import gradients
 from spectraqlora.signals.gradients import GradientSketch, sketch_gradients
 from spectraqlora.signals.scores import combined, task_scores
 from spectraqlora.steps.select_layers.select import select
-from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
 MODULES = [
     LinearModule(module=f"m.{i}.{t}", type=t, layer=i, out_features=32, in_features=32, four_bit=True)
@@ -199,9 +199,9 @@ def test_calibration_keeps_the_inputs_of_the_blocks_and_runs_them_again(
 
 
 def test_a_starts_from_the_leading_gradient_directions_of_its_group(
-    quantized: Path, prepared: Path, tmp_path: Path
+    quantized: Path, outline: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    analyze(SnrSettings(), quantized, tmp_path / "table")
+    analyze(Inputs(outline), SnrSettings(), tmp_path / "table")
     settings = SelectSettings(
         rank=4, sketch_size=256, calibration_batches=2, similarity=-1.0, percent=100.0, gradient_init="on"
     )

@@ -14,7 +14,7 @@ from spectraqlora.settings import SnrSettings
 from spectraqlora.snr.scan import scan
 from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json, unfrozen_yaml
 from spectraqlora.snr.table import read_table, top_modules, write_table
-from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
 SHARED = Path(os.environ.get("SPECTRAQLORA_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 PUBLISHED = SHARED / "data" / "spectrum_snr"
@@ -58,11 +58,11 @@ def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
         read_table(tmp_path)
 
 
-def test_a_table_measured_elsewhere_takes_the_scans_place(quantized: Path, tmp_path: Path) -> None:
-    analyze(SnrSettings(), quantized, tmp_path / "own")
+def test_a_table_measured_elsewhere_takes_the_scans_place(outline: Path, tmp_path: Path) -> None:
+    analyze(Inputs(outline), SnrSettings(), tmp_path / "own")
     own = read_table(tmp_path / "own")
     for name in ("snr.parquet", "spectrum.json"):
-        analyze(SnrSettings(table=str(tmp_path / "own" / name)), quantized, tmp_path / name)
+        analyze(Inputs(outline), SnrSettings(table=str(tmp_path / "own" / name)), tmp_path / name)
         given = read_table(tmp_path / name)
         assert dict(zip(given["module"], given["snr"], strict=True)) == pytest.approx(
             dict(zip(own["module"], own["snr"], strict=True))
@@ -70,7 +70,7 @@ def test_a_table_measured_elsewhere_takes_the_scans_place(quantized: Path, tmp_p
         assert top_modules(given, 50) == top_modules(own, 50)
     (tmp_path / "short.json").write_text(spectrum_json(own.iloc[1:]))
     with pytest.raises(InputError, match=rf"1 have none, {own.module[0]} is one"):
-        analyze(SnrSettings(table=str(tmp_path / "short.json")), quantized, tmp_path / "short")
+        analyze(Inputs(outline), SnrSettings(table=str(tmp_path / "short.json")), tmp_path / "short")
 
 
 @needs_published

@@ -16,7 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from spectraqlora.artifacts import FourBitModel
+from spectraqlora.artifacts import ModelOutline
+from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.modules import dequantized_weight
 from spectraqlora.models.tensors import LocalTensors
@@ -27,7 +28,7 @@ from spectraqlora.snr.marchenko_pastur import SnrStatistics, from_singular_value
 from spectraqlora.snr.scan import scan, scan_tensors
 from spectraqlora.snr.table import read_table, top_modules
 from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
-from spectraqlora.steps.snr_analyze.analyze import analyze
+from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora_pipelines.cli.app import _snr_table
 
 from tests.benchmarks.snr import memory_bound, peak_of_scan, write_checkpoint
@@ -137,7 +138,9 @@ def test_peak_memory_of_a_scan_does_not_follow_the_size_of_the_checkpoint() -> N
     assert found["peak"] < memory_bound(layer) < 2**30
 
 
-def test_a_packed_checkpoint_is_scanned_as_the_loaded_model_would_be(quantized: Path, tmp_path: Path) -> None:
+def test_a_packed_checkpoint_is_scanned_as_the_loaded_model_would_be(
+    quantized: Path, outline: Path, tmp_path: Path
+) -> None:
     model, manifest = load_four_bit(quantized)
     named = dict(model.named_modules())
     checkpoint = LocalTensors(quantized / "model")
@@ -149,20 +152,28 @@ def test_a_packed_checkpoint_is_scanned_as_the_loaded_model_would_be(quantized: 
         ((info.module, dequantized_weight(named[info.module]).cpu()) for info in manifest.modules),
         "quantized",
     )
-    analyze(SnrSettings(source="quantized"), quantized, tmp_path)
+    analyze(Inputs(outline, quantized), SnrSettings(source="quantized"), tmp_path)
     pd.testing.assert_frame_equal(read_table(tmp_path), expected)
     assert {row.module for row in scan(checkpoint).itertuples()} == {info.module for info in manifest.modules}
 
 
-def test_the_original_is_scanned_where_the_settings_say_so(quantized: Path, tmp_path: Path) -> None:
-    analyze(SnrSettings(source="original"), quantized, tmp_path)
+def test_the_original_is_scanned_where_the_settings_say_so(outline: Path, tmp_path: Path) -> None:
+    analyze(Inputs(outline), SnrSettings(source="original"), tmp_path)
     table = read_table(tmp_path)
     assert set(table["source"]) == {"original"}
-    source = Path(FourBitModel.read(quantized).source_path)
+    source = Path(ModelOutline.read(outline).source_path)
     everything = scan(LocalTensors(source))
     pd.testing.assert_frame_equal(
         table.sort_values("module", ignore_index=True), everything.sort_values("module", ignore_index=True)
     )
+
+
+def test_four_bit_weights_are_measured_only_where_the_pipeline_hands_them_over(
+    outline: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as refused:
+        analyze(Inputs(outline), SnrSettings(source="quantized"), tmp_path)
+    assert str(refused.value).startswith("snr.source: 'quantized': expected original, or a pipeline compiled")
 
 
 @pytest.fixture
@@ -208,7 +219,7 @@ def test_a_killed_scan_goes_on_where_it_was(slow_model: Path, tmp_path: Path) ->
 
 
 def test_an_interrupted_step_goes_on_where_it_was(
-    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -224,13 +235,13 @@ def test_an_interrupted_step_goes_on_where_it_was(
     done: list[torch.Tensor] = []
     monkeypatch.setattr(workers, "statistics", stop)
     with pytest.raises(Interrupted):
-        analyze(SnrSettings(), quantized, tmp_path / "first")
+        analyze(Inputs(outline), SnrSettings(), tmp_path / "first")
     (kept,) = (tmp_path / "cache" / "spectraqlora" / "snr").iterdir()
     rows = kept.read_text().count('"module"')
     assert 1 <= rows <= 5
     done.clear()
     monkeypatch.setattr(workers, "statistics", lambda weight: done.append(weight) or statistics(weight))
-    analyze(SnrSettings(), quantized, tmp_path / "second")
+    analyze(Inputs(outline), SnrSettings(), tmp_path / "second")
     assert len(done) == 28 - rows
     assert not kept.exists() and len(read_table(tmp_path / "second")) == 28
 

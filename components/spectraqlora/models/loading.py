@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectraqlora.artifacts import FourBitModel
+from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.models.families import auto_class, plain_linears, quantizable_t5
 from spectraqlora.models.hardware import device
 from spectraqlora.models.modules import without_cpu_packing
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def original_folder(manifest: FourBitModel) -> Path:
+def original_folder(manifest: ModelOutline) -> Path:
     """Local folder of the model that was quantized; fetched again where another machine did that."""
     here = not is_address(manifest.source) and Path(manifest.source_path).is_dir()
     source = manifest.source_path if here else manifest.source
     return resolve_base(source, manifest.revision, manifest.source_content, manifest.trust_remote_code)
 
 
-def original_tensors(manifest: FourBitModel) -> Tensors:
+def original_tensors(manifest: ModelOutline) -> Tensors:
     """Tensors of the model that was quantized; those at an s3:// address are read where they are.
 
     Raises:

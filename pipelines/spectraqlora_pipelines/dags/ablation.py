@@ -12,8 +12,13 @@ from spectraqlora_pipelines.dags.shared_steps import shared_steps
 DEFAULTS = Settings().model_dump(mode="json")
 
 
-def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = Placement()) -> Any:
-    """The pipeline with a static branch for each method and its rounds unrolled, its tasks placed by `place`."""
+def ablation_pipeline(
+    methods: tuple[str, ...], rounds: int, place: Placement = Placement(), snr_source: str = "original"
+) -> Any:
+    """The pipeline with a static branch for each method and its rounds unrolled, its tasks placed by `place`.
+
+    `snr_source` is `original`, or `quantized`, where the SNR of the 4-bit weights can be measured.
+    """
     branches = {method: branch_of(method, rounds, place) for method in methods}
 
     @dsl.pipeline(
@@ -40,6 +45,6 @@ def ablation_pipeline(methods: tuple[str, ...], rounds: int, place: Placement = 
         checkpoint: dict = DEFAULTS["checkpoint"],
         export: dict = DEFAULTS["export"],
     ):
-        shared_steps(branches, dict(locals()), {}, place)
+        shared_steps(branches, dict(locals()), {}, place, snr_source)
 
     return ablation

@@ -52,8 +52,10 @@ def dag(name: Dag, settings: Settings, place: Placement) -> Any:
     from spectraqlora_pipelines.dags.retraining import retraining_pipeline
 
     if name == "ablation":
-        return ablation_pipeline(settings.methods, settings.rounds, place)
-    return retraining_pipeline(settings.retrain.method, settings.rounds, settings.retrain.start, place)
+        return ablation_pipeline(settings.methods, settings.rounds, place, settings.snr.source)
+    return retraining_pipeline(
+        settings.retrain.method, settings.rounds, settings.retrain.start, place, settings.snr.source
+    )
 
 
 def compile_dag(path: Path, name: Dag, settings: Settings, values: ClusterValues | None = None) -> None:

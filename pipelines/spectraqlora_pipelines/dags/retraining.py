@@ -12,7 +12,9 @@ from spectraqlora_pipelines.dags.placement import Placement
 from spectraqlora_pipelines.dags.shared_steps import shared_steps
 
 
-def retraining_pipeline(method: str, rounds: int, start: str, place: Placement = Placement()) -> Any:
+def retraining_pipeline(
+    method: str, rounds: int, start: str, place: Placement = Placement(), snr_source: str = "original"
+) -> Any:
     """The pipeline for one method.
 
     Args:
@@ -20,6 +22,7 @@ def retraining_pipeline(method: str, rounds: int, start: str, place: Placement =
         rounds: unrolled.
         start: `base`, or `champion` to start from its adapter where it fits.
         place: names and places the tasks.
+        snr_source: `original`, or `quantized`, where the SNR of the 4-bit weights can be measured.
     """
     branch = branch_of(method, rounds, place, from_champion=start == "champion")
 
@@ -53,6 +56,6 @@ def retraining_pipeline(method: str, rounds: int, start: str, place: Placement =
         digest = changes.outputs["Output"]
         with dsl.If(digest != UNCHANGED, name="something-changed"):
             origin = {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe}
-            shared_steps({method: branch}, {**given, "source_content": digest}, origin, place)
+            shared_steps({method: branch}, {**given, "source_content": digest}, origin, place, snr_source)
 
     return retraining

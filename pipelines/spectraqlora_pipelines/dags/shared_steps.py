@@ -16,7 +16,11 @@ from spectraqlora_pipelines.dags.placement import Placement
 
 
 def shared_steps(
-    branches: dict[str, Any], given: dict[str, Any], origin: dict[str, Any], place: Placement
+    branches: dict[str, Any],
+    given: dict[str, Any],
+    origin: dict[str, Any],
+    place: Placement,
+    snr_source: str,
 ) -> None:
     """The steps of every pipeline, from quantize-load to promote.
 
@@ -25,23 +29,27 @@ def shared_steps(
         given: the pipeline's parameters by name.
         origin: what the registered version says of where it comes from.
         place: names and places the tasks.
+        snr_source: `original`, or `quantized`, where alone snr-analyze is given the 4-bit model.
     """
     run_key, seed, evaluate, tracking = (given[name] for name in ("run_key", "seed", "evaluate", "tracking"))
     quantized = quantize_load(
         base_model=given["base_model"], content=given["base_content"], model_settings=given["model"]
     )
     place(quantized, "quantize-load")
-    four_bit = quantized.outputs["four_bit"]
+    four_bit, outline = quantized.outputs["four_bit"], quantized.outputs["outline"]
     prepared = prepare_data(
         source=given["source"],
         content=given["source_content"],
         data_settings=given["data"],
         seed=seed,
-        outline=four_bit,
+        outline=outline,
     )
     place(prepared, "prepare-data")
     rows = prepared.outputs["rows"]
-    analyzed = snr_analyze(snr_settings=given["snr"], content=given["table_content"], outline=four_bit)
+    weights = {"four_bit": four_bit} if snr_source == "quantized" else {}
+    analyzed = snr_analyze(
+        snr_settings=given["snr"], content=given["table_content"], outline=outline, **weights
+    )
     place(analyzed, "snr-analyze")
     table = analyzed.outputs["table"]
     results: dict[str, Any] = {}

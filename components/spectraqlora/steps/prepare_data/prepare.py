@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import FourBitModel, PreparedRows
+from spectraqlora.artifacts import ModelOutline, PreparedRows
 from spectraqlora.data.layouts import Layout, messages_of, recognise
 from spectraqlora.data.sources import (
     LOADERS,
@@ -111,13 +111,13 @@ def _load(settings: DataSettings, content: str) -> Any:
 
 
 def prepare(
-    settings: DataSettings, quantized: Path, seed: int, output: Path, content: str = ""
+    settings: DataSettings, outline: Path, seed: int, output: Path, content: str = ""
 ) -> PreparedRows:
     """Write `train/` and `held_out/` (Arrow: input_ids, labels) and the manifest.
 
     Args:
         settings: the `data` section.
-        quantized: artifact of quantize-load, for its tokenizer.
+        outline: of the model, for its tokenizer.
         seed: of the split.
         output: the artifact's folder.
         content: what an s3:// source must hold, as `storage.content_digest` says it; empty takes what is there.
@@ -130,7 +130,7 @@ def prepare(
 
     raw = _load(settings, content)
     layout = recognise(raw.column_names)
-    folder, trust = quantized / "model", FourBitModel.read(quantized).trust_remote_code
+    folder, trust = outline / "model", ModelOutline.read(outline).trust_remote_code
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     encoder = _Encoder(load_tokenizer(folder, trust), settings, layout, config.is_encoder_decoder)
     length = min(settings.max_length, context_length(config) or settings.max_length)

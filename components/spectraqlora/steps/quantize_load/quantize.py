@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from spectraqlora.artifacts import FourBitModel
+from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.files import folder_digest
 from spectraqlora.models.families import check_computes
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, unquantized
@@ -20,12 +21,13 @@ from spectraqlora.storage import content_digest, parse_address
 LOW_SHARE = 0.8
 
 
-def quantize(settings: ModelSettings, output: Path, content: str = "") -> FourBitModel:
-    """Write `output/model` (safetensors, tokenizer) and the manifest; returns the manifest.
+def quantize(settings: ModelSettings, output: Path, outline: Path, content: str = "") -> FourBitModel:
+    """Write the 4-bit model (safetensors, tokenizer) and its outline; returns the 4-bit model's manifest.
 
     Args:
         settings: the `model` section.
-        output: the artifact's folder.
+        output: folder of the 4-bit model.
+        outline: folder of its outline.
         content: what an s3:// address must hold, as `storage.content_digest` says it; empty takes what is there.
 
     Raises:
@@ -62,6 +64,7 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> FourBi
         modules=modules,
     )
     manifest.write(output)
+    _write_outline(manifest, output, outline)
     share = four_bit / total
     print(json.dumps({"parameters": total, "four_bit_share": round(share, 4), "compute_dtype": str(dtype)}))
     if share < LOW_SHARE:
@@ -81,3 +84,13 @@ def quantize(settings: ModelSettings, output: Path, content: str = "") -> FourBi
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return manifest
+
+
+def _write_outline(manifest: FourBitModel, four_bit: Path, outline: Path) -> None:
+    """Copy all that is not weights: configs, tokenizer, and the model's own code where it has some."""
+    shutil.copytree(
+        four_bit / "model",
+        outline / "model",
+        ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"),
+    )
+    ModelOutline(**manifest.model_dump(include=set(ModelOutline.model_fields))).write(outline)

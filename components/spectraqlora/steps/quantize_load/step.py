@@ -9,11 +9,14 @@ from spectraqlora.settings import ModelSettings
 
 
 @step
-def run(*, base_model: str, content: str, model_settings: dict[str, Any], four_bit: Any) -> None:
+def run(
+    *, base_model: str, content: str, model_settings: dict[str, Any], four_bit: Any, outline: Any
+) -> None:
     from spectraqlora.steps.quantize_load.quantize import quantize
 
     section = ModelSettings(**{**model_settings, "base_model": base_model})
-    result = quantize(section, output_folder(four_bit), content)
+    result = quantize(section, output_folder(four_bit), output_folder(outline), content)
     four_bit.metadata.update(
         digest=result.base_digest, four_bit_share=result.four_bit_parameters / result.parameters
     )
+    outline.metadata.update(digest=result.base_digest)

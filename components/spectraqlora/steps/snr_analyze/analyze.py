@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from spectraqlora.artifacts import FourBitModel
+from spectraqlora.artifacts import ModelOutline
+from spectraqlora.errors import InputError
 from spectraqlora.models.loading import original_tensors
-from spectraqlora.models.tensors import LocalTensors
+from spectraqlora.models.tensors import LocalTensors, Tensors
 from spectraqlora.runtime.cache import cache_folder
 from spectraqlora.runtime.console import Progress
 from spectraqlora.settings import SnrSettings, is_address
@@ -17,23 +19,46 @@ from spectraqlora.snr.table import read_given, write_table
 from spectraqlora.storage import local_copy, parse_address
 
 
-def analyze(settings: SnrSettings, quantized: Path, output: Path) -> None:
+@dataclass(frozen=True)
+class Inputs:
+    """The folders that the step reads; the 4-bit model only where its weights are measured."""
+
+    outline: Path
+    four_bit: Path | None = None
+
+
+def analyze(inputs: Inputs, settings: SnrSettings, output: Path) -> None:
     """Write the SNR table of the model's linear modules to `output`, measured or given; no model is loaded.
 
-    Until the table is written, finished rows lie in the user's cache: an interrupted scan goes on from them.
+    Until the table is written, finished rows are in the user's cache: an interrupted scan resumes from them.
+
+    Raises:
+        InputError: the 4-bit weights are to be measured, but are not among the inputs; or the original, or the
+            given table, is not there or is another one.
     """
-    manifest = FourBitModel.read(quantized)
+    manifest = ModelOutline.read(inputs.outline)
     if settings.table:
         write_table(read_given(given_table(settings.table), manifest.modules), output)
         return
-    original = settings.source == "original"
-    checkpoint = original_tensors(manifest) if original else LocalTensors(quantized / "model")
+    checkpoint = _checkpoint(inputs, manifest, settings)
     finished = _finished(checkpoint.digest)
     progress = Progress("measuring SNR", len(manifest.modules))
     table = scan(checkpoint, manifest.modules, lambda done, _, module: progress(done, module), finished)
     write_table(table, output)
     if finished:
         finished.remove()
+
+
+def _checkpoint(inputs: Inputs, manifest: ModelOutline, settings: SnrSettings) -> Tensors:
+    if settings.source == "original":
+        return original_tensors(manifest)
+    if inputs.four_bit is None:
+        raise InputError(
+            "snr.source",
+            "quantized",
+            "original, or a pipeline compiled with snr.source=quantized; this one hands snr-analyze no 4-bit weights",
+        )
+    return LocalTensors(inputs.four_bit / "model")
 
 
 def given_table(place: str) -> Path:

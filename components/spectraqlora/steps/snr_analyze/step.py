@@ -10,7 +10,8 @@ from spectraqlora.settings import SnrSettings
 
 
 @step
-def run(*, snr_settings: dict[str, Any], outline: Any, table: Any) -> None:
-    from spectraqlora.steps.snr_analyze.analyze import analyze
+def run(*, snr_settings: dict[str, Any], outline: Any, four_bit: Any, table: Any) -> None:
+    from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
-    analyze(SnrSettings(**snr_settings), Path(outline.path), output_folder(table))
+    inputs = Inputs(Path(outline.path), Path(four_bit.path) if four_bit is not None else None)
+    analyze(inputs, SnrSettings(**snr_settings), output_folder(table))
