@@ -160,7 +160,7 @@ def test_what_could_not_be_sent_at_all_is_sent_by_the_next_step(
         with LiveMetrics(tracker, run_id) as live:
             for step, loss in log.loss_curve:
                 live("train_loss", step, loss)
-        assert not tracker.patiently(lambda: tracker.log_training(run_id, log, 10), "the curves")
+        assert not tracker.retry_while_away(lambda: tracker.log_training(run_id, log, 10), "the curves")
         assert time.monotonic() - began < 120
         said = capfd.readouterr().out
         assert "WARNING" in said and "sent by the next step" in said

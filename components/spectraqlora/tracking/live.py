@@ -8,8 +8,9 @@ import threading
 import time
 from typing import Any, Self
 
+from spectraqlora.runtime.console import say, warn
 from spectraqlora.tracking.runs import Tracker
-from spectraqlora.tracking.server import ServerAway, refusals
+from spectraqlora.tracking.server import ServerAway, explain_errors
 
 SEND_SECONDS = 5.0
 SAMPLE_SECONDS = 10.0
@@ -19,7 +20,7 @@ FAILED_SECONDS = 5.0
 class LiveMetrics:
     """Collects points, sends them in batches and keeps what could not be sent until the server is back.
 
-    System metrics (CPU, memory, disk, network, GPU where there is one) are sampled beside them by MLflow's
+    System metrics (CPU, memory, disk, network, GPU where there is one) are sampled next to them by MLflow's
     own monitors.
 
     Args:
@@ -37,7 +38,7 @@ class LiveMetrics:
         self.away_since: float | None = None
 
     def __call__(self, name: str, step: int, value: float) -> None:
-        """Note a point; returns at once."""
+        """Record a point; returns at once."""
         from mlflow.entities import Metric
 
         if math.isfinite(value):
@@ -53,7 +54,7 @@ class LiveMetrics:
         self._stop.set()
         self._thread.join(None if kind is None else FAILED_SECONDS)
         if kind is None:
-            self._tracker.patiently(self._send, f"the end of the curves ({len(self._waiting)} points)")
+            self._tracker.retry_while_away(self._send, f"the end of the curves ({len(self._waiting)} points)")
         elif self.away_since is None and not self._thread.is_alive():
             self._try()
 
@@ -75,16 +76,10 @@ class LiveMetrics:
         except ServerAway as error:
             if self.away_since is None:
                 self.away_since = time.monotonic()
-                print(
-                    f"WARNING: MLflow does not answer ({error.why}); the metrics wait, the work goes on",
-                    flush=True,
-                )
+                warn(f"MLflow does not answer ({error.why}); the metrics wait, the work continues")
             return
         if self.away_since is not None:
-            print(
-                f"MLflow is back after {time.monotonic() - self.away_since:.0f} s; metrics are sent",
-                flush=True,
-            )
+            say(f"MLflow is back after {time.monotonic() - self.away_since:.0f} s; metrics are sent")
             self.away_since = None
 
     def _work(self) -> None:
@@ -99,24 +94,24 @@ class LiveMetrics:
             self._sample(monitor, int((time.time() - started) / SAMPLE_SECONDS) + 1)
 
     def _monitor(self) -> tuple[Any, float]:
-        """MLflow's monitor, and when the run began: its samples are counted from there."""
+        """MLflow's monitor, and when the run started: its samples are counted from there."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        began = time.time()
-        with contextlib.suppress(ServerAway), refusals(self._tracker.settings):
-            began = self._tracker.client.get_run(self._run).info.start_time / 1000
-        return SystemMetricsMonitor(self._run, tracking_uri=self._tracker.settings.uri), began
+        started = time.time()
+        with contextlib.suppress(ServerAway), explain_errors(self._tracker.settings):
+            started = self._tracker.client.get_run(self._run).info.start_time / 1000
+        return SystemMetricsMonitor(self._run, tracking_uri=self._tracker.settings.uri), started
 
     def _sample(self, monitor: Any, step: int) -> None:
         from mlflow.entities import Metric
 
         monitor.collect_metrics()
         now = int(time.time() * 1000)
-        found = [
+        samples = [
             Metric(f"system/{name}", float(value), now, step)
             for name, value in monitor.aggregate_metrics().items()
         ]
         for part in monitor.monitors:
             part.clear_metrics()
         with self._lock:
-            self._waiting += found
+            self._waiting += samples

@@ -14,7 +14,7 @@ from spectraqlora.artifacts import RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.runs import Tracker, write_once
-from spectraqlora.tracking.server import connect, refusals
+from spectraqlora.tracking.server import connect, explain_errors
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 EVAL_ROWS, ADAPTER = "eval_rows", "adapter"
@@ -75,11 +75,11 @@ class Registry:
     def __init__(self, settings: TrackingSettings) -> None:
         self.settings, self.name = settings, settings.registered_model
         self.client = connect(settings)
-        with refusals(settings):
+        with explain_errors(settings):
             self.client.search_registered_models(max_results=1)
 
     def _asking(self) -> contextlib.AbstractContextManager[None]:
-        return refusals(self.settings)
+        return explain_errors(self.settings)
 
     def versions(self) -> list[Version]:
         """All versions, newest first; none where the model is not registered."""

@@ -15,9 +15,10 @@ from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, PreparedRows, TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
+from spectraqlora.runtime.console import warn
 from spectraqlora.runtime.images import image_reference
 from spectraqlora.settings import TrackingSettings
-from spectraqlora.tracking.server import ServerAway, connect, refusals
+from spectraqlora.tracking.server import ServerAway, connect, explain_errors
 
 RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
 IMAGE, REVISION = "SPECTRAQLORA_IMAGE_REFERENCE", "SPECTRAQLORA_REVISION"
@@ -50,15 +51,15 @@ class Tracker:
         self.settings, self.run_key, self.step = settings, run_key, step
         self._runs: dict[str, str] = {}
         self.client = connect(settings)
-        with refusals(settings):
+        with explain_errors(settings):
             self.experiment = self._experiment()
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
         name = self.settings.experiment
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             location = None
             if self.settings.uri.startswith("sqlite:///"):
                 database = Path(self.settings.uri.removeprefix("sqlite:///"))
@@ -68,10 +69,10 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = self.client.get_experiment_by_name(name)
-        if found.lifecycle_stage != "active":
+                experiment = self.client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
             raise InputError("tracking.experiment", name, "an experiment that is not deleted")
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def _tags(self) -> dict[str, str]:
         tags = {RUN_KEY: self.run_key, "spectraqlora.version": __version__}
@@ -99,13 +100,13 @@ class Tracker:
         return chosen
 
     def pipeline_run(self) -> str:
-        """Id of the run that stands for the whole pipeline run."""
+        """Id of the run that stands for the pipeline run."""
         from mlflow.exceptions import MlflowException
 
         if _PARENT in self._runs:
             return self._runs[_PARENT]
         ballot = f"{self.settings.experiment}: run {self.run_key}"
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             decided = self.client.get_experiment_by_name(ballot)
             if decided is None:
                 candidate = self._create(_PARENT, self.run_key, {})
@@ -124,7 +125,7 @@ class Tracker:
         if method in self._runs:
             return self._runs[method]
         parent, key = self.pipeline_run(), f"run.{method}"
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             chosen = self.client.get_run(parent).data.params.get(key)
             if chosen is None:
                 candidate = self._create(method, method, {"mlflow.parentRunId": parent})
@@ -145,7 +146,7 @@ class Tracker:
                 flat[prefix] = (value if isinstance(value, str) else json.dumps(value))[:_PARAM_LENGTH]
 
         collect("", values)
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             known = self.client.get_run(run_id).data.params
             fresh = [Param(key, value) for key, value in flat.items() if key not in known]
             if fresh:
@@ -153,12 +154,12 @@ class Tracker:
 
     def known_steps(self, run_id: str, name: str) -> set[int]:
         """Steps at which a metric is logged already."""
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             return {m.step for m in self.client.get_metric_history(run_id, name)}
 
     def log_points(self, run_id: str, points: list[Any]) -> None:
         """Log metric points (MLflow's `Metric`); the very same point twice counts once."""
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             for start in range(0, len(points), _BATCH):
                 self.client.log_batch(run_id, metrics=points[start : start + _BATCH])
 
@@ -180,10 +181,10 @@ class Tracker:
             self.log_curve(run_id, name, [(step + offset, loss) for step, loss in points])
 
     def log_metrics(self, run_id: str, values: dict[str, float]) -> None:
-        """Log finite numbers; one that stands there already with this value is left alone."""
+        """Log finite numbers; one that is there already with this value is left alone."""
         from mlflow.entities import Metric
 
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             known = self.client.get_run(run_id).data.metrics
         now = int(time.time() * 1000)
         fresh = {k: v for k, v in values.items() if math.isfinite(v) and known.get(k) != v}
@@ -202,12 +203,12 @@ class Tracker:
             profile=json.dumps({"train_rows": data.train_rows, "eval_rows": data.eval_rows}),
         )
         context = [InputTag("mlflow.data.context", "training")]
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             self.client.log_inputs(run_id, datasets=[DatasetInput(entity, context)])
 
     def log_evaluation(self, run_id: str, evaluation: Evaluation, metrics: dict[str, float]) -> None:
         """Log what an evaluation holds of its branch: all rounds' curves, numbers and digests."""
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             settings = self.client.get_run(run_id).data.params
         max_steps = int(settings.get("train.max_steps", 0))
         for part in evaluation.rounds:
@@ -218,30 +219,30 @@ class Tracker:
 
     def log_file(self, run_id: str, path: Path, folder: str = "") -> None:
         """Keep a file among the run's artifacts."""
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             self.client.log_artifact(run_id, str(path), folder or None)
 
     def log_folder(self, run_id: str, path: Path, folder: str) -> None:
         """Keep a folder's files among the run's artifacts."""
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             self.client.log_artifacts(run_id, str(path), folder)
 
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         """Set tags of a run."""
         from mlflow.entities import RunTag
 
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def finish(self, run_id: str) -> None:
         """Mark a run as finished."""
-        with refusals(self.settings):
+        with explain_errors(self.settings):
             self.client.set_terminated(run_id, "FINISHED")
 
-    def patiently(self, send: Callable[[], None], what: str) -> bool:
+    def retry_while_away(self, send: Callable[[], None], what: str) -> bool:
         """Send after the work is done: wait for a server that is away, then give up with a warning.
 
-        Whatever is sent stands in the step's artifacts as well, and the next step sends it again.
+        Whatever is sent is in the step's artifacts as well, and the next step sends it again.
         """
         deadline = time.monotonic() + self.settings.patience_seconds
         pause = 1.0
@@ -251,10 +252,9 @@ class Tracker:
                 return True
             except ServerAway as error:
                 if time.monotonic() + pause > deadline:
-                    print(
-                        f"WARNING: MLflow at {self.settings.uri} does not answer ({error.why}); {what} is kept in the "
-                        "step's artifacts and sent by the next step",
-                        flush=True,
+                    warn(
+                        f"MLflow at {self.settings.uri} does not answer ({error.why}); {what} is kept in the "
+                        "step's artifacts and sent by the next step"
                     )
                     return False
             time.sleep(pause)
@@ -268,7 +268,7 @@ def step_image() -> str:
 
 
 def write_once(client: Any, run_id: str, key: str, value: str) -> str:
-    """Write a run's param unless it has one; the value that stands, ours or the one that came first."""
+    """Write a run's param unless it has one; the value that it then has, ours or the one that came first."""
     from mlflow.exceptions import MlflowException
 
     try:

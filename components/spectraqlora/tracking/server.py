@@ -37,13 +37,13 @@ def connect(settings: TrackingSettings) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with refusals(settings):
+    with explain_errors(settings):
         return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
 
 
 @contextlib.contextmanager
-def refusals(settings: TrackingSettings) -> Iterator[None]:
-    """MLflow's refusals of who we are become one line; silence becomes `ServerAway`."""
+def explain_errors(settings: TrackingSettings) -> Iterator[None]:
+    """MLflow's explain_errors of who we are become one line; silence becomes `ServerAway`."""
     from mlflow.exceptions import MlflowException
 
     try:

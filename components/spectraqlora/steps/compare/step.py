@@ -66,4 +66,4 @@ def run(
             tracker.log_file(run, Path(table.path) / name, "snr")
 
     plots.write_plots(plots.draw(ordered, read_table(Path(table.path)), best), board / "plots")
-    tracker.patiently(send, "the leaderboard")
+    tracker.retry_while_away(send, "the leaderboard")

@@ -60,4 +60,4 @@ def run(
         tracker.log_folder(branch, folder, "evaluation")
         tracker.finish(branch)
 
-    tracker.patiently(send, "the evaluation")
+    tracker.retry_while_away(send, "the evaluation")

@@ -80,4 +80,4 @@ def run(
         tracker.log_training(branch, log, section.max_steps)
         tracker.log_file(branch, Path(rank_map.path) / RankMap.filename(), f"round-{log.round}")
 
-    tracker.patiently(send, "what training logged")
+    tracker.retry_while_away(send, "what training logged")
