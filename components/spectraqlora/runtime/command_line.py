@@ -44,6 +44,11 @@ class Option(NamedTuple):
     artifact: type | None = None
 
     @property
+    def is_file(self) -> bool:
+        """Whether the artifact is one file: KFP shows an HTML artifact only as such."""
+        return getattr(self.artifact, "schema_title", "") == "system.HTML"
+
+    @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
@@ -113,7 +118,7 @@ def parser(step: str, function: Callable[..., None]) -> argparse.ArgumentParser:
         description=f"{step}: {summary}",
         epilog=f"""Example: {step} {example}
 
-Folders are artifacts: what one step writes, the next one reads.
+Folders and files are artifacts: what one step writes, the next one reads.
 Sections are JSON objects of settings; what is left out keeps its default.
 Exit code 0: done; 2: bad input, in one line; 1: an error.""",
     )
@@ -122,9 +127,12 @@ Exit code 0: done; 2: bad input, in one line; 1: an error.""",
         if option.kind in ("input", "output"):
             made.add_argument(
                 option.flag,
-                metavar="DIR",
+                metavar="FILE" if option.is_file else "DIR",
                 required=option.default is _REQUIRED,
-                help=f"{shown}(folder {'read' if option.kind == 'input' else 'written'})".replace("%", "%%"),
+                help=(
+                    f"{shown}({'file' if option.is_file else 'folder'} "
+                    f"{'read' if option.kind == 'input' else 'written'})"
+                ).replace("%", "%%"),
             )
         else:
             required = option.default is _REQUIRED
@@ -162,16 +170,16 @@ def _value(option: Option, given: Any) -> Any:
 def _artifact(option: Option, given: str | None) -> Any:
     if given is None:
         return None
-    folder = Path(given).absolute()
-    if option.kind == "input" and not folder.is_dir():
+    path = Path(given).absolute()
+    if option.kind == "input" and not path.is_dir():
         raise InputError(option.flag, given, "the folder of an artifact")
     if option.kind == "output":
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (path.parent if option.is_file else path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(option.flag, given, f"a folder that can be written ({error.strerror})") from None
     assert option.artifact is not None
-    return option.artifact(name=option.name, uri=str(folder))
+    return option.artifact(name=option.name, uri=str(path))
 
 
 def run(step: str, arguments: Sequence[str]) -> None:

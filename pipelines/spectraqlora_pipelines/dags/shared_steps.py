@@ -71,7 +71,9 @@ def shared_steps(
         outcome.set_display_name(f"branch: {method}")
         results[method] = outcome.outputs["evaluation"]
         results[f"{method}_adapter"] = outcome.outputs["adapter"]
-    compared = compare(run_key=run_key, tracking_settings=tracking, table=table, **results)
+    compared = compare(
+        run_key=run_key, tracking_settings=tracking, outline=outline, rows=rows, table=table, **results
+    )
     place(compared, "compare")
     winner = compared.outputs["winner"]
     exported = merge_export(

@@ -11,9 +11,12 @@ from spectraqlora.runtime.component import component
 def compare(
     run_key: str,
     tracking_settings: dict,
+    outline: dsl.Input[dsl.Artifact],
+    rows: dsl.Input[dsl.Dataset],
     table: dsl.Input[dsl.Dataset],
     leaderboard: dsl.Output[dsl.Metrics],
     winner: dsl.Output[dsl.Model],
+    report: dsl.Output[dsl.HTML],
     qlora: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045 - the KFP compiler reads this form
     hybrid: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
     alors: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
@@ -30,9 +33,12 @@ def compare(
     Args:
         run_key: identifies the pipeline run in MLflow.
         tracking_settings: the `tracking` section.
+        outline: of the base model, for the report.
+        rows: prepared rows, for the report.
         table: SNR table before training.
         leaderboard: all evaluations in order, best first.
         winner: the winner's adapter and evaluation.
+        report: the page with leaderboard, data, curves, SNR and where each method trained.
         qlora: evaluation of the branch; absent where it was not run.
         hybrid: as above.
         alors: as above.
@@ -49,9 +55,17 @@ def compare(
     run(
         run_key=run_key,
         tracking_settings=tracking_settings,
+        outline=outline,
+        rows=rows,
         table=table,
-        evaluations=[qlora, hybrid, alors, sgm, random],
-        adapters=[qlora_adapter, hybrid_adapter, alors_adapter, sgm_adapter, random_adapter],
+        branches={
+            "qlora": (qlora, qlora_adapter),
+            "hybrid": (hybrid, hybrid_adapter),
+            "alors": (alors, alors_adapter),
+            "sgm": (sgm, sgm_adapter),
+            "random": (random, random_adapter),
+        },
         leaderboard=leaderboard,
         winner=winner,
+        report=report,
     )

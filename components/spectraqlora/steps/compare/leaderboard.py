@@ -11,7 +11,7 @@ CONTROL_ONLY = frozenset({"random"})
 TIE_STDERRS = 2.0
 
 
-def rank(evaluations: list[Evaluation]) -> list[Evaluation]:
+def order_by_loss(evaluations: list[Evaluation]) -> list[Evaluation]:
     """Best eval loss first.
 
     Raises:
@@ -32,13 +32,13 @@ def rank(evaluations: list[Evaluation]) -> list[Evaluation]:
     return sorted(evaluations, key=lambda e: e.eval_loss)
 
 
-def winner(evaluations: list[Evaluation]) -> str:
+def winning_method(evaluations: list[Evaluation]) -> str:
     """The method with the lowest eval loss; ties within noise go to fewer trainable parameters.
 
     Two branches are tied where their losses differ by no more than `TIE_STDERRS` standard errors of that
     difference, taken over the same rows.
     """
-    ordered = rank([e for e in evaluations if e.method not in CONTROL_ONLY] or evaluations)
+    ordered = order_by_loss([e for e in evaluations if e.method not in CONTROL_ONLY] or evaluations)
     best = ordered[0]
     tied = [
         e
