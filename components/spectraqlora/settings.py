@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from spectraqlora.errors import InputError
@@ -35,8 +36,22 @@ def _switch(value: object) -> object:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
+RENAMED = {"evaluate.energy": "evaluate.update_energy"}
+"""Settings of earlier versions, and what they are called now."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_names(cls, values: object) -> object:
+        section = cls.__name__.removesuffix("Settings").lower()
+        for key in values if isinstance(values, dict) else ():
+            old = f"{section}.{key}" if section else key
+            if old in RENAMED:
+                raise InputError(old, values[key], f"its new name, {RENAMED[old]}")
+        return values
 
 
 class ModelSettings(_Section):
@@ -185,7 +200,9 @@ class EvaluateSettings(_Section):
     max_new_tokens: int = Field(
         24, ge=1, description="Longest generated answer; longer references are not scored"
     )
-    energy: float = Field(0.95, gt=0, le=1, description="Share of an update's energy that its rank must hold")
+    update_energy: float = Field(
+        0.95, gt=0, le=1, description="Share of an update's energy that its rank must hold"
+    )
 
 
 def is_address(place: str) -> bool:

@@ -1,8 +1,10 @@
 """Settings: refused with key, value and expectation."""
 
+from collections.abc import Callable
+
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora.settings import Settings, parse, reference, with_overrides
+from spectraqlora.settings import RENAMED, EvaluateSettings, Settings, parse, reference, with_overrides
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,26 @@ def test_bad_settings_name_the_key_the_value_and_what_was_expected(values: dict,
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        lambda: parse({"evaluate": {"energy": 0.9}}),
+        lambda: parse(with_overrides({}, ["evaluate.energy=0.9"])),
+        # What a step is handed by a pipeline that was compiled before.
+        lambda: EvaluateSettings(energy=0.9),
+    ],
+)
+def test_a_renamed_setting_is_refused_with_its_new_name(refuse: Callable[[], object]) -> None:
+    with pytest.raises(InputError) as caught:
+        refuse()
+    assert str(caught.value) == "evaluate.energy: '0.9': expected its new name, evaluate.update_energy"
+
+
+def test_every_renamed_setting_is_gone_and_its_new_name_is_known() -> None:
+    known = {key for key, _, _ in reference()}
+    assert RENAMED and set(RENAMED.values()) <= known and not set(RENAMED) & known
 
 
 def test_overrides_reach_nested_keys_and_leave_the_input_alone() -> None:

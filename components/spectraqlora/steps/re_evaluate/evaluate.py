@@ -226,7 +226,7 @@ def _measure(
             weights[f"{name}.lora_B"],
             ranks.scaling(entry),
             norm,
-            settings.energy,
+            settings.update_energy,
         )
     return spectra, updated()
 
