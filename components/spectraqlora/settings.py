@@ -45,7 +45,7 @@ class _Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_old_names(cls, values: object) -> object:
+    def _refuse_old_names(cls, values: Any) -> Any:
         section = cls.__name__.removesuffix("Settings").lower()
         for key in values if isinstance(values, dict) else ():
             old = f"{section}.{key}" if section else key
