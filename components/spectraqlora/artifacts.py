@@ -132,19 +132,47 @@ class ModuleRank(BaseModel):
     score: float | None = Field(None, description="what ranked it; none where it has no finite score")
 
 
+class Similarity(_Manifest):
+    """SGM's gradient cosines between modules of equal type and shape, and the groups found."""
+
+    modules: list[str]
+    cosines: list[list[float | None]]
+    groups: list[list[str]]
+
+    @classmethod
+    def filename(cls) -> str:
+        return "similarity.json"
+
+
 class RankMap(_Manifest):
-    """Rank, alpha and learning-rate scale of every module, and what made them."""
+    """Rank, alpha and learning-rate scale of every module, and what made them.
+
+    Where groups of modules were made by similarity, that is stored in a file of its own beside the map.
+    """
 
     method: str
     round: int
-    base_digest: str
+    base_digest: str = Field(description="empty until the step that knows the base model fills it in")
     settings: dict[str, Any]
     modules: list[ModuleRank]
     changes: list[str] = Field(default_factory=list, description="what re-evaluation moved, in words")
+    similarity: Similarity | None = Field(None, exclude=True, description="what the groups were made from")
 
     @classmethod
     def filename(cls) -> str:
         return "rank_map.json"
+
+    def write(self, folder: str | Path) -> None:
+        if self.similarity is not None:
+            self.similarity.write(folder)
+        super().write(folder)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        rank_map = super().read(folder)
+        if (Path(folder) / Similarity.filename()).exists():
+            rank_map.similarity = Similarity.read(folder)
+        return rank_map
 
     def scaling(self, entry: ModuleRank) -> float:
         """Factor before B·A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
@@ -161,18 +189,6 @@ class RankMap(_Manifest):
                 self.base_digest[:12],
                 f"{base_digest[:12]}, the base model of this run; it was made from another one",
             )
-
-
-class Similarity(_Manifest):
-    """SGM's gradient cosines between modules of equal type and shape, and the groups found."""
-
-    modules: list[str]
-    cosines: list[list[float | None]]
-    groups: list[list[str]]
-
-    @classmethod
-    def filename(cls) -> str:
-        return "similarity.json"
 
 
 class TrainingCheckpoint(_Manifest):

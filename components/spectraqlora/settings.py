@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,8 +25,15 @@ from pydantic import (
 
 from spectraqlora.errors import InputError
 
-METHODS = ("qlora", "hybrid", "alors", "sgm", "random")
-Method = Literal["qlora", "hybrid", "alors", "sgm", "random"]
+
+def _method_name(value: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", value):
+        raise ValueError("a method's name: a letter, then letters, digits or _, all in lower case")
+    return value
+
+
+MethodName = Annotated[str, AfterValidator(_method_name)]
+"""Which names there are is known to methods/catalogue.py, which is above this module."""
 
 
 def _switch(value: object) -> object:
@@ -313,7 +321,7 @@ class PromoteSettings(_Section):
 
 
 class RetrainSettings(_Section):
-    method: Method = Field("hybrid", description="The branch that retraining runs")
+    method: MethodName = Field("hybrid", description="The branch that retraining runs")
     start: Literal["base", "champion"] = Field(
         "base",
         description="Start from a fresh adapter, or from the champion's where it has the same method and base",
@@ -323,7 +331,9 @@ class RetrainSettings(_Section):
 class Settings(_Section):
     """All settings of a run; each section is one parameter of the pipeline."""
 
-    methods: tuple[Method, ...] = Field(("qlora", "hybrid", "alors", "sgm"), description="Branches to run")
+    methods: tuple[MethodName, ...] = Field(
+        ("qlora", "hybrid", "alors", "sgm"), description="Branches to run"
+    )
     rounds: int = Field(1, ge=1, le=8, description="Rounds of train and re-evaluate")
     seed: int = Field(42, ge=0, description="Seed of everything random")
     model: ModelSettings = ModelSettings()

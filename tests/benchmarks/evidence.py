@@ -115,9 +115,12 @@ class Study:
 
     def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
         """Train one arm once; the result as one line of `runs.jsonl`."""
+        from spectraqlora.methods.catalogue import method
         from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
         from spectraqlora.steps.select_layers.select import select
         from spectraqlora.steps.train.training import train
+
+        from tests.measured import write_measurement
 
         quantized, data = self.work / "quantized", self.work / split
         settings = SelectSettings(rank=RANK, rank_high=RANK, rank_low=RANK // 2, **arm.select)
@@ -127,7 +130,11 @@ class Study:
             if arm.method == KAPPA:
                 self._condition_number_map(settings, seed, ranks)
             else:
-                select(arm.method, quantized, data, self.work / "table", settings, seed, ranks)
+                measurement = Path(scratch) / "measurement"
+                if method(arm.method).measures_gradients(settings):
+                    write_measurement(quantized, data, settings, seed, measurement)
+                outline, table = self.work / "outline", self.work / "table"
+                select(arm.method, outline, table, measurement, settings, seed, ranks)
             log = train(
                 quantized,
                 data,
@@ -156,7 +163,7 @@ class Study:
         import torch
         from peft.helpers import find_kappa_target_modules
         from spectraqlora.artifacts import FourBitModel
-        from spectraqlora.methods.ranks import rank_map
+        from spectraqlora.methods.catalogue import method
         from spectraqlora.models.loading import load_plain
 
         manifest = FourBitModel.read(self.work / "quantized")
@@ -164,7 +171,8 @@ class Study:
         chosen = find_kappa_target_modules(model, top_p=0.5, show_progress=False)["target_modules"]
         scores = {m.module: (1.0, 0.0) for m in manifest.modules if m.module in set(chosen)}
         everything = settings.model_copy(update={"percent": 100.0})
-        rank_map("hybrid", manifest.modules, scores, everything, manifest.base_digest, seed).write(output)
+        rank_map = method("hybrid").first_ranks(manifest.modules, scores, everything, seed, {})
+        rank_map.model_copy(update={"base_digest": manifest.base_digest}).write(output)
 
 
 Key = tuple[str, float, int, str]

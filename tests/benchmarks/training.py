@@ -177,7 +177,7 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     """The train step's own code, timed by its progress calls."""
     from datasets import Dataset
     from spectraqlora.artifacts import FourBitModel
-    from spectraqlora.methods.ranks import rank_map
+    from spectraqlora.methods.catalogue import method
     from spectraqlora.models import adapters
     from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
     from spectraqlora.signals.scores import weight_scores
@@ -187,7 +187,8 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     manifest = FourBitModel.read(folder / "quantized")
     settings = SelectSettings(rank=16, percent=side.get("percent", 100))
     scores = weight_scores(read_table(folder / "table"))
-    ranks = rank_map(side["method"], manifest.modules, scores, settings, manifest.base_digest, 0)
+    ranks = method(side["method"]).first_ranks(manifest.modules, scores, settings, 0, {})
+    ranks = ranks.model_copy(update={"base_digest": manifest.base_digest})
     data = Path(tempfile.mkdtemp(dir=folder))
     Dataset.from_list(rows(options, options.batch * options.steps)).save_to_disk(str(data / "train"))
     Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "held_out"))

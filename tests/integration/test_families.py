@@ -34,6 +34,7 @@ from spectraqlora.tracking.registry import Registry
 from spectraqlora.tracking.runs import Tracker
 
 from tests.families import FAMILIES, UNFORESEEN, write_family, write_own_code
+from tests.measured import write_measurement
 
 METHODS = ("qlora", "hybrid", "alors", "sgm")
 SELECT = SelectSettings(rank=4, rank_high=4, rank_low=2, calibration_batches=2, sketch_size=64)
@@ -206,7 +207,10 @@ def _branch(
     for name in ("ranks1", "adapter1", "eval1", "ranks2", "carried", "adapter2", "eval2", "ranks3", "last"):
         folders[name] = work / method / name
         folders[name].mkdir(parents=True)
-    select(method, quantized, data, table, select_, 1, folders["ranks1"])
+    measurement = work / "measurement"
+    if not measurement.exists():
+        write_measurement(quantized, data, select_, 1, measurement)
+    select(method, work / "outline", table, measurement, select_, 1, folders["ranks1"])
     train(quantized, data, folders["ranks1"], train_, EVALUATE, 1, 2, folders["adapter1"])
     re_evaluate(
         quantized, data, folders["ranks1"], folders["adapter1"], EVALUATE, select_, SnrSettings(), 1,

@@ -117,7 +117,7 @@ def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_p
     sizes = [str(rows), str(tokens), str(settings.select.sketch_size)]
     measured = int(_last_line([CALIBRATION, str(model), *sizes]))
     outline = memory_plan.Outline(memory_plan.config_of(str(model / "base")), 4)
-    planned = sum(memory_plan.calibration(outline, settings, cuda=False, method="hybrid").values())
+    planned = sum(memory_plan.calibration(outline, settings, cuda=False).values())
     print(f"calibration: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert abs(planned / measured - 1) <= TOLERANCE
 

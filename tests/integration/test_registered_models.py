@@ -43,14 +43,15 @@ def exported(quantized: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     """A winner: an adapter that is not zero, and the base with it merged in."""
     import torch
     from peft import PeftModel
-    from spectraqlora.methods.ranks import rank_map
+    from spectraqlora.methods.catalogue import method
     from spectraqlora.models import adapters
     from spectraqlora.models.loading import load_plain
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("winner")
     manifest = FourBitModel.read(quantized)
-    ranks = rank_map("qlora", manifest.modules, {}, SelectSettings(rank=4), manifest.base_digest, 1, None)
+    ranks = method("qlora").first_ranks(manifest.modules, {}, SelectSettings(rank=4), 1, {})
+    ranks = ranks.model_copy(update={"base_digest": manifest.base_digest})
     torch.manual_seed(0)
     wrapped = adapters.attach(load_plain(tiny_model, torch.float32), ranks)
     for layer in adapters.lora_layers(wrapped).values():

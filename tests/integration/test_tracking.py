@@ -107,13 +107,14 @@ def test_training_goes_on_while_the_server_is_away_and_the_curves_arrive_whole(
     quantized: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     from spectraqlora.artifacts import FourBitModel
-    from spectraqlora.methods.ranks import rank_map
+    from spectraqlora.methods.catalogue import method
     from spectraqlora.steps.train.training import train
 
     monkeypatch.setattr(live_metrics, "SEND_SECONDS", 0.1)
     monkeypatch.setattr(live_metrics, "SAMPLE_SECONDS", 0.5)
     manifest = FourBitModel.read(quantized)
-    ranks = rank_map("qlora", manifest.modules, {}, SelectSettings(rank=4), manifest.base_digest, 1, None)
+    ranks = method("qlora").first_ranks(manifest.modules, {}, SelectSettings(rank=4), 1, {})
+    ranks = ranks.model_copy(update={"base_digest": manifest.base_digest})
     ranks.write(tmp_path / "ranks")
     with MlflowServer(tmp_path / "server") as server:
         tracker = Tracker(settings(server, "outage"), "run-3")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectraqlora.artifacts import FourBitModel, ModuleRank, RankMap
 from spectraqlora.errors import InputError
-from spectraqlora.methods.next_round import carry_over
+from spectraqlora.methods.carry_over import carry_over
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
 

@@ -1,10 +1,14 @@
-"""From scores to a method's rank map."""
+"""What all methods make their ranks with: shares of the modules, budgets, learning rates, the first rank map.
+
+Every function takes the modules in the model's order. Ranks are whole numbers of LoRA directions; budgets count
+trainable parameters, of which one direction costs a module in + out.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
 from spectraqlora.errors import InputError
@@ -24,68 +28,64 @@ def by_type(modules: list[LinearModule]) -> dict[str, list[LinearModule]]:
 
 
 def cost(info: LinearModule) -> int:
-    """Trainable parameters that one unit of LoRA rank costs a module."""
+    """Trainable parameters that one unit of LoRA rank costs a module: in + out."""
     return info.in_features + info.out_features
 
 
-def ranked(members: list[LinearModule], scores: Scores) -> list[LinearModule]:
-    """Best first; modules without a score are left out."""
+def best_first(members: list[LinearModule], scores: Scores) -> list[LinearModule]:
+    """By score, the highest first; modules without a score are left out."""
     return sorted((m for m in members if m.module in scores), key=lambda m: scores[m.module], reverse=True)
 
 
 def top_percent(modules: list[LinearModule], scores: Scores, percent: float, scope: str = "type") -> set[str]:
-    """The best modules.
+    """Names of the best modules.
 
-    scope "type": per type the best floor(count * percent / 100), as Spectrum counts.
-    scope "all": across types the best first, while their adapters at equal rank cost at most `percent` of
-        what adapters on all modules cost.
+    Args:
+        modules: all of the model.
+        scores: by module; a module without one is never among the best.
+        percent: share, 0 to 100.
+        scope: "type" takes per type the best floor(count · percent / 100), as Spectrum counts (arXiv 2406.06623);
+            "all" takes across types the best first, while their adapters at equal rank cost at most `percent` of
+            what adapters on all modules cost.
     """
     chosen: set[str] = set()
     if scope == "type":
         for members in by_type(modules).values():
             count = int(len(members) * percent / 100)
-            chosen.update(m.module for m in ranked(members, scores)[:count])
+            chosen.update(m.module for m in best_first(members, scores)[:count])
         return chosen
     left = sum(map(cost, modules)) * percent / 100
-    for info in ranked(modules, scores):
+    for info in best_first(modules, scores):
         if cost(info) <= left:
             chosen.add(info.module)
             left -= cost(info)
     return chosen
 
 
-def alors_tiers(modules: list[LinearModule], scores: Scores, settings: SelectSettings) -> dict[str, str]:
-    """Tier (high, medium, low) of every module by its place within its type, or among all."""
-    tiers = {m.module: "low" for m in modules}
-    pools = by_type(modules).values() if settings.scope == "type" else [modules]
-    for members in pools:
-        best = ranked(members, scores)
-        high = round(len(members) * settings.high_percent / 100)
-        medium = round(len(members) * (settings.high_percent + settings.medium_percent) / 100)
-        for place, info in enumerate(best[:medium]):
-            tiers[info.module] = "high" if place < high else "medium"
-    return tiers
+def check_rank(modules: list[LinearModule], select: SelectSettings, *keys: str) -> None:
+    """Refuse ranks above the smallest matrix side, before anything long starts.
 
+    Args:
+        modules: all of the model.
+        select: the settings.
+        keys: which of its ranks the method uses, such as "rank".
 
-def check_rank(modules: list[LinearModule], settings: SelectSettings, methods: tuple[str, ...]) -> None:
-    """Refuse ranks above the smallest matrix side, before anything long starts."""
+    Raises:
+        InputError: one of them is larger than a side of a matrix.
+    """
     smallest = min(modules, key=lambda m: min(m.out_features, m.in_features))
     side = min(smallest.out_features, smallest.in_features)
-    keys = {"rank"} if set(methods) - {"alors"} else set()
-    if "alors" in methods:
-        keys |= {"rank_high", "rank_low"}
-    for key in sorted(keys):
-        value = getattr(settings, key)
+    for key in keys:
+        value = getattr(select, key)
         if value > side:
             raise InputError(
                 f"select.{key}", value, f"at most {side}, the smallest side of {smallest.module}"
             )
-    if "alors" in methods and settings.high_percent + settings.medium_percent > 100:
-        raise InputError(
-            "select.medium_percent",
-            settings.medium_percent,
-            f"at most {100 - settings.high_percent:g}, so that high and medium tiers fit in 100 %",
-        )
+
+
+def budget_parameters(modules: list[LinearModule], select: SelectSettings) -> float:
+    """Trainable parameters that `select.budget` allows: its share of plain QLoRA's; 0 where none is set."""
+    return select.budget * select.rank * sum(map(cost, modules))
 
 
 def allot(
@@ -125,6 +125,38 @@ def allot(
         left -= cost(behind)
 
 
+def equal_ranks(
+    modules: list[LinearModule],
+    chosen: Collection[str],
+    select: SelectSettings,
+    groups: Sequence[Sequence[str]] = (),
+) -> dict[str, int]:
+    """One rank for all chosen modules: `select.rank`, or the highest that `select.budget` pays for.
+
+    Args:
+        modules: all of the model.
+        chosen: names of the modules that get an adapter.
+        select: the settings.
+        groups: chosen modules that share one pair, which then costs once.
+
+    Raises:
+        InputError: the budget does not pay for rank 1.
+    """
+    members = [m for m in modules if m.module in chosen]
+    if not select.budget:
+        return {m.module: select.rank for m in members}
+    shared = {name: index for index, group in enumerate(groups) for name in group}
+    pairs = {shared.get(m.module, m.module): m for m in members}
+    of_one_rank = sum(map(cost, pairs.values()))
+    highest = HIGHEST_OVER_RANK * select.rank
+    rank = min(int(budget_parameters(modules, select) / of_one_rank), highest) if pairs else 0
+    if pairs and rank < 1:
+        raise InputError(
+            "select.budget", select.budget, f"a share that pays for rank 1 on {len(pairs)} adapters"
+        )
+    return {m.module: min(rank, m.in_features, m.out_features) for m in members}
+
+
 def balance_learning_rates(ranks: list[ModuleRank], modules: list[LinearModule]) -> list[ModuleRank]:
     """Scale lr_scale so that its mean over the trained parameters is one (the base rate)."""
     sides = {m.module: cost(m) for m in modules}
@@ -136,84 +168,43 @@ def balance_learning_rates(ranks: list[ModuleRank], modules: list[LinearModule])
     return [r.model_copy(update={"lr_scale": r.lr_scale / mean}) if r in trained else r for r in ranks]
 
 
-def _tiers(
-    method: str, modules: list[LinearModule], scores: Scores, settings: SelectSettings, seed: int
-) -> dict[str, str]:
-    if method == "qlora":
-        return {m.module: "all" for m in modules}
-    if method == "alors":
-        return alors_tiers(modules, scores, settings)
-    if method == "random":
-        generator = random.Random(seed)
-        scores = {m.module: (generator.random(), 0.0) for m in modules}
-    chosen = top_percent(modules, scores, settings.percent, settings.scope)
-    return {m.module: "selected" for m in modules if m.module in chosen}
-
-
-def _ranks(
-    method: str,
-    modules: list[LinearModule],
-    tiers: dict[str, str],
-    scores: Scores,
-    settings: SelectSettings,
-    groups: list[list[str]] | None,
-) -> dict[str, int]:
-    """LoRA rank of every module that gets one: by tier, or from the budget (alors in proportion to scores)."""
-    of_tier = {
-        "all": settings.rank,
-        "selected": settings.rank,
-        "high": settings.rank_high,
-        "medium": settings.rank_low,
-    }
-    by_tier = {name: of_tier[tier] for name, tier in tiers.items() if tier in of_tier}
-    if not settings.budget:
-        return by_tier
-    budget = settings.budget * settings.rank * sum(map(cost, modules))
-    highest = HIGHEST_OVER_RANK * settings.rank
-    if method == "alors":
-        # Raw SNR cannot be compared across types, its tie-breaker can; energy is a square of an amplitude.
-        place, power = (1, 1.0) if settings.signal == "spectrum" else (0, 0.5)
-        wanted = {name: max(scores[name][place], 1e-12) ** power for name in by_tier}
-        return {name: rank for name, rank in allot(wanted, modules, budget, highest).items() if rank}
-    # One rank for all; a group's shared pair costs once.
-    shared = {name: index for index, group in enumerate(groups or []) for name in group}
-    members = {shared.get(m.module, m.module): m for m in modules if m.module in by_tier}
-    rank = min(int(budget / sum(map(cost, members.values()))), highest) if members else 0
-    if members and rank < 1:
-        raise InputError(
-            "select.budget", settings.budget, f"a share that pays for rank 1 on {len(members)} adapters"
-        )
-    return {m.module: min(rank, m.in_features, m.out_features) for m in modules if m.module in by_tier}
-
-
 def _finite(score: tuple[float, float] | None) -> float | None:
     return score[0] if score is not None and math.isfinite(score[0]) else None
 
 
-def rank_map(
+def first_map(
     method: str,
     modules: list[LinearModule],
+    tiers: Mapping[str, str],
+    rank_of: Mapping[str, int],
     scores: Scores,
-    settings: SelectSettings,
-    base_digest: str,
-    seed: int,
-    groups: list[list[str]] | None = None,
+    select: SelectSettings,
+    lr_scale_of: Mapping[str, float] | None = None,
+    groups: Sequence[Sequence[str]] = (),
 ) -> RankMap:
-    """The first round's rank map of a method.
+    """The first round's rank map; its base_digest is left to the step that knows the base model.
+
+    Args:
+        method: its name.
+        modules: all of the model.
+        tiers: what the method calls the place of every module in `rank_of`.
+        rank_of: LoRA rank of every module that gets an adapter; the others stay as they are, in 4 bits.
+        scores: what the method ranked the modules by; empty where it ranked none.
+        select: the settings.
+        lr_scale_of: learning rate over the base rate, 1 unless named; balanced over the trained parameters.
+        groups: modules that share one pair.
 
     Raises:
         InputError: nothing would be trained.
     """
-    tiers = _tiers(method, modules, scores, settings, seed)
-    rank_of = _ranks(method, modules, tiers, scores, settings, groups)
     if not rank_of:
         fewest = min(len(members) for members in by_type(modules).values())
         raise InputError(
             "select.percent",
-            settings.percent,
+            select.percent,
             f"a share that leaves a matrix to train for {method}: a type has {fewest} matrices",
         )
-    group_of = {name: index for index, group in enumerate(groups or []) for name in group}
+    group_of = {name: index for index, group in enumerate(groups) for name in group}
     ranks = [
         ModuleRank(
             module=info.module,
@@ -221,8 +212,8 @@ def rank_map(
             layer=info.layer,
             tier=tiers[info.module] if info.module in rank_of else "frozen-base",
             rank=rank_of.get(info.module, 0),
-            alpha=rank_of.get(info.module, 0) * settings.alpha_over_rank,
-            lr_scale=settings.high_lr if tiers.get(info.module) == "high" else 1.0,
+            alpha=rank_of.get(info.module, 0) * select.alpha_over_rank,
+            lr_scale=(lr_scale_of or {}).get(info.module, 1.0),
             group=group_of.get(info.module),
             score=_finite(scores.get(info.module)),
         )
@@ -231,7 +222,14 @@ def rank_map(
     return RankMap(
         method=method,
         round=1,
-        base_digest=base_digest,
-        settings=settings.model_dump(mode="json"),
+        base_digest="",
+        settings=select.model_dump(mode="json"),
         modules=balance_learning_rates(ranks, modules),
+    )
+
+
+def next_map(current: RankMap, ranks: list[ModuleRank], changes: list[str]) -> RankMap:
+    """The map of the round after `current`, with what moved in words."""
+    return current.model_copy(
+        update={"round": current.round + 1, "modules": ranks, "changes": changes or ["nothing moved"]}
     )

@@ -29,7 +29,8 @@ import psutil
 
 from spectraqlora.artifacts import LinearModule, RankMap
 from spectraqlora.errors import InputError
-from spectraqlora.methods.ranks import by_type, rank_map
+from spectraqlora.methods.catalogue import method as method_of
+from spectraqlora.methods.ranks import by_type
 from spectraqlora.models.families import auto_class, context_length, replaced
 from spectraqlora.models.modules import candidates, linear_modules
 from spectraqlora.settings import Settings
@@ -373,7 +374,7 @@ def surrogate_map(method: str, outline: Outline, settings: Settings) -> RankMap:
         # Multiples of the golden ratio, modulo one, spread evenly.
         spread = (0.618034 * (info.layer + 1) + 0.381966 * types[info.type]) % 1 + 0.001
         scores[info.module] = (spread + (info.layer == 0), spread)
-    return rank_map(method, outline.modules, scores, settings.select, "", settings.seed)
+    return method_of(method).first_ranks(outline.modules, scores, settings.select, settings.seed, {})
 
 
 def training(outline: Outline, ranks: RankMap, settings: Settings, cuda: bool) -> Training:
@@ -513,9 +514,9 @@ def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: s
         scan = _SCAN_BYTES + 6 * _FLOAT32 * outline.largest
         return Need(step, method, 0 if cuda else scan, scan if cuda else 0, "largest matrices")
     elif step == "select-layers":
-        if not _measures_gradients(settings, method):
+        if not method_of(method).measures_gradients(settings.select):
             return Need(step, method, 0 if cuda else idle, PROCESS_BYTES if cuda else 0, "libraries")
-        parts = {"4-bit weights": outline.weight_bytes, **calibration(outline, settings, cuda, method)}
+        parts = {"4-bit weights": outline.weight_bytes, **calibration(outline, settings, cuda)}
     elif step == "train":
         found = training(outline, surrogate_map(method, outline, settings), settings, cuda)
         fixed = found.adapters + found.gradients + found.optimizer
@@ -529,8 +530,8 @@ def _need(outline: Outline, settings: Settings, cuda: bool, step: str, method: s
     elif step == "re-evaluate":
         # One after the other: scoring, the updated weights in float32, gradients where the signal needs them.
         turns = {"evaluation": max(scored, (_FLOAT32 + outline.dtype_bytes) * outline.largest)}
-        if settings.select.needs_gradients and method in ("hybrid", "alors"):
-            turns["gradients"] = sum(calibration(outline, settings, cuda, method).values())
+        if method_of(method).moves and settings.select.needs_gradients:
+            turns["gradients"] = sum(calibration(outline, settings, cuda).values())
         parts = {
             "4-bit weights": outline.weight_bytes,
             "adapters": _FLOAT32 * _trainable(outline, settings, method),
@@ -553,11 +554,6 @@ def _trainable(outline: Outline, settings: Settings, method: str) -> int:
     )
 
 
-def _measures_gradients(settings: Settings, method: str) -> bool:
-    signal = settings.select.needs_gradients and method in ("hybrid", "alors")
-    return method == "sgm" or signal or settings.select.gradient_init == "on"
-
-
 def _scoring(outline: Outline, settings: Settings) -> int:
     """Working memory of scoring rows or generating answers; both keep every layer's keys and values."""
     longest = outline.row_tokens(settings)
@@ -571,17 +567,14 @@ def _scoring(outline: Outline, settings: Settings) -> int:
     return outline.working(positions) + outline.loss(positions) + past
 
 
-def calibration(outline: Outline, settings: Settings, cuda: bool, method: str) -> dict[str, int]:
-    """Gradients of every candidate, sketched: activations, the model's own loss, sketches (see gradients)."""
-    candidates = {info.module for info in outline.modules}
-    if method == "sgm" and not settings.select.needs_gradients:
-        candidates = {entry.module for entry in surrogate_map(method, outline, settings).active()}
+def calibration(outline: Outline, settings: Settings, cuda: bool) -> dict[str, int]:
+    """Gradients of every module, sketched: activations, the model's own loss, sketches (see gradients)."""
     rows, tokens = settings.select.calibration_rows, outline.row_tokens(settings)
     side = settings.select.sketch_size
-    sides = (m.in_features * min(side, m.out_features) for m in outline.modules if m.module in candidates)
+    sides = (m.in_features * min(side, m.out_features) for m in outline.modules)
     logits = rows * tokens * outline.vocabulary * (3 * _FLOAT32 + (4 if outline.dtype_bytes == 2 else 0))
     return {
-        "activations": _watched(outline, frozenset(candidates), rows, tokens, not settings.data.pack, cuda),
+        "activations": _watched(outline, rows, tokens, not settings.data.pack, cuda),
         "logits": logits,
         "sketches": 2 * _FLOAT32 * sum(sides),
         "working set": outline.working(rows * tokens),
@@ -589,13 +582,12 @@ def calibration(outline: Outline, settings: Settings, cuda: bool, method: str) -
 
 
 @lru_cache(maxsize=32)
-def _watched(
-    outline: Outline, candidates: frozenset[str], rows: int, tokens: int, padded: bool, cuda: bool
-) -> int:
-    """What a forward and backward pass keep whose candidates' inputs and output gradients are looked at."""
+def _watched(outline: Outline, rows: int, tokens: int, padded: bool, cuda: bool) -> int:
+    """What a forward and backward pass keep in which every module's input and output gradient is watched."""
     from spectraqlora.signals.gradients import watch
 
     model = outline.build()
+    candidates = {info.module for info in outline.modules}
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if name in candidates:

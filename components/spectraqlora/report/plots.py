@@ -12,11 +12,11 @@ import numpy as np
 
 from spectraqlora.artifacts import Evaluation, RankMap, Similarity
 from spectraqlora.files import write_text
+from spectraqlora.methods import catalogue
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLOURS = {"qlora": "#4c566a", "hybrid": "#2f7ed8", "alors": "#d97706", "sgm": "#2a9d5c", "random": "#a855a0"}
 _MISSING = "#eceff4"
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -31,7 +31,7 @@ _STYLE: dict[Any, Any] = {
 
 def colour(method: str) -> str:
     """The method's colour, the same in every picture."""
-    return COLOURS[method]
+    return catalogue.method(method).colour
 
 
 def draw(evaluations: Sequence[Evaluation], snr_table: pd.DataFrame, winner: str) -> dict[str, str]:

@@ -4,19 +4,30 @@ For a linear layer y = x Wᵀ the gradient is G = δᵀx summed over tokens. Per
 Y = Gᵀ P (in x k) with P (out x k) a scaled random orthonormal basis, the same for equal shapes; the two-sided
 sketch is Qᵀ Y (k x k). Such projections keep inner products in expectation (Johnson-Lindenstrauss), with
 less variance than Gaussian ones, so cosines between sketches estimate cosines between gradients.
+
+Sketches are stored as `sketches.safetensors`: two float32 tensors a module, and the modules' numbers as JSON in the
+file's metadata.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from spectraqlora.artifacts import LinearModule
+from spectraqlora.errors import InputError
+
+SKETCHES = "sketches.safetensors"
+_RANGE, _TWO_SIDED, _NUMBERS = "range", "two_sided", "gradient_snr"
 
 
 @dataclass
@@ -31,7 +42,7 @@ class GradientSketch:
     """Squared norm of the mean gradient over the variance of the batches' gradients."""
 
     def energy(self, rank: int) -> float:
-        """Sum of the `rank` largest squared singular values: what a rank-r update can follow."""
+        """Sum of the `rank` largest squared singular values of the mean gradient: what a rank-r update can follow."""
         values = torch.linalg.svdvals(self.sketch)
         return float((values[:rank] ** 2).sum())
 
@@ -41,13 +52,13 @@ Take = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class _Watched(torch.autograd.Function):
-    """Passes a layer's output on; its gradient goes to `take` with the input, which autograd keeps or makes again."""
+    """Passes a layer's output on; its gradient goes to `take` with the input, which autograd keeps or recomputes."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, inputs: torch.Tensor, take: Take) -> torch.Tensor:
         ctx.save_for_backward(inputs)
         ctx.take = take
-        # A copy: some models go on to change the output in place.
+        # A copy: some models then change the output in place.
         return output.clone()
 
     @staticmethod
@@ -69,8 +80,8 @@ def watch(layer: torch.nn.Module, take: Take) -> Any:
 
 
 @contextlib.contextmanager
-def blocks_made_again(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a forward pass keeps the inputs of the blocks alone; the backward pass runs each block again.
+def blocks_recomputed(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a forward pass keeps the inputs of the blocks alone; the backward pass recomputes each block.
 
     Unlike transformers' switch for it this needs no training mode, so dropout stays off, and asks for no gradients
     below the blocks. Models whose blocks know no recomputation keep everything.
@@ -98,12 +109,52 @@ def _projection(features: int, size: int, seed: int, device: torch.device) -> to
     return (basis * (features / size) ** 0.5).to(device)
 
 
+class _Sketcher:
+    """Sums one module's sketch over batches.
+
+    Args:
+        info: the module.
+        left: projection of the output side (out x k).
+        right: projection of the input side (in x k).
+    """
+
+    def __init__(self, info: LinearModule, left: torch.Tensor, right: torch.Tensor) -> None:
+        self.info, self._left, self._right = info, left, right
+        self._batch: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+        self._squares = 0.0
+
+    def take(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one use of the layer in the current batch: its input (… x in) and output gradient (… x out)."""
+        narrow = gradient.reshape(-1, self.info.out_features).float() @ self._left
+        part = inputs.reshape(-1, self.info.in_features).float().T @ narrow
+        self._batch = part if self._batch is None else self._batch + part
+
+    def end_batch(self) -> None:
+        """Close the current batch."""
+        if self._batch is None:
+            return
+        self._total = self._batch if self._total is None else self._total + self._batch
+        self._squares += float((self._batch**2).sum())
+        self._batch = None
+
+    def sketch(self, batches: int) -> GradientSketch | None:
+        """The sketch of the mean over all batches; none where no gradient ever reached the module."""
+        if self._total is None:
+            return None
+        mean = self._total / batches
+        norm = float((mean**2).sum())
+        # Unbiased variance of the batches' gradients, summed over entries.
+        variance = max((self._squares - batches * norm) / max(batches - 1, 1), 1e-30)
+        return GradientSketch(mean.cpu(), (self._right.T @ mean).cpu(), norm / variance)
+
+
 def sketch_gradients(
     model: Any, modules: list[LinearModule], batches: Iterable[dict[str, torch.Tensor]], size: int, seed: int
 ) -> dict[str, GradientSketch]:
     """One backward pass per batch serves all modules; the model's weights are not touched.
 
-    Of the forward pass only the blocks' inputs are kept (`blocks_made_again`).
+    Of the forward pass only the blocks' inputs are kept (`blocks_recomputed`).
 
     No gradient is asked for below the first of `modules`. Adapters on a module change its gradient only
     through the loss: what is measured is the gradient with respect to the weight under them.
@@ -112,53 +163,73 @@ def sketch_gradients(
         model: language model, frozen; it may be 4-bit and hold adapters.
         modules: the modules to measure.
         batches: model inputs with labels.
-        size: side k of the sketch; sides shorter than k are kept whole.
+        size: side k of the sketch; sides of at most k are not projected.
         seed: of the projections.
+
+    Returns:
+        A sketch of every module that a gradient reached.
+
+    Raises:
+        ValueError: there are no batches.
     """
     device = next(model.parameters()).device
     named = dict(getattr(getattr(model, "base_model", model), "model", model).named_modules())
     named |= dict(model.named_modules())
-    current: dict[str, torch.Tensor] = {}
-
-    def sketching(info: LinearModule) -> Take:
-        left = _projection(info.out_features, size, 2 * seed, device)
-
-        def take(inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-            narrow = gradient.reshape(-1, info.out_features).float() @ left
-            part = inputs.reshape(-1, info.in_features).float().T @ narrow
-            current[info.module] = current[info.module] + part if info.module in current else part
-
-        return take
-
-    handles = [watch(named[info.module], sketching(info)) for info in modules]
+    # Modules of equal sides share their projections.
+    projection = functools.cache(lambda features, seed: _projection(features, size, seed, device))
+    sketchers = [
+        _Sketcher(info, projection(info.out_features, 2 * seed), projection(info.in_features, 2 * seed + 1))
+        for info in modules
+    ]
+    handles = [watch(named[sketcher.info.module], sketcher.take) for sketcher in sketchers]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    total: dict[str, torch.Tensor] = {}
-    squares: dict[str, float] = {}
     count = 0
     try:
-        with blocks_made_again(model):
+        with blocks_recomputed(model):
             for batch in batches:
-                current.clear()
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 model(**inputs, use_cache=False).loss.backward()
                 count += 1
-                for name, value in current.items():
-                    total[name] = total[name] + value if name in total else value.clone()
-                    squares[name] = squares.get(name, 0.0) + float((value**2).sum())
+                for sketcher in sketchers:
+                    sketcher.end_batch()
     finally:
         for handle in handles:
             handle.remove()
     if count == 0:
         raise ValueError("no calibration batches")
-    found = {}
-    for info in modules:
-        if info.module not in total:
-            continue
-        mean = total[info.module] / count
-        right = _projection(info.in_features, size, 2 * seed + 1, device)
-        norm = float((mean**2).sum())
-        # Unbiased variance of the batches' gradients, summed over entries.
-        variance = max((squares[info.module] - count * norm) / max(count - 1, 1), 1e-30)
-        found[info.module] = GradientSketch(mean.cpu(), (right.T @ mean).cpu(), norm / variance)
-    return found
+    sketches = {sketcher.info.module: sketcher.sketch(count) for sketcher in sketchers}
+    return {name: sketch for name, sketch in sketches.items() if sketch is not None}
+
+
+def write_sketches(sketches: Mapping[str, GradientSketch], folder: Path) -> None:
+    """Write sketches beside a measurement; reading them gives the same numbers to the last bit."""
+    tensors = {f"{name}.{_RANGE}": s.range_sketch.contiguous() for name, s in sketches.items()}
+    tensors |= {f"{name}.{_TWO_SIDED}": s.sketch.contiguous() for name, s in sketches.items()}
+    numbers = json.dumps({name: s.gradient_snr for name, s in sketches.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{SKETCHES}.partial"
+    save_file(tensors, partial, metadata={_NUMBERS: numbers})
+    partial.replace(folder / SKETCHES)
+
+
+def read_sketches(folder: Path) -> dict[str, GradientSketch]:
+    """The sketches that `write_sketches` wrote, in the same order; empty where the folder has none.
+
+    Raises:
+        InputError: the file is no safetensors file of sketches, or cut short.
+    """
+    path = folder / SKETCHES
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, "pt") as stored:
+            numbers: dict[str, float] = json.loads(stored.metadata()[_NUMBERS])
+            return {
+                name: GradientSketch(
+                    stored.get_tensor(f"{name}.{_RANGE}"), stored.get_tensor(f"{name}.{_TWO_SIDED}"), snr
+                )
+                for name, snr in numbers.items()
+            }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        raise InputError("gradient sketches", path, "a readable file; it is cut short or malformed") from None

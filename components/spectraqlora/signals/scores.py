@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.settings import SelectSettings
-from spectraqlora.snr.table import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,13 +16,17 @@ if TYPE_CHECKING:
     from spectraqlora.signals.gradients import GradientSketch
 
 Scores = dict[str, tuple[float, float]]
-"""Per module (score, tie-breaker); modules without one are never selected."""
+"""Per module its signal value and a tie-breaker; modules without one are never selected."""
 
 
 def weight_scores(table: pd.DataFrame, across_types: bool = False) -> Scores:
     """Raw SNR, ties by the calibrated value; across types the calibrated value, which shapes do not move.
 
-    NaN is no candidate.
+    Args:
+        table: SNR table, a row per module; a row whose SNR is NaN is no candidate.
+        across_types: whether modules of different types are compared.
+
+    Source: Spectrum (arXiv 2406.06623); the calibration is described in snr/marchenko_pastur.py.
     """
     return {
         row.module: (calibrated if across_types else float(row.snr), calibrated)
@@ -36,20 +39,24 @@ def weight_scores(table: pd.DataFrame, across_types: bool = False) -> Scores:
 def task_scores(
     signal: str, modules: list[LinearModule], sketches: Mapping[str, GradientSketch], rank: int
 ) -> Scores:
-    """The task's signal of every sketched module.
+    """The task's signal of every sketched module; the other of the two breaks ties.
 
-    energy: sum of the `rank` largest squared singular values of the mean gradient, over the parameters that
-        an adapter of that rank costs.
-    gradient_snr: squared norm of the mean gradient over the variance of the batches' gradients.
+    Args:
+        signal: "energy", the sum of the `rank` largest squared singular values of the mean gradient over the
+            parameters that an adapter of that rank costs, rank · (in + out); or "gradient_snr", the squared norm of
+            the mean gradient over the variance of the batches' gradients.
+        modules: what to score.
+        sketches: by module.
+        rank: r of the energy.
     """
-    found: Scores = {}
+    scores: Scores = {}
     for info in modules:
         if info.module in sketches:
             sketch = sketches[info.module]
             energy = sketch.energy(rank) / (rank * (info.in_features + info.out_features))
             pair = (energy, sketch.gradient_snr)
-            found[info.module] = pair if signal == "energy" else pair[::-1]
-    return found
+            scores[info.module] = pair if signal == "energy" else pair[::-1]
+    return scores
 
 
 def combined(first: Scores, second: Scores) -> Scores:
@@ -64,35 +71,45 @@ def combined(first: Scores, second: Scores) -> Scores:
 
 
 def module_scores(
-    settings: SelectSettings,
+    select: SelectSettings,
     modules: list[LinearModule],
     table: pd.DataFrame,
     sketches: Mapping[str, GradientSketch],
 ) -> Scores:
-    """Scores by `select.signal`; `sketches` may be empty where the signal is that of the weights."""
-    across = settings.scope == "all"
-    if settings.signal == "spectrum":
+    """Scores by `select.signal`; modules that it says nothing of have none.
+
+    Args:
+        select: the signal, the scope, and the rank that the energy is for.
+        modules: all of the model.
+        table: SNR table.
+        sketches: by module; empty where the signal is the weights' or nothing was measured.
+    """
+    across = select.scope == "all"
+    if select.signal == "spectrum":
         return weight_scores(table, across)
-    if settings.signal == "combined":
-        energy = task_scores("energy", modules, sketches, settings.rank)
+    if select.signal == "combined":
+        energy = task_scores("energy", modules, sketches, select.rank)
         return combined(weight_scores(table, across_types=True), energy)
-    return task_scores(settings.signal, modules, sketches, settings.rank)
+    return task_scores(select.signal, modules, sketches, select.rank)
 
 
 def calibration_sketches(
-    model: Any, modules: list[LinearModule], data: Path, settings: SelectSettings, seed: int
+    model: Any, modules: list[LinearModule], rows: Path, select: SelectSettings, seed: int
 ) -> dict[str, GradientSketch]:
-    """Gradient sketches over a few batches of training rows, the same rows for every method and round."""
+    """Gradient sketches over a few batches of training rows, the same rows for every round.
+
+    Args:
+        model: language model, frozen; it may be 4-bit and hold adapters.
+        modules: the modules to measure.
+        rows: prepared rows artifact.
+        select: how many batches, rows in each, and the sketches' side.
+        seed: of the choice of rows and of the projections.
+    """
     from spectraqlora.scoring.batches import Collator, load_rows
     from spectraqlora.signals.gradients import sketch_gradients
 
-    rows = load_rows(data, "train").shuffle(seed=seed)
+    train = load_rows(rows, "train").shuffle(seed=seed)
     batches = Collator.of(model.config).batches(
-        rows, settings.calibration_rows, limit=settings.calibration_batches
+        train, select.calibration_rows, limit=select.calibration_batches
     )
-    return sketch_gradients(model, modules, batches, settings.sketch_size, seed)
-
-
-def stored_scores(folder: Path, across_types: bool = False) -> Scores:
-    """Weight scores of a stored SNR table."""
-    return weight_scores(read_table(folder), across_types)
+    return sketch_gradients(model, modules, batches, select.sketch_size, seed)

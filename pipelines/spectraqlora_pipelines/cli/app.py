@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
+from spectraqlora.methods.catalogue import names
 from spectraqlora.runtime.logs import silence_libraries
 from spectraqlora.settings import Settings, is_address, parse, reference
 
@@ -78,7 +79,7 @@ def run(
             help="Hub id, .jsonl, .json, .csv, .parquet, folder or s3:// address. Default: the offline sample."
         ),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Branches: qlora, hybrid, alors, sgm, random.")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"Branches: {', '.join(names())}.")] = None,
     snr_table: Annotated[
         str | None,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from spectraqlora.errors import InputError
+from spectraqlora.methods.catalogue import check_methods
 from spectraqlora.settings import Settings, parse, with_overrides
 
 
@@ -17,6 +18,9 @@ def load_settings(config: Path | None, overrides: dict[str, Any], assignments: l
         config: YAML file.
         overrides: settings by dotted key; None leaves one alone.
         assignments: `section.key=value`.
+
+    Raises:
+        InputError: a file, a setting or the name of a method is wrong.
     """
     values: dict[str, Any] = {}
     if config is not None:
@@ -39,4 +43,4 @@ def load_settings(config: Path | None, overrides: dict[str, Any], assignments: l
         if not isinstance(node, dict):
             raise InputError(section, node, "a mapping of settings")
         node[leaf] = value
-    return parse(with_overrides(values, assignments))
+    return check_methods(parse(with_overrides(values, assignments)))

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from spectraqlora.errors import InputError
+from spectraqlora.methods.catalogue import names
 
 from spectraqlora_pipelines.cli.config import load_settings
 
@@ -34,7 +35,7 @@ def plan(
         str | None, typer.Option(help="7B, 13B, 65B or 70B (Llama's shapes), a folder, or a hub id.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="Memory of the GPU, such as 24GB. Default: no GPU.")] = "",
-    methods: Annotated[str | None, typer.Option(help="Branches: qlora, hybrid, alors, sgm, random.")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"Branches: {', '.join(names())}.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")

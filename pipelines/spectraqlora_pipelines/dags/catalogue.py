@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from spectraqlora.errors import InputError
+from spectraqlora.methods.catalogue import check_methods
 from spectraqlora.settings import Settings, digest
 
 if TYPE_CHECKING:
@@ -47,10 +48,15 @@ def describe(name: Dag) -> str:
 
 
 def dag(name: Dag, settings: Settings, place: Placement) -> Any:
-    """The pipeline for these settings, its tasks placed by `place`."""
+    """The pipeline for these settings, its tasks placed by `place`.
+
+    Raises:
+        InputError: the settings name a method that there is not.
+    """
     from spectraqlora_pipelines.dags.ablation import ablation_pipeline
     from spectraqlora_pipelines.dags.retraining import retraining_pipeline
 
+    check_methods(settings)
     if name == "ablation":
         return ablation_pipeline(settings.methods, settings.rounds, place, settings.snr.source)
     return retraining_pipeline(

@@ -65,11 +65,12 @@ def check(settings: Settings, base_model: str, source: str) -> None:
 
 def _check_fit(settings: Settings, folder: Path) -> None:
     """Refuse ranks and tables that do not fit the model; its config alone is read."""
-    from spectraqlora.methods.ranks import check_rank
+    from spectraqlora.methods.catalogue import method
     from spectraqlora.models.modules import model_outline
 
     modules = model_outline(folder, settings.model.trust_remote_code)
-    check_rank(modules, settings.select, settings.methods)
+    for name in settings.methods:
+        method(name).check(modules, settings.select)
     if settings.snr.table:
         from spectraqlora.snr.table import read_given
         from spectraqlora.steps.snr_analyze.analyze import given_table

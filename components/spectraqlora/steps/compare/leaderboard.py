@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from spectraqlora.artifacts import Evaluation
 from spectraqlora.errors import InputError
+from spectraqlora.methods.catalogue import method
 from spectraqlora.scoring.statistics import difference_stderr
 
-CONTROL_ONLY = frozenset({"random"})
-"""Controls that are shown but never promoted."""
 TIE_STDERRS = 2.0
 
 
@@ -36,9 +35,9 @@ def winning_method(evaluations: list[Evaluation]) -> str:
     """The method with the lowest eval loss; ties within noise go to fewer trainable parameters.
 
     Two branches are tied where their losses differ by no more than `TIE_STDERRS` standard errors of that
-    difference, taken over the same rows.
+    difference, taken over the same rows. A control wins only where nothing else was run.
     """
-    ordered = order_by_loss([e for e in evaluations if e.method not in CONTROL_ONLY] or evaluations)
+    ordered = order_by_loss([e for e in evaluations if not method(e.method).control] or evaluations)
     best = ordered[0]
     tied = [
         e

@@ -19,8 +19,9 @@ from spectraqlora.artifacts import (
     Similarity,
     TrainingLog,
 )
-from spectraqlora.methods.next_round import carry_over, next_rank_map
-from spectraqlora.methods.updates import UpdateSpectrum, update_spectrum
+from spectraqlora.methods.carry_over import UpdateSpectrum, carry_over, update_spectrum
+from spectraqlora.methods.catalogue import method, moving
+from spectraqlora.methods.ranks import next_map
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit, load_tokenizer, original_tensors
 from spectraqlora.models.modules import dequantized_weight
@@ -97,13 +98,18 @@ def re_evaluate(
     table = scan_tensors(updated)
     write_table(table, evaluation_out)
     sketches: dict[str, GradientSketch] = {}
-    if select.needs_gradients and ranks.method in ("hybrid", "alors"):
+    moves = method(ranks.method).moves
+    if moves and select.needs_gradients:
         print("measuring the task's gradients again", flush=True)
         sketches = calibration_sketches(wrapped, manifest.modules, data, select, seed)
     scores = module_scores(select, manifest.modules, table, sketches)
     if select.needs_gradients:
         scores = keep_earned(scores, ranks)
-    following = next_rank_map(ranks, manifest.modules, scores, spectra, select)
+    following = (
+        moving(ranks.method).next_ranks(ranks, manifest.modules, scores, spectra, select)
+        if moves
+        else next_map(ranks, ranks.modules, [])
+    )
     carried, errors = carry_over(weights, ranks, following, seed)
     changes = [
         f"{line} (relative error {errors[line.split(':')[0]]:.1%})" if line.split(":")[0] in errors else line

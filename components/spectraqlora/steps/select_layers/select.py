@@ -1,15 +1,17 @@
-"""The step's work: scores, gradients where the method or the signal needs them, rank map."""
+"""The step's work: from the SNR table and the measured gradients to a method's rank map. No model is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, LinearModule, RankMap
+from spectraqlora.artifacts import GRADIENT_INIT, ModelOutline, RankMap
+from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
-from spectraqlora.methods.ranks import check_rank, rank_map, top_percent
+from spectraqlora.methods.catalogue import Method, method
 from spectraqlora.settings import SelectSettings
-from spectraqlora.signals.scores import calibration_sketches, module_scores
+from spectraqlora.signals.scores import module_scores
 from spectraqlora.snr.table import read_table
 
 if TYPE_CHECKING:
@@ -17,72 +19,84 @@ if TYPE_CHECKING:
 
 
 def select(
-    method: str, quantized: Path, data: Path, table: Path, settings: SelectSettings, seed: int, output: Path
-) -> RankMap:
-    """Write `rank_map.json`, and for sgm `similarity.json` and the gradient initialisation."""
-    manifest = FourBitModel.read(quantized)
-    modules = manifest.modules
-    check_rank(modules, settings, (method,))
-    snr = read_table(table)
-    sketches: dict[str, GradientSketch] = {}
-    signal = settings.needs_gradients and method in ("hybrid", "alors")
-    if method == "sgm" or signal or settings.gradient_init == "on":
-        import torch
-
-        from spectraqlora.models.loading import load_four_bit
-
-        candidates = modules
-        if method == "sgm" and not settings.needs_gradients:
-            scores = module_scores(settings, modules, snr, {})
-            chosen = top_percent(modules, scores, settings.percent, settings.scope)
-            candidates = [m for m in modules if m.module in chosen]
-        torch.manual_seed(seed)
-        model, _ = load_four_bit(quantized)
-        sketches = calibration_sketches(model, candidates, data, settings, seed)
-    scores = module_scores(settings, modules, snr, sketches) if method in ("hybrid", "alors", "sgm") else {}
-    groups = None
-    if method == "sgm":
-        chosen = top_percent(modules, scores, settings.percent, settings.scope)
-        groups = _groups(
-            [m for m in modules if m.module in chosen & sketches.keys()], sketches, settings, output
-        )
-    result = rank_map(method, modules, scores, settings, manifest.base_digest, seed, groups)
-    if sketches and settings.gradient_init != "off":
-        _write_starts(sketches, result, output)
-    result.write(output)
-    active = result.active()
-    print(f"{method}: {len(active)} of {len(modules)} matrices get adapters")
-    write_text(output / "selected.txt", "\n".join(m.module for m in active) + "\n")
-    return result
-
-
-def _groups(
-    candidates: list[LinearModule],
-    sketches: dict[str, GradientSketch],
-    settings: SelectSettings,
+    name: str,
+    outline: Path,
+    table: Path,
+    measurement: Path,
+    select_settings: SelectSettings,
+    seed: int,
     output: Path,
-) -> list[list[str]]:
-    from spectraqlora.methods.grouping import group_by_similarity
+) -> RankMap:
+    """Write `rank_map.json`, the selected modules' names, and what the method groups and starts its adapters by.
 
-    if not candidates:
-        return []
-    similarity = group_by_similarity(candidates, sketches, settings.similarity)
-    similarity.write(output)
-    return similarity.groups
+    The same inputs give the same files: nothing is measured here.
+
+    Args:
+        name: the method.
+        outline: artifact with the model's module list.
+        table: SNR table artifact.
+        measurement: artifact with the base model's gradient sketches; they are read where the method needs them.
+        select_settings: the settings.
+        seed: of what a method draws.
+        output: folder of the rank map: `rank_map.json`, `selected.txt`, `similarity.json` where modules were grouped,
+            `a_init.safetensors` where A starts from the gradient's directions.
+
+    Raises:
+        InputError: a rank does not fit the model, nothing would be trained, or sketches are missing.
+    """
+    chosen = method(name)
+    manifest = ModelOutline.read(outline)
+    chosen.check(manifest.modules, select_settings)
+    sketches = _sketches(chosen, measurement, select_settings)
+    scores = module_scores(select_settings, manifest.modules, read_table(table), sketches)
+    rank_map = chosen.first_ranks(manifest.modules, scores, select_settings, seed, sketches)
+    rank_map = rank_map.model_copy(update={"base_digest": manifest.base_digest})
+    if sketches and select_settings.gradient_init != "off":
+        _write_starts(sketches, rank_map, output)
+    rank_map.write(output)
+    active = rank_map.active()
+    print(f"{name}: {len(active)} of {len(manifest.modules)} matrices get adapters")
+    write_text(output / "selected.txt", "\n".join(m.module for m in active) + "\n")
+    return rank_map
 
 
-def _write_starts(sketches: dict[str, GradientSketch], ranks: RankMap, output: Path) -> None:
-    """The first A of every module, or of a group by its first one: leading directions of the mean gradient."""
+def _sketches(
+    chosen: Method, measurement: Path, select_settings: SelectSettings
+) -> Mapping[str, GradientSketch]:
+    """The sketches that the method needs; none where it needs none, whatever was measured for others."""
+    if not chosen.measures_gradients(select_settings):
+        return {}
+    from spectraqlora.signals.gradients import SKETCHES, read_sketches
+
+    sketches = read_sketches(measurement)
+    if not sketches:
+        raise InputError(
+            "measurement",
+            measurement / SKETCHES,
+            f"gradient sketches, which {chosen.name} needs with these settings; "
+            f"run measure-base again with {chosen.name} among its methods and the same select settings",
+        )
+    return sketches
+
+
+def _write_starts(sketches: Mapping[str, GradientSketch], rank_map: RankMap, output: Path) -> None:
+    """The first A of every module, or of a group by its first one: leading directions of the mean gradient.
+
+    A module that no gradient reached has no sketch and starts at random.
+    """
     import torch
     from safetensors.torch import save_file
 
     sharing: dict[str | int, list[str]] = {}
-    for entry in ranks.active():
+    for entry in rank_map.active():
         sharing.setdefault(entry.module if entry.group is None else entry.group, []).append(entry.module)
-    rank_of = {m.module: m.rank for m in ranks.active()}
+    rank_of = {m.module: m.rank for m in rank_map.active()}
     starts = {}
     for members in sharing.values():
-        mean = torch.stack([sketches[name].range_sketch for name in members]).mean(0)
+        reached = [sketches[name].range_sketch for name in members if name in sketches]
+        if not reached:
+            continue
+        mean = torch.stack(reached).mean(0)
         directions = torch.linalg.svd(mean, full_matrices=False)[0][:, : rank_of[members[0]]].T
         # Row norm of a Kaiming-uniform A, so that the learning rate means the same.
         starts[members[0]] = (directions / 3**0.5).contiguous()

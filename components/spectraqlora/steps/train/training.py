@@ -15,6 +15,7 @@ import torch
 
 from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, RankMap, TrainingLog
 from spectraqlora.errors import Stopped
+from spectraqlora.methods.catalogue import method
 from spectraqlora.models import adapters
 from spectraqlora.models.activations import every_nth, recompute_blocks, recompute_elementwise
 from spectraqlora.models.hardware import device, peak_memory_bytes
@@ -30,9 +31,6 @@ from spectraqlora.steps.train.checkpoints import Checkpoints, identity
 from spectraqlora.steps.train.state import Course, capture, restore, restore_random
 
 OnMetric = Callable[[str, int, float], None]
-
-FIXED_METHODS = ("qlora", "random", "sgm")
-"""Methods whose rank map never moves: they spend the whole budget of all rounds in the first."""
 
 
 def train(
@@ -132,7 +130,7 @@ def train(
 
 def nothing_left(ranks: RankMap) -> bool:
     """Whether a round has nothing to train: the method spent the budget of all rounds in the first."""
-    return ranks.round > 1 and ranks.method in FIXED_METHODS
+    return ranks.round > 1 and not method(ranks.method).moves
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def span(ranks: RankMap, settings: TrainSettings, rounds: int) -> Span:
     what they train and in nothing else.
     """
     total = settings.max_steps * rounds
-    if ranks.method in FIXED_METHODS:
+    if not method(ranks.method).moves:
         return Span(0, total, total)
     return Span((ranks.round - 1) * settings.max_steps, ranks.round * settings.max_steps, total)
 
