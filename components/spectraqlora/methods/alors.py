@@ -152,7 +152,7 @@ def _move(
     old = {"frozen-base": "low", "frozen": "low"}.get(entry.tier, entry.tier)
     rank, reason = entry.rank, ""
     if tier != old:
-        reason = f"SNR moves it from {old} to {tier}"
+        reason = f"its signal moves it from {old} to {tier}"
         if tier == "low":
             return entry.model_copy(update={"tier": "frozen"}), reason + ", its adapter stays frozen"
         rank = of_tier[tier]
@@ -164,7 +164,7 @@ def _move(
             reason = f"its update uses all {entry.rank} directions, rank {entry.rank} to {rank}"
         elif 0 < used <= entry.rank // 2:
             rank = used
-            reason = f"its update lives in {used} directions, rank {entry.rank} to {rank}"
+            reason = f"its update uses {used} of {entry.rank} directions, rank {entry.rank} to {rank}"
     kept = "frozen-base" if tier == "low" and entry.rank == 0 else entry.tier if tier == "low" else tier
     alpha = rank * select.alpha_over_rank
     return entry.model_copy(update={"tier": kept, "rank": rank, "alpha": alpha}), reason

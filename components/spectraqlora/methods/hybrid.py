@@ -87,10 +87,10 @@ class Hybrid:
         ranks = []
         for entry in current.modules:
             if entry.module in top and entry.tier != "selected":
-                changes.append(f"{entry.module}: enters the top set by SNR")
+                changes.append(f"{entry.module}: enters the top set by its signal")
                 entry = entry.model_copy(update=entering)
             elif entry.module not in top and entry.tier == "selected":
-                changes.append(f"{entry.module}: leaves the top set by SNR, its adapter stays frozen")
+                changes.append(f"{entry.module}: leaves the top set by its signal, its adapter stays frozen")
                 entry = entry.model_copy(update={"tier": "frozen"})
             ranks.append(entry)
         return next_map(current, ranks, changes)

@@ -65,7 +65,7 @@ def test_full_ranks_double_idle_ones_are_taken_back_and_the_rest_is_kept() -> No
     updates[ONE_TYPE[0].module] = UpdateSpectrum(1, 1.0, 0.1)
     after = moving("alors").next_ranks(before, ONE_TYPE, FALLING, updates, SETTINGS)
     assert _ranks(after) == [1, 4, 4, 4, 4, 4, 4, 0, 0, 0]
-    assert after.changes[0].endswith("its update lives in 1 directions, rank 4 to 1")
+    assert after.changes[0].endswith("its update uses 1 of 4 directions, rank 4 to 1")
     assert after.changes[1].endswith("its update uses all 2 directions, rank 2 to 4")
 
 
@@ -75,8 +75,8 @@ def test_the_signal_of_the_updated_weights_decides_first() -> None:
     tiers = [m.tier for m in after.modules]
     assert (tiers[9], after.modules[9].rank) == ("high", 4)
     assert (tiers[0], after.modules[0].rank) == ("frozen", 4)
-    assert "m.9.up: SNR moves it from low to high" in after.changes
-    assert "m.0.up: SNR moves it from high to low, its adapter stays frozen" in after.changes
+    assert "m.9.up: its signal moves it from low to high" in after.changes
+    assert "m.0.up: its signal moves it from high to low, its adapter stays frozen" in after.changes
     trained = [m for m in after.active() if m.tier != "frozen"]
     mean = sum(m.rank * m.lr_scale for m in trained) / sum(m.rank for m in trained)
     assert mean == pytest.approx(1)

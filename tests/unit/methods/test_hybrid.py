@@ -40,8 +40,8 @@ def test_modules_that_enter_get_an_adapter_and_those_that_leave_are_frozen() -> 
     assert after.modules[4].tier == "frozen" and after.modules[4].rank == 4
     assert after.modules[9].tier == "selected" and after.modules[9].rank == 4
     assert after.changes == [
-        "m.4.up: leaves the top set by SNR, its adapter stays frozen",
-        "m.9.up: enters the top set by SNR",
+        "m.4.up: leaves the top set by its signal, its adapter stays frozen",
+        "m.9.up: enters the top set by its signal",
     ]
     assert after.round == 2
     same = moving("hybrid").next_ranks(before, ONE_TYPE, FALLING, {}, SETTINGS)
