@@ -11,6 +11,7 @@ import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.steps.promote.promotion import Outcome, Promotion, rollback
+from spectraqlora.tracking.ledger import Ledger
 from spectraqlora.tracking.registry import CHAMPION, PREVIOUS, Registry
 from spectraqlora_pipelines.cli import app
 from typer.testing import CliRunner, Result
@@ -47,7 +48,7 @@ def test_a_better_version_becomes_champion_and_the_one_before_is_remembered(mode
     assert done.promoted and done.against == first
     assert not promote(models, worse).promoted
     assert aliases(models) == {CHAMPION: second, PREVIOUS: first, "challenger": worse}
-    assert [(r.version, r.before) for r in models.history()] == [(first, None), (second, first)]
+    assert [(r.version, r.before) for r in Ledger(models).entries()] == [(first, None), (second, first)]
 
 
 def test_the_decision_and_its_numbers_are_tags_of_the_version(models: Registry) -> None:
@@ -71,7 +72,7 @@ def test_the_decision_and_its_numbers_are_tags_of_the_version(models: Registry) 
 def test_a_dry_run_changes_nothing(models: Registry) -> None:
     first = register(models, loss=2.0)
     assert promote(models, first, dry_run=True).promoted
-    assert CHAMPION not in aliases(models) and not models.history()
+    assert CHAMPION not in aliases(models) and not Ledger(models).entries()
     assert not [tag for tag in models.version(first).tags if tag.startswith("promotion.")]
 
 
@@ -101,7 +102,7 @@ def test_rollback_goes_back_one_promotion_at_a_time(models: Registry) -> None:
 def test_a_promotion_that_died_before_it_set_the_alias_is_completed_by_the_next(models: Registry) -> None:
     first, second, third = (register(models, loss=loss) for loss in (3.0, 1.0, 2.0))
     promote(models, first)
-    assert models._append(models._ledger(), 2, second, first, "promoted", "died here")
+    assert Ledger(models)._append(2, second, first, "promoted", "died here")
     assert aliases(models)[CHAMPION] == first
     done = promote(models, third)
     assert not done.promoted and done.against == second
@@ -115,7 +116,7 @@ def test_an_alias_set_by_hand_is_taken_as_it_is(models: Registry) -> None:
     better = register(models, loss=1.5)
     done = promote(models, better)
     assert done.promoted and done.against == second
-    assert [r.kind for r in models.history()] == ["promoted", "set by hand", "promoted"]
+    assert [r.kind for r in Ledger(models).entries()] == ["promoted", "set by hand", "promoted"]
 
 
 def test_a_champion_that_changes_between_decision_and_deed_is_decided_against_again(models: Registry) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.steps.promote.promotion import Outcome, Promotion
+from spectraqlora.tracking.ledger import Ledger
 from spectraqlora.tracking.registry import CHAMPION, PREVIOUS
 
 from tests.mlflow_server import MlflowServer
@@ -53,7 +54,7 @@ def test_promotions_at_once_leave_one_champion_the_best_one(mlflow_server: Mlflo
         process.join()
 
     best = min(losses, key=lambda version: losses[version])
-    history = models.history()
+    history = Ledger(models).entries()
     assert history[-1].version == best
     losses[first] = 2.0
     for before, after in itertools.pairwise(history):
@@ -62,7 +63,7 @@ def test_promotions_at_once_leave_one_champion_the_best_one(mlflow_server: Mlflo
     aliases = {alias: v.number for v in models.versions() for alias in v.aliases}
     assert aliases[CHAMPION] == best and aliases[PREVIOUS] == history[-1].before
     promoted = {outcome.version for outcome in found if outcome.promoted}
-    assert promoted == {reign.version for reign in history[1:]}
+    assert promoted == {entry.version for entry in history[1:]}
     for outcome in found:
         assert outcome.version in promoted or losses[outcome.against] <= losses[outcome.version]
         assert models.version(outcome.version).tags["promotion.decision"] == outcome.decision

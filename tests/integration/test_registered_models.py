@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from spectraqlora.artifacts import FourBitModel, MergedModel
-from spectraqlora.files import folder_digest
 from spectraqlora.scoring.held_out import read_eval_rows
 from spectraqlora.settings import EvaluateSettings, PromoteSettings, SelectSettings, TrackingSettings
 from spectraqlora.steps.promote.promotion import Promotion
-from spectraqlora.steps.promote.rescore import guard_perplexity, score_again
-from spectraqlora.steps.register.register import register
-from spectraqlora.tracking.registered_model import load_model
+from spectraqlora.steps.promote.rescore import guard_perplexity, rescore
+from spectraqlora.steps.register.register import Inputs, register
+from spectraqlora.tracking.registered_model import download_model, load_model
 from spectraqlora.tracking.registry import ADAPTER, EVAL_ROWS, Registry
 from spectraqlora.tracking.runs import Tracker
 
@@ -70,10 +69,11 @@ def exported(quantized: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def _register(uri: str, name: str, exported: Path, data: Path, key: str, form: str, **metrics: float) -> int:
+def _register(uri: str, name: str, exported: Path, rows: Path, key: str, form: str, loss: float = 1.0) -> int:
     settings = TrackingSettings(uri=uri, registered_model=name, registered_form=form)  # type: ignore[arg-type]
-    tags = {"merged_digest": folder_digest(exported / "merged"), "base_digest": "b", "data_digest": "d"}
-    return register(Tracker(settings, key), exported, exported, data, tags, metrics)[1]
+    losses = {"verified_eval_loss": loss, "eval_loss_original": loss}
+    MergedModel.read(exported).model_copy(update=losses).write(exported)
+    return register(Tracker(settings, key), Inputs(rows=rows, winner=exported, exported=exported), {})[1]
 
 
 def _gate(uri: str, name: str, version: int, **settings: object) -> Promotion:
@@ -87,8 +87,8 @@ def test_the_champion_generates_text_with_mlflow_alone(
     form: str, exported: Path, prepared: Path, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    version = _register(uri, "speaker", exported, prepared, "run-1", form, merged_eval_loss=1.0)
-    assert _register(uri, "speaker", exported, prepared, "run-1", form, merged_eval_loss=1.0) == version
+    version = _register(uri, "speaker", exported, prepared, "run-1", form)
+    assert _register(uri, "speaker", exported, prepared, "run-1", form) == version
     assert _gate(uri, "speaker", version).run().promoted
     subprocess.run([sys.executable, "-c", LOAD, uri, "speaker"], check=True, timeout=300)
     registry = Registry(TrackingSettings(uri=uri, registered_model="speaker"))
@@ -96,12 +96,12 @@ def test_the_champion_generates_text_with_mlflow_alone(
     for tag in ("eval_digest", "merged_digest", "base_digest", "data_digest", "tokenizer_digest"):
         assert found.tags[tag]
     assert found.run_id == Tracker(TrackingSettings(uri=uri), "run-1").pipeline_run()
-    folder = registry.download_model(found, tmp_path)
+    folder = download_model(registry.settings, found, tmp_path)
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     whole = sum(path.stat().st_size for path in (exported / "merged").rglob("*.safetensors"))
     assert (size < 0.5 * whole) == (form == "adapter"), "the adapter form refers to the base"
     rows, answers = read_eval_rows(registry.download(found, EVAL_ROWS, tmp_path))
-    again = score_again(*load_model(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
+    again = rescore(*load_model(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
     assert again["merged_eval_loss"] > 0 and "accuracy" in again
     adapter = registry.download(found, ADAPTER, tmp_path)
     assert (adapter / "adapter_model.safetensors").exists() and (adapter / "rank_map.json").exists()
@@ -121,17 +121,17 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     other = tmp_path / "other"
     prepare(DataSettings(source=str(tiny_rows)), outline, 2, other)
     # The numbers that were logged lie: only scoring again can tell which model is better.
-    first = _register(uri, "again", exported, prepared, "run-1", "merged", merged_eval_loss=0.1)
-    second = _register(uri, "again", plain, other, "run-2", "merged", merged_eval_loss=9.0)
+    first = _register(uri, "again", exported, prepared, "run-1", "merged", loss=0.1)
+    second = _register(uri, "again", plain, other, "run-2", "merged", loss=9.0)
     assert _gate(uri, "again", first).run().promoted
     outcome = _gate(uri, "again", second).run(dry_run=True)
     assert "again" in outcome.scored
     registry = Registry(TrackingSettings(uri=uri, registered_model="again"))
     rows, answers = read_eval_rows(registry.download(registry.version(second), EVAL_ROWS, tmp_path / "rows"))
     for version, numbers in ((second, outcome.challenger), (first, outcome.champion)):
-        folder = registry.download_model(registry.version(version), tmp_path / str(version))
+        folder = download_model(registry.settings, registry.version(version), tmp_path / str(version))
         model, tokenizer = load_model(folder)
-        measured = score_again(model, tokenizer, rows, answers, EvaluateSettings(accuracy_rows=2))
+        measured = rescore(model, tokenizer, rows, answers, EvaluateSettings(accuracy_rows=2))
         assert numbers["merged_eval_loss"] == pytest.approx(measured["merged_eval_loss"], rel=1e-5)
     better = outcome.challenger["merged_eval_loss"] < outcome.champion["merged_eval_loss"]
     assert outcome.promoted == better

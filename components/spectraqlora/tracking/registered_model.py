@@ -1,8 +1,10 @@
-"""A model in MLflow: logged in the transformers flavor, and loaded from it again."""
+"""A model in MLflow: logged in the transformers flavor, registered, downloaded and loaded again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -16,26 +18,53 @@ from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.loading import load_plain, load_tokenizer
 from spectraqlora.places import resolve_base
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.registry import TAG_LENGTH, Version
+from spectraqlora.tracking.server import explain_errors
 
 _REQUIREMENTS = ("torch", "transformers", "safetensors", "accelerate")
 
 
 def log_model(
-    settings: TrackingSettings, run_id: str, exported: Path, tokenizer: Any, example: str, trust: bool
-) -> int:
-    """Log the exported model to a run and register it; the version's number.
+    settings: TrackingSettings,
+    run_id: str,
+    exported: Path,
+    trust: bool,
+    example: str,
+    tags: dict[str, str],
+) -> str:
+    """Log the exported model to a run, unless the run has it with the same tags; its id in MLflow.
+
+    What a stopped attempt left half logged is deleted.
 
     Args:
         settings: the `tracking` section.
         run_id: run that keeps the model.
         exported: artifact of merge-export.
-        tokenizer: of the merged model.
-        example: a prompt as the model was trained on it.
         trust: let code beside the model run.
+        example: a prompt as the model was trained on it.
+        tags: of the logged model; they say what it is.
 
     Raises:
-        InputError: the adapter form was asked for, of a base that MLflow cannot refer to.
+        InputError: the adapter form was asked for, of a base that MLflow cannot refer to; or the server does
+            not answer.
     """
+    import mlflow
+
+    with _as_default(settings):
+        client = mlflow.MlflowClient()
+        for model in client.search_logged_models(
+            [client.get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'"
+        ):
+            if model.status != "READY":
+                client.delete_logged_model(model.model_id)
+            elif tags.items() <= model.tags.items():
+                return str(model.model_id)
+        with mlflow.start_run(run_id=run_id):
+            return str(_log(settings.registered_form, exported, trust, example, tags).model_id)
+
+
+def _log(form: str, exported: Path, trust: bool, example: str, tags: dict[str, str]) -> Any:
+    """Log to the active run; MLflow's description of the model."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
@@ -45,7 +74,7 @@ def log_model(
     config = AutoConfig.from_pretrained(merged, trust_remote_code=trust)
     extra: dict[str, Any] = {}
     requirements = list(_REQUIREMENTS)
-    if settings.registered_form == "adapter":
+    if form == "adapter":
         model, base_folder = _base_with_adapter(config, exported / "adapter", trust)
         requirements.append("peft")
         extra = {"base_model_path": base_folder} if base_folder else {}
@@ -53,20 +82,49 @@ def log_model(
         # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
         model = auto_class(config).from_pretrained(merged, use_safetensors=True, trust_remote_code=trust)
     text = Schema([ColSpec(DataType.string)])
+    return mlflow.transformers.log_model(
+        transformers_model={"model": model, "tokenizer": load_tokenizer(merged, trust)},
+        name="model",
+        task="text2text-generation" if config.is_encoder_decoder else "text-generation",
+        pip_requirements=[f"{package}=={installed(package)}" for package in requirements],
+        signature=ModelSignature(inputs=text, outputs=text),
+        input_example=example,
+        tags=tags,
+        **extra,
+    )
+
+
+def register_model(settings: TrackingSettings, model_id: str, tags: dict[str, str]) -> int:
+    """Make a logged model a version of the registered model; its number.
+
+    MLflow's database takes a version and its tags in one piece: there are all or there is none.
+    """
+    import mlflow
+
+    with _as_default(settings):
+        cut = {key: value[:TAG_LENGTH] for key, value in tags.items()}
+        version = mlflow.register_model(f"models:/{model_id}", settings.registered_model, tags=cut)
+    return int(version.version)
+
+
+def download_model(settings: TrackingSettings, version: Version, target: Path) -> Path:
+    """Fetch a version's model; its folder below `target`."""
+    import mlflow
+
+    with _as_default(settings):
+        uri = f"models:/{version.name}/{version.number}"
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target)))
+
+
+@contextlib.contextmanager
+def _as_default(settings: TrackingSettings) -> Iterator[None]:
+    """Inside, MLflow's functions that take no address ask this server; its refusals become one line."""
+    import mlflow
+
     mlflow.set_tracking_uri(settings.uri)
     mlflow.set_registry_uri(settings.uri)
-    with mlflow.start_run(run_id=run_id):
-        logged = mlflow.transformers.log_model(
-            transformers_model={"model": model, "tokenizer": tokenizer},
-            name="model",
-            task="text2text-generation" if config.is_encoder_decoder else "text-generation",
-            pip_requirements=[f"{package}=={installed(package)}" for package in requirements],
-            registered_model_name=settings.registered_model,
-            signature=ModelSignature(inputs=text, outputs=text),
-            input_example=example,
-            **extra,
-        )
-    return int(logged.registered_model_version)
+    with explain_errors(settings):
+        yield
 
 
 def _base_with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, str]:

@@ -1,28 +1,25 @@
-"""The MLflow model registry: versions, their numbers, and one champion whoever promotes at the same time."""
+"""The MLflow model registry: the versions of one registered model, their tags and aliases."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spectraqlora.artifacts import RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.settings import TrackingSettings
-from spectraqlora.tracking.runs import Tracker, write_once
 from spectraqlora.tracking.server import connect, explain_errors
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 EVAL_ROWS, ADAPTER = "eval_rows", "adapter"
 """Folders among the artifacts of a version's run: the rows it was scored on, its adapter with rank map."""
 DECISION = "promotion."
-"""Tags of a version that begin so tell the gate's last decision on it."""
-_SLOT = "champion.{:06d}"
-_DONE = "champion.{:06d}.done"
+"""Prefix of a version's tags that hold the gate's last decision on it."""
+OWN_TAG, COMPLETING_TAG = "run_key", "merged_eval_loss"
+"""Tags of every version of the register step; it writes the second one last."""
+TAG_LENGTH = 5000
 
 
 @dataclass(frozen=True)
@@ -39,37 +36,30 @@ class Version:
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers among the tags."""
-        found = {}
+        numbers = {}
         for key, value in self.tags.items():
             if not key.startswith(DECISION):
                 with contextlib.suppress(ValueError):
-                    found[key] = float(value)
-        return found
+                    numbers[key] = float(value)
+        return numbers
 
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """An entry of the ledger: which version became champion after which, and why."""
-
-    number: int
-    version: int
-    before: int | None
-    kind: Literal["promoted", "forced", "rolled back", "set by hand"]
-    reason: str
-    at: float
+    @property
+    def complete(self) -> bool:
+        """Whether all that registering writes is there; what others registered is taken as it is."""
+        return OWN_TAG not in self.tags or COMPLETING_TAG in self.tags
 
 
 class Registry:
     """Versions of one registered model.
 
-    The alias `champion` is what users load. MLflow can set an alias but not compare and set it, so two
-    promotions that read the same champion could both replace it. What decides is therefore a ledger: a run
-    `champions of NAME` whose params `champion.000001`, `champion.000002`, … MLflow accepts only once each.
-    Whoever writes the next entry first has promoted; who comes second reads the new champion and decides
-    again. The aliases follow the ledger; a promotion that died before it set them is completed by the next.
+    A version that the register step was stopped on is complete only once that step's retry has finished it;
+    until then it is no candidate for anything.
+
+    Args:
+        settings: the `tracking` section.
 
     Raises:
-        InputError: the server does not answer or does not let us in, or there is no such model.
+        InputError: the server does not answer or does not let us in.
     """
 
     def __init__(self, settings: TrackingSettings) -> None:
@@ -78,78 +68,104 @@ class Registry:
         with explain_errors(settings):
             self.client.search_registered_models(max_results=1)
 
-    def _asking(self) -> contextlib.AbstractContextManager[None]:
-        return explain_errors(self.settings)
-
     def versions(self) -> list[Version]:
-        """All versions, newest first; none where the model is not registered."""
+        """The complete versions, newest first; none where the model is not registered."""
+        return [version for version in self._all() if version.complete]
+
+    def _all(self) -> list[Version]:
         from mlflow.exceptions import MlflowException
 
-        with self._asking():
+        with explain_errors(self.settings):
             try:
                 aliases = self.client.get_registered_model(self.name).aliases
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 return []
-            found: list[Any] = []
-            token = None
-            while True:
-                page = self.client.search_model_versions(f"name='{self.name}'", page_token=token)
-                found += page
-                token = page.token
-                if not token:
-                    break
+            entries = self._pages()
         names: dict[int, list[str]] = {}
         for alias, number in aliases.items():
             names.setdefault(int(number), []).append(alias)
         versions = [
             Version(
                 self.name,
-                int(v.version),
-                v.run_id,
-                dict(v.tags),
-                tuple(sorted(names.get(int(v.version), []))),
-                v.creation_timestamp,
+                int(entry.version),
+                entry.run_id,
+                dict(entry.tags),
+                tuple(sorted(names.get(int(entry.version), []))),
+                entry.creation_timestamp,
             )
-            for v in found
+            for entry in entries
         ]
-        return sorted(versions, key=lambda v: -v.number)
+        return sorted(versions, key=lambda version: -version.number)
+
+    def _pages(self) -> list[Any]:
+        """MLflow's entities of all versions; it gives them out in pages."""
+        entries: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_model_versions(f"name='{self.name}'", page_token=token)
+            entries += page
+            token = page.token
+            if not token:
+                return entries
 
     def version(self, which: int | str) -> Version:
-        """A version by number or alias."""
-        found = self.versions()
-        for candidate in found:
-            if candidate.number == which or which in candidate.aliases:
-                return candidate
-        known = ", ".join(f"{v.number} {' '.join(v.aliases)}".strip() for v in found) or "it has none"
-        raise InputError(self.name, which, f"a version or alias of this model: {known}")
+        """A complete version by number or alias.
+
+        Raises:
+            InputError: there is none, or its register step has not finished it.
+        """
+        versions = self._all()
+        for version in versions:
+            if version.number == which or which in version.aliases:
+                if not version.complete:
+                    raise InputError(
+                        self.name,
+                        which,
+                        f"a complete version; the register step of run {version.tags[OWN_TAG]} was stopped "
+                        "on this one, and a retry of that step completes it",
+                    )
+                return version
+        known = ", ".join(f"{v.number} {' '.join(v.aliases)}".strip() for v in versions if v.complete)
+        raise InputError(self.name, which, f"a version or alias of this model: {known or 'it has none'}")
 
     def by_alias(self, alias: str) -> Version | None:
-        """The version with an alias; None where there is none."""
-        return next((v for v in self.versions() if alias in v.aliases), None)
+        """The version that an alias points at; None where there is none."""
+        return next((v for v in self._all() if alias in v.aliases), None)
+
+    def of_run(self, run_id: str, tags: dict[str, str]) -> Version | None:
+        """The version, complete or not, that a run registered with these tags."""
+        return next(
+            (v for v in self._all() if v.run_id == run_id and tags.items() <= v.tags.items()),
+            None,
+        )
 
     def tag(self, version: int, tags: dict[str, str]) -> None:
-        """Set tags of a version."""
-        with self._asking():
+        """Set tags of a version, one request each, in their order."""
+        with explain_errors(self.settings):
             for key, value in tags.items():
-                self.client.set_model_version_tag(self.name, str(version), key, value[:5000])
+                self.client.set_model_version_tag(self.name, str(version), key, value[:TAG_LENGTH])
 
     def set_alias(self, alias: str, version: int) -> None:
         """Point an alias at a version."""
-        with self._asking():
+        with explain_errors(self.settings):
             self.client.set_registered_model_alias(self.name, alias, str(version))
 
     def run_metrics(self, version: Version) -> dict[str, float]:
         """Metrics of the version's run; its tags win over them."""
-        with self._asking():
+        with explain_errors(self.settings):
             return {**self.client.get_run(version.run_id).data.metrics, **version.metrics}
 
     def download(self, version: Version, folder: str, target: Path) -> Path:
-        """Fetch a folder of the artifacts of the version's run."""
+        """Fetch a folder of the artifacts of the version's run.
+
+        Raises:
+            InputError: the run has no such folder.
+        """
         from mlflow.exceptions import MlflowException
 
-        with self._asking():
+        with explain_errors(self.settings):
             try:
                 return Path(self.client.download_artifacts(version.run_id, folder, str(target)))
             except (MlflowException, OSError) as error:
@@ -158,19 +174,6 @@ class Registry:
                 raise InputError(
                     f"{self.name} version {version.number}", folder, "these artifacts beside its run"
                 ) from None
-
-    def download_model(self, version: Version, target: Path) -> Path:
-        """Fetch a version's model."""
-        import mlflow
-
-        with self._asking():
-            mlflow.set_tracking_uri(self.settings.uri)
-            mlflow.set_registry_uri(self.settings.uri)
-            return Path(
-                mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"models:/{self.name}/{version.number}", dst_path=str(target)
-                )
-            )
 
     def champion_adapter(self, target: Path) -> tuple[Version, Path] | None:
         """The champion and its adapter, rank map beside it; None where there is no champion or no adapter."""
@@ -182,115 +185,3 @@ class Registry:
         except InputError:
             return None
         return (champion, folder) if (folder / RankMap.filename()).exists() else None
-
-    def _ledger(self) -> str:
-        """Run that holds the ledger; elected like a pipeline's run, in an experiment of its own."""
-        own = self.settings.model_copy(update={"experiment": f"{self.settings.experiment} champions"})
-        tracker = Tracker(own, f"champions of {self.name}")
-        run = tracker.pipeline_run()
-        tracker.finish(run)
-        return run
-
-    def history(self) -> list[LedgerEntry]:
-        """The ledger, oldest first."""
-        ledger = self._ledger()
-        with self._asking():
-            return self._read(ledger)[0]
-
-    def _read(self, ledger: str) -> tuple[list[LedgerEntry], bool]:
-        """The ledger's entries, and whether the aliases followed the last one."""
-        params = self.client.get_run(ledger).data.params
-        reigns: list[LedgerEntry] = []
-        while (entry := params.get(_SLOT.format(len(reigns) + 1))) is not None:
-            reigns.append(LedgerEntry(len(reigns) + 1, **json.loads(entry)))
-        return reigns, not reigns or _DONE.format(len(reigns)) in params
-
-    def _follow(self, ledger: str) -> LedgerEntry | None:
-        """Point the aliases at the ledger's last champion, and at the one before it."""
-        while True:
-            reigns, _ = self._read(ledger)
-            if not reigns:
-                return None
-            last = reigns[-1]
-            self.client.set_registered_model_alias(self.name, CHAMPION, str(last.version))
-            before = _predecessor(reigns, last.version)
-            if before is not None:
-                self.client.set_registered_model_alias(self.name, PREVIOUS, str(before))
-            else:
-                self.client.delete_registered_model_alias(self.name, PREVIOUS)
-            write_once(self.client, ledger, _DONE.format(last.number), "aliases set")
-            # A promotion that ended meanwhile set them to newer versions, which we may have undone.
-            if len(self._read(ledger)[0]) == last.number:
-                return last
-
-    def change_champion(
-        self,
-        decide: Callable[[Version | None], tuple[int, str, str] | None],
-    ) -> tuple[LedgerEntry | None, Version | None]:
-        """Replace the champion, unless another promotion comes in between: then decide again on what it left.
-
-        Args:
-            decide: gets the present champion; gives (version, kind, reason), or None to leave it.
-
-        Returns:
-            The new ledger entry, or None, and the champion that the decision was made against.
-        """
-        ledger = self._ledger()
-        while True:
-            with self._asking():
-                reigns, followed = self._read(ledger)
-                if not followed:
-                    self._follow(ledger)
-            present = self.by_alias(CHAMPION)
-            known = reigns[-1].version if reigns else None
-            if present is not None and present.number != known and followed:
-                # Somebody set the alias in MLflow itself; the ledger takes note.
-                self._append(
-                    ledger, len(reigns) + 1, present.number, known, "set by hand", "alias set in MLflow"
-                )
-                continue
-            chosen = decide(present)
-            if chosen is None:
-                return None, present
-            version, kind, reason = chosen
-            before = present.number if present else None
-            if self._append(ledger, len(reigns) + 1, version, before, kind, reason):
-                with self._asking():
-                    self._follow(ledger)
-                return LedgerEntry(len(reigns) + 1, version, before, kind, reason, time.time()), present  # type: ignore[arg-type]
-
-    def _append(
-        self, ledger: str, number: int, version: int, before: int | None, kind: str, reason: str
-    ) -> bool:
-        entry = {
-            "version": version,
-            "before": before,
-            "kind": kind,
-            "reason": reason[:250],
-            "at": time.time(),
-        }
-        text = json.dumps(entry)
-        with self._asking():
-            return write_once(self.client, ledger, _SLOT.format(number), text) == text
-
-    def previous(self) -> int:
-        """The version that was champion before the present one.
-
-        Raises:
-            InputError: there is none to go back to.
-        """
-        champion = self.by_alias(CHAMPION)
-        before = _predecessor(self.history(), champion.number) if champion else None
-        if before is None or before not in {v.number for v in self.versions()}:
-            raise InputError(
-                "rollback", self.name, "a champion that replaced an earlier one; there is none to go back to"
-            )
-        return before
-
-
-def _predecessor(reigns: list[LedgerEntry], version: int) -> int | None:
-    """Whom a champion replaced when it was promoted: a rollback undoes a promotion, not a rollback."""
-    for reign in reversed(reigns):
-        if reign.version == version and reign.kind != "rolled back":
-            return reign.before
-    return None

@@ -1,17 +1,16 @@
-"""Promoting a version: the numbers of both models, the gate's decision, and its record on the version."""
+"""Promoting a version: the gate's decision, its place in the ledger, and its record on the version."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from spectraqlora.errors import InputError
-from spectraqlora.scoring.held_out import read_eval_rows
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.steps.promote.gate import Decision, decide
-from spectraqlora.tracking.registry import DECISION, EVAL_ROWS, Registry, Version
+from spectraqlora.steps.promote.scores import Scores
+from spectraqlora.tracking.ledger import Kind, Ledger, LedgerEntry
+from spectraqlora.tracking.registry import CHAMPION, DECISION, Registry, Version
 
 _OF_THE_ROWS = frozenset(
     {"merged_eval_loss", "eval_loss", "perplexity", "accuracy", "base_eval_loss", "base_accuracy"}
@@ -33,6 +32,7 @@ class Outcome:
 
     @property
     def promoted(self) -> bool:
+        """Whether the version became champion."""
         return self.decision in ("promoted", "forced", "rolled back")
 
 
@@ -49,13 +49,13 @@ class Promotion:
     def __init__(
         self, registry: Registry, challenger: Version, settings: PromoteSettings, evaluate: EvaluateSettings
     ) -> None:
-        self.registry, self.challenger = registry, challenger
-        self.settings, self.evaluate = settings, evaluate
-        self._again: dict[int, dict[str, float]] = {}
-        self._guard: dict[int, float] = {}
+        self.registry, self.challenger, self.settings = registry, challenger, settings
+        self._scores = Scores(registry, challenger, settings, evaluate)
 
     def run(self, dry_run: bool = False, force: str = "") -> Outcome:
         """Decide and, unless it is a dry run, act: alias, ledger, and the decision as tags of the version.
+
+        A promotion that was stopped after it took its place in the ledger is completed, not decided again.
 
         Args:
             dry_run: only say what would be decided.
@@ -64,22 +64,23 @@ class Promotion:
         Raises:
             InputError: a metric that one of the models does not have.
         """
-        last: list[Outcome] = []
-
-        def choose(champion: Version | None) -> tuple[int, str, str] | None:
-            outcome = self._outcome(champion, force)
-            last[:] = [outcome]
-            if not outcome.promoted:
-                return None
-            return outcome.version, outcome.decision, outcome.reason
-
         if dry_run:
-            choose(self.registry.by_alias("champion"))
-            return last[0]
-        self.registry.change_champion(choose)
-        if last[0].decision != "is champion":
-            self._record(last[0])
-        return last[0]
+            return self._outcome(self.registry.by_alias(CHAMPION), force)
+        ledger = Ledger(self.registry)
+        ledger.settle()
+        for stopped in ledger.unrecorded():
+            if stopped.version == self.challenger.number and stopped.kind != "rolled back":
+                return self._record(self._outcome_of(stopped), ledger, stopped)
+        outcome: Outcome
+
+        def choose(champion: Version | None) -> tuple[int, Kind, str] | None:
+            nonlocal outcome
+            outcome = self._outcome(champion, force)
+            kind: Kind = "forced" if force else "promoted"
+            return (outcome.version, kind, outcome.reason) if outcome.promoted else None
+
+        entry, _ = ledger.change_champion(choose)
+        return outcome if outcome.decision == "is champion" else self._record(outcome, ledger, entry)
 
     def _outcome(self, champion: Version | None, force: str) -> Outcome:
         number = self.challenger.number
@@ -88,21 +89,41 @@ class Promotion:
             return Outcome(number, "is champion", "it is the champion already", number, "not at all", {}, {})
         if force:
             return Outcome(number, "forced", force, against, "not at all", {}, {})
-        found, how = self._decision(champion)
+        decision, scored = self._decision(champion)
         return Outcome(
             number,
-            "promoted" if found.promote else "not promoted",
-            found.reason,
+            "promoted" if decision.promote else "not promoted",
+            decision.reason,
             against,
-            how,
-            dict(found.challenger),
-            dict(found.champion),
+            scored,
+            dict(decision.challenger),
+            dict(decision.champion),
+        )
+
+    def _outcome_of(self, entry: LedgerEntry) -> Outcome:
+        """What an entry of the ledger stands for, with the numbers that were compared for it."""
+        number, before = self.challenger.number, entry.before
+        if entry.kind == "forced":
+            return Outcome(number, entry.kind, entry.reason, before, "not at all", {}, {})
+        replaced = next((v for v in self.registry.versions() if v.number == before), None)
+        decision, scored = self._decision(replaced)
+        return Outcome(
+            number,
+            entry.kind,
+            entry.reason,
+            before,
+            scored,
+            dict(decision.challenger),
+            dict(decision.champion),
         )
 
     def _decision(self, champion: Version | None) -> tuple[Decision, str]:
+        """The gate's decision, and where its numbers come from."""
         ours = self.registry.run_metrics(self.challenger)
         if champion is None:
-            return decide({**ours, **self._guards(self.challenger)}, None, self.settings), "when trained"
+            return decide(
+                {**ours, **self._scores.guard(self.challenger)}, None, self.settings
+            ), "when trained"
         theirs = self.registry.run_metrics(champion)
         same = self.challenger.tags.get("eval_digest", "") == champion.tags.get("eval_digest")
         if not same or self.settings.guard_data:
@@ -111,58 +132,17 @@ class Promotion:
                 reason = "the champion has another tokenizer, so losses per token do not compare; use --force"
                 return Decision(False, reason, {}, {}), "not at all"
         if not same:
-            ours = {**_lasting(ours), **self._scored_again(self.challenger)}
-            theirs = {**_lasting(theirs), **self._scored_again(champion)}
-        ours.update(self._guards(self.challenger))
-        theirs.update(self._guards(champion))
+            ours = {**_independent(ours), **self._scores.on_rows(self.challenger)}
+            theirs = {**_independent(theirs), **self._scores.on_rows(champion)}
+        ours.update(self._scores.guard(self.challenger))
+        theirs.update(self._scores.guard(champion))
         how = "when trained, on the same rows" if same else "again, both on the challenger's rows"
         return decide(ours, theirs, self.settings), how
 
-    def _scored_again(self, version: Version) -> dict[str, float]:
-        if version.number not in self._again:
-            self._score(version, rows=True)
-        return self._again[version.number]
-
-    def _guards(self, version: Version) -> dict[str, float]:
-        if not self.settings.guard_data:
-            return {}
-        from spectraqlora.steps.promote.rescore import guard_digest
-
-        digest = guard_digest(self.settings.guard_data, self.settings.guard_rows)
-        if version.tags.get("guard_digest") == digest:
-            return {"guard_perplexity": version.metrics["guard_perplexity"]}
-        if version.number not in self._guard:
-            self._score(version, rows=False)
-        return {"guard_perplexity": self._guard[version.number]}
-
-    def _score(self, version: Version, rows: bool) -> None:
-        from spectraqlora.steps.promote.rescore import guard_perplexity, score_again
-        from spectraqlora.tracking.registered_model import load_model
-
-        print(f"scoring {version.name} version {version.number}", flush=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch)
-            model, tokenizer = load_model(self.registry.download_model(version, target))
-            if rows:
-                kept = self.registry.download(self.challenger, EVAL_ROWS, target)
-                scored, answers = read_eval_rows(kept)
-                self._again[version.number] = score_again(model, tokenizer, scored, answers, self.evaluate)
-            if self.settings.guard_data and version.number not in self._guard:
-                self._guard[version.number] = guard_perplexity(
-                    model,
-                    tokenizer,
-                    self.settings.guard_data,
-                    self.settings.guard_rows,
-                    self.evaluate.batch_size,
-                )
-
-    def _record(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome, ledger: Ledger, entry: LedgerEntry | None) -> Outcome:
         """The decision and its numbers as tags of the challenger; perplexities measured now, of both."""
-        from spectraqlora.steps.promote.rescore import guard_digest
-
-        for number, value in self._guard.items():
-            digest = guard_digest(self.settings.guard_data, self.settings.guard_rows)
-            self.registry.tag(number, {"guard_perplexity": f"{value:.9g}", "guard_digest": digest})
+        for number, tags in self._scores.guard_tags().items():
+            self.registry.tag(number, tags)
         tags = {
             "decision": outcome.decision,
             "reason": outcome.reason,
@@ -171,46 +151,74 @@ class Promotion:
             "metric": self.settings.metric,
             "margin": f"{self.settings.margin:g}",
             "eval_digest": self.challenger.tags.get("eval_digest", ""),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "at": _now(),
             **{f"bound.{name}": f"{bound:g}" for name, bound in self.settings.bounds.items()},
             **{f"challenger.{name}": f"{value:.9g}" for name, value in outcome.challenger.items()},
             **{f"champion.{name}": f"{value:.9g}" for name, value in outcome.champion.items()},
         }
         self.registry.tag(outcome.version, {f"{DECISION}{key}": value for key, value in tags.items()})
+        if entry is not None:
+            ledger.mark_recorded(entry)
+        return outcome
 
 
-def _lasting(metrics: dict[str, float]) -> dict[str, float]:
+def _independent(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics that do not depend on which rows were scored."""
     return {name: value for name, value in metrics.items() if name not in _OF_THE_ROWS}
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def rollback(registry: Registry, reason: str, dry_run: bool = False) -> Outcome:
-    """Make the champion before the present one champion again.
+    """Make the champion before the present one champion again; a rollback that was stopped is completed instead.
+
+    Args:
+        registry: of the model.
+        reason: why; it is recorded.
+        dry_run: only say what would be done.
 
     Raises:
-        InputError: there is no champion, or none before it.
+        InputError: there is no champion, or none before it; or another one came in between.
     """
-    champion = registry.by_alias("champion")
+    ledger = Ledger(registry)
+    champion = registry.by_alias(CHAMPION) if dry_run else ledger.settle()
     if champion is None:
         raise InputError("rollback", registry.name, "a champion; it has none")
-    target = registry.previous()
+    if not dry_run:
+        stopped = [entry for entry in ledger.unrecorded() if entry.kind == "rolled back"]
+        for entry in stopped:
+            _record_rollback(ledger, entry, entry.reason)
+        if stopped and stopped[-1] == ledger.entries()[-1]:
+            last = stopped[-1]
+            return Outcome(last.version, last.kind, last.reason, last.before, "not at all", {}, {})
+    target = ledger.previous()
     outcome = Outcome(target, "rolled back", reason, champion.number, "not at all", {}, {})
     if dry_run:
         return outcome
 
-    def choose(present: Version | None) -> tuple[int, str, str] | None:
+    def choose(present: Version | None) -> tuple[int, Kind, str] | None:
         # Somebody else was quicker: rolling back their change was not asked for.
         if present is None or present.number != champion.number:
             return None
         return target, "rolled back", reason
 
-    entry, now = registry.change_champion(choose)
-    if entry is None:
+    done, now = ledger.change_champion(choose)
+    if done is None:
         raise InputError(
             "rollback",
             champion.number,
             f"the champion; version {now.number if now else None} is it meanwhile",
         )
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    for version, text in ((champion.number, "rolled back from"), (target, "rolled back to")):
-        registry.tag(version, {f"{DECISION}decision": text, f"{DECISION}reason": reason, f"{DECISION}at": at})
+    _record_rollback(ledger, done, reason)
     return outcome
+
+
+def _record_rollback(ledger: Ledger, entry: LedgerEntry, reason: str) -> None:
+    """Tags of both versions say which way the champion went."""
+    for version, decision in ((entry.before, "rolled back from"), (entry.version, "rolled back to")):
+        if version is not None:
+            tags = {"decision": decision, "reason": reason, "at": _now()}
+            ledger.registry.tag(version, {f"{DECISION}{key}": value for key, value in tags.items()})
+    ledger.mark_recorded(entry)

@@ -1,4 +1,4 @@
-"""Scoring registered models again: on given rows, and on general text."""
+"""Scoring registered models once more: on given rows, and on general text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ GUARD_TOKENS = 512
 _KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def score_again(
+def rescore(
     model: Any, tokenizer: Any, rows: Any, answers: list[dict[str, str]], settings: EvaluateSettings
 ) -> dict[str, float]:
     """Loss, perplexity and, where there are answers, accuracy of a model on tokenized rows."""
-    found = score(model, rows, settings.batch_size)
-    numbers = {"merged_eval_loss": found.loss, "eval_loss": found.loss, "perplexity": found.perplexity}
+    measured = score(model, rows, settings.batch_size)
+    numbers = {
+        "merged_eval_loss": measured.loss,
+        "eval_loss": measured.loss,
+        "perplexity": measured.perplexity,
+    }
     chosen = answers[: settings.accuracy_rows]
     if chosen:
         exact = accuracy(model, tokenizer, chosen, settings.max_new_tokens, settings.batch_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora.files import write_text
+from spectraqlora.runtime.console import say
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSettings
 
@@ -25,14 +26,14 @@ def run(
     from spectraqlora.tracking.registry import CHAMPION, Registry
 
     section = PromoteSettings(**promote_settings)
-    found = json.loads((Path(registered.path) / "registered.json").read_text())
-    registry = Registry(TrackingSettings(**{**tracking_settings, "registered_model": found["name"]}))
+    version = json.loads((Path(registered.path) / "registered.json").read_text(encoding="utf-8"))
+    registry = Registry(TrackingSettings(**{**tracking_settings, "registered_model": version["name"]}))
     promotion = Promotion(
-        registry, registry.version(found["version"]), section, EvaluateSettings(**evaluate_settings)
+        registry, registry.version(version["version"]), section, EvaluateSettings(**evaluate_settings)
     )
     # A gate that is off still says what it would have said.
     outcome = promotion.run(dry_run=not section.enabled)
-    print(f"version {outcome.version}: {outcome.decision}: {outcome.reason}", flush=True)
+    say(f"version {outcome.version}: {outcome.decision}: {outcome.reason}")
     for name, value in (
         *outcome.challenger.items(),
         *((f"champion_{k}", v) for k, v in outcome.champion.items()),

@@ -4,66 +4,120 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, MergedModel
+from spectraqlora.files import folder_digest
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.scoring.held_out import read_eval_rows, write_eval_rows
-from spectraqlora.tracking.registered_model import log_model
-from spectraqlora.tracking.registry import ADAPTER, CHALLENGER, EVAL_ROWS, Registry
-from spectraqlora.tracking.runs import Tracker
+from spectraqlora.tracking.registered_model import log_model, register_model
+from spectraqlora.tracking.registry import (
+    ADAPTER,
+    CHALLENGER,
+    COMPLETING_TAG,
+    EVAL_ROWS,
+    OWN_TAG,
+    Registry,
+)
+from spectraqlora.tracking.runs import REVISION, Tracker
 
 _NEW_TOKENS = 16
 
 
-def register(
-    tracker: Tracker,
-    exported: Path,
-    winner: Path,
-    data: Path,
-    tags: dict[str, str],
-    metrics: dict[str, float],
-) -> tuple[str, int]:
+@dataclass(frozen=True)
+class Inputs:
+    """The folders that the step reads."""
+
+    rows: Path
+    winner: Path
+    exported: Path
+
+
+def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[str, int]:
     """Log the exported model to the pipeline's run and register it; (model name, version).
 
     Beside the model the run keeps the adapter with its rank map and the rows it was scored on: what a later
-    champion is compared on and may start from. A version of the same run with the same tag `merged_digest`
-    is not registered twice.
+    champion is compared on and may start from. A stop at any request leaves either no version or one that a
+    retry finds by its run and digest and completes: a run never registers the same model twice, and the alias
+    `challenger` is the last thing that is written.
 
     Args:
         tracker: of the pipeline run.
-        exported: artifact of merge-export.
-        winner: artifact of compare, with adapter and evaluation.
-        data: prepared data.
-        tags: of the version.
-        metrics: its numbers, tags as well.
+        inputs: the step's folders.
+        origin: further tags, which say what the model was trained on and with which settings.
     """
-    settings = tracker.settings
-    registry, run_id = Registry(settings), tracker.pipeline_run()
-    tags = {**tags, "registered_form": settings.registered_form}
-    for known in registry.versions():
-        same = ("merged_digest", "registered_form")
-        if known.run_id == run_id and all(known.tags.get(key) == tags[key] for key in same):
-            return settings.registered_model, known.number
+    settings, run_id = tracker.settings, tracker.pipeline_run()
+    registry = Registry(settings)
+    identity = {
+        "merged_digest": folder_digest(inputs.exported / "merged"),
+        "registered_form": settings.registered_form,
+    }
+    version = registry.of_run(run_id, identity)
+    if version is not None and version.complete:
+        number = version.number
+    else:
+        trust = MergedModel.read(inputs.exported).trust_remote_code
+        tokenizer = load_tokenizer(inputs.exported / "merged", trust)
+        rows_digest, example = _keep_beside(tracker, run_id, inputs, tokenizer)
+        tags = {
+            **identity,
+            **_tags(tracker, inputs, origin),
+            "eval_digest": rows_digest,
+            "tokenizer_digest": vocabulary_digest(tokenizer),
+            **_metrics(tracker, inputs),
+        }
+        if version is None:
+            model_id = log_model(settings, run_id, inputs.exported, trust, example, identity)
+            number = register_model(settings, model_id, tags)
+        else:
+            number = version.number
+            registry.tag(number, tags)
+    challenger = registry.by_alias(CHALLENGER)
+    if challenger is None or challenger.number < number:
+        registry.set_alias(CHALLENGER, number)
+    return registry.name, number
+
+
+def _keep_beside(tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any) -> tuple[str, str]:
+    """Keep the held-out rows and the adapter with its rank map in the run; (digest of the rows, a prompt)."""
     with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch) / EVAL_ROWS
-        tags["eval_digest"] = write_eval_rows(data, rows)
-        tracker.log_folder(run_id, rows, EVAL_ROWS)
-        trust = MergedModel.read(exported).trust_remote_code
-        tokenizer = load_tokenizer(exported / "merged", trust)
-        example = _example(rows, tokenizer)
-    with tempfile.TemporaryDirectory() as scratch:
-        Evaluation.read(winner).rounds[-1].rank_map.write(scratch)
-        tracker.log_folder(run_id, winner / "adapter", ADAPTER)
-        tracker.log_folder(run_id, Path(scratch), ADAPTER)
-    number = log_model(settings, run_id, exported, tokenizer, example, trust)
-    tags["tokenizer_digest"] = vocabulary_digest(tokenizer)
-    registry.tag(number, {**tags, **{name: f"{value:.9g}" for name, value in metrics.items()}})
-    # Only now is the version whole; whoever looks for the challenger finds one with its numbers.
-    registry.set_alias(CHALLENGER, number)
-    return settings.registered_model, number
+        folder = Path(scratch)
+        digest = write_eval_rows(inputs.rows, folder / EVAL_ROWS)
+        tracker.log_folder(run_id, folder / EVAL_ROWS, EVAL_ROWS)
+        example = _example(folder / EVAL_ROWS, tokenizer)
+        Evaluation.read(inputs.winner).rounds[-1].rank_map.write(folder / "rank_map")
+        tracker.log_folder(run_id, inputs.winner / "adapter", ADAPTER)
+        tracker.log_folder(run_id, folder / "rank_map", ADAPTER)
+    return digest, example
+
+
+def _tags(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> dict[str, str]:
+    evaluation = Evaluation.read(inputs.winner)
+    tags = {
+        OWN_TAG: tracker.run_key,
+        "method": evaluation.method,
+        "base_digest": evaluation.base_digest,
+        "data_digest": evaluation.data_digest,
+        "merged_into": MergedModel.read(inputs.exported).merged_into,
+        "spectraqlora_version": __version__,
+        "source_revision": os.environ.get(REVISION, ""),
+        **origin,
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _metrics(tracker: Tracker, inputs: Inputs) -> dict[str, str]:
+    """The winner's numbers as tags, and at last the loss of the form that is registered."""
+    merged = MergedModel.read(inputs.exported)
+    adapter = tracker.settings.registered_form == "adapter"
+    loss = merged.eval_loss_original if adapter else merged.verified_eval_loss
+    numbers = {**Evaluation.read(inputs.winner).headline(), COMPLETING_TAG: loss}
+    return {name: f"{value:.9g}" for name, value in numbers.items()}
 
 
 def _example(rows: Path, tokenizer: Any) -> str:
