@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kfp import dsl, local
 from spectraqlora.runtime.images import image_reference
-from spectraqlora_pipelines.local.containers import WORKDIR_LABEL, Surroundings, replace_kfps
+from spectraqlora_pipelines.local.containers import WORKDIR_LABEL, HostAccess, replace_kfps
 
 from tests.containers import engine
 from tests.integration.test_dag import CLI, spectraqlora
@@ -51,14 +51,14 @@ def docker() -> Any:
 
 
 @pytest.fixture
-def surroundings(docker: Any, tmp_path: Path) -> Surroundings:
+def access(docker: Any, tmp_path: Path) -> HostAccess:
     local.init(local.DockerRunner(), pipeline_root=str(tmp_path / "artifacts"))
-    return Surroundings(tmp_path, network="none")
+    return HostAccess(tmp_path, network="none")
 
 
-def test_a_step_that_fails_fails_the_run_fifty_times_out_of_fifty(surroundings: Surroundings) -> None:
+def test_a_step_that_fails_fails_the_run_fifty_times_out_of_fifty(access: HostAccess) -> None:
     failed = 0
-    with replace_kfps(surroundings):
+    with replace_kfps(access):
         for number in range(TIMES):
             try:
                 fails(number=number)
@@ -68,9 +68,9 @@ def test_a_step_that_fails_fails_the_run_fifty_times_out_of_fifty(surroundings: 
 
 
 def test_a_step_without_its_output_fails_and_one_with_it_does_not(
-    surroundings: Surroundings, capsys: pytest.CaptureFixture[str]
+    access: HostAccess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with replace_kfps(surroundings):
+    with replace_kfps(access):
         with pytest.raises(RuntimeError):
             forgets()
         assert "did not write" in capsys.readouterr().out

@@ -1,19 +1,14 @@
 """The values file of a cluster: what it means, and how faults are named."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
 from spectraqlora.errors import InputError
 from spectraqlora.runtime.images import step_names
-from spectraqlora_pipelines.cluster.values import (
-    NEVER_CACHED,
-    ClusterValues,
-    amount,
-    read_values,
-    reference,
-    seconds,
-)
+from spectraqlora_pipelines.cluster.fields import exceeds, seconds
+from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, read_values, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +58,10 @@ def test_defaults_that_cache_leave_register_uncached(tmp_path: Path) -> None:
 
 
 def test_quantities_and_durations_have_kubernetes_meaning() -> None:
-    assert amount("500m") == 0.5 and amount("2") == 2
-    assert amount("8Gi") == 8 * 2**30 and amount("1.5G") == 1.5e9 and amount("1Ei") == 2**60
+    in_order = ["500m", "0.6", "2", "1K", "1Ki", "1.5G", "8Gi", "8.1Gi", "1E", "1Ei"]
+    assert all(exceeds(more, less) for less, more in itertools.pairwise(in_order))
+    assert not exceeds("500m", "0.5") and not exceeds("0.5", "500m") and not exceeds("1Gi", "1024Mi")
+    assert not exceeds("1Gi", "1.073741824G") and exceeds("1Gi", "1.073741823G")
     assert [seconds(d) for d in ("45s", "10m", "12h", "2d")] == [45, 600, 43200, 172800]
 
 
@@ -77,6 +74,7 @@ def test_quantities_and_durations_have_kubernetes_meaning() -> None:
         ("defaults: {cpu: {limit: lots}}", "defaults.cpu.limit", "lots", "500m"),
         ("defaults: {memory: {limit: 8}}", "defaults.memory.limit", "8", "24Gi"),
         ("defaults: {memory: {request: 8Gi, limit: 4Gi}}", "defaults.memory", "", "at most the limit 4Gi"),
+        ("defaults: {memory: {request: 9K, limit: 8K}}", "defaults.memory", "9K", "at most the limit 8K"),
         ("{defaults: {memory: {limit: 4Gi}}, steps: {train: {memory: {request: 8Gi}}}}",
          "steps.train.memory", "", "at most the limit 4Gi"),
         ("defaults: {gpu: {count: -1}}", "defaults.gpu.count", "-1", "greater than or equal to 0"),

@@ -29,7 +29,7 @@ from spectraqlora.snr.scan import scan, scan_tensors
 from spectraqlora.snr.table import read_table, top_modules
 from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
-from spectraqlora_pipelines.cli.app import _snr_table
+from spectraqlora_pipelines.cli.snr import snr_table
 
 from tests.benchmarks.snr import memory_bound, peak_of_scan, write_checkpoint
 
@@ -269,7 +269,7 @@ def test_the_table_on_screen_is_whole_at_any_width(width: int) -> None:
     ]
     table = scan_tensors(named)
     screen = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    screen.print(_snr_table(table, top_modules(table, 50), 50, screen))
+    screen.print(snr_table(table, top_modules(table, 50), 50, screen))
     text = screen.export_text()
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text

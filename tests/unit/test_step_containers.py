@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.settings import parse
-from spectraqlora_pipelines.local.containers import Surroundings, missing_outputs, surroundings
+from spectraqlora_pipelines.local.containers import HostAccess, host_access, missing_outputs
 
 
-def mounted(found: Surroundings, variables: dict[str, str] | None = None) -> dict[str, bool]:
+def mounted(found: HostAccess, variables: dict[str, str] | None = None) -> dict[str, bool]:
     """Path to read-only of every mount; each lies where it lies here."""
     mounts = found.mounts(variables or {})
     assert all(mount["Source"] == mount["Target"] for mount in mounts)
@@ -22,7 +22,7 @@ def test_variables_of_storage_mlflow_and_hub_are_passed_and_no_others(tmp_path: 
         "AWS_SECRET_ACCESS_KEY": "a", "MLFLOW_TRACKING_TOKEN": "b", "HF_TOKEN": "c", "HTTPS_PROXY": "d",
         "HOME": "/home/me", "PATH": "/bin", "SSH_AUTH_SOCK": "/run/ssh", "GITHUB_TOKEN": "no",
     }  # fmt: skip
-    passed = Surroundings(tmp_path, user=4321).environment(given)
+    passed = HostAccess(tmp_path, user=4321).environment(given)
     places = {"TMPDIR", "XDG_CACHE_HOME", "HF_HOME"}
     assert passed.keys() - places == {
         "AWS_SECRET_ACCESS_KEY",
@@ -43,11 +43,11 @@ def test_inputs_are_mounted_read_only_and_the_workdir_to_be_written(tmp_path: Pa
             "checkpoint": {"folder": str(tmp_path / "checkpoints")},
         }
     )
-    found = mounted(surroundings(settings, work, [str(model), str(rows)], "host"))
+    found = mounted(host_access(settings, work, [str(model), str(rows)], "host"))
     assert found[str(model)] and found[str(rows)]
     for folder in (work, tmp_path / "elsewhere", tmp_path / "checkpoints"):
         assert not found[str(folder)]
-    remote = mounted(surroundings(parse({}), work, ["owner/name", "s3://bucket/rows"], "host"))
+    remote = mounted(host_access(parse({}), work, ["owner/name", "s3://bucket/rows"], "host"))
     assert not any(remote.values())
 
 
@@ -60,7 +60,7 @@ def test_files_behind_links_and_files_that_variables_name_come_along(tmp_path: P
     bundle = tmp_path / "ca.pem"
     bundle.write_text("")
     found = mounted(
-        Surroundings(tmp_path / "work", readable=[snapshot]),
+        HostAccess(tmp_path / "work", readable=[snapshot]),
         {"AWS_CA_BUNDLE": str(bundle), "AWS_CONFIG_FILE": "/none/config"},
     )
     assert found[str(blobs)] and found[str(bundle)]
@@ -70,7 +70,7 @@ def test_files_behind_links_and_files_that_variables_name_come_along(tmp_path: P
 def test_what_lies_inside_another_mount_is_mounted_only_where_it_is_more_or_less_open(tmp_path: Path) -> None:
     inside, shard = tmp_path / "work" / "model", tmp_path / "work" / "model" / "shard"
     shard.mkdir(parents=True)
-    found = mounted(Surroundings(tmp_path / "work", readable=[inside, shard], user=4321))
+    found = mounted(HostAccess(tmp_path / "work", readable=[inside, shard], user=4321))
     assert found == {str(tmp_path / "work"): False, str(inside): True}
 
 
@@ -80,7 +80,7 @@ def test_an_input_that_the_steps_user_may_not_read_is_refused_with_the_remedy(tm
     (model / "model.safetensors").write_bytes(b"")
     (model / "model.safetensors").chmod(0o600)
     with pytest.raises(InputError, match=f"may read: chmod -R a\\+rX {model}"):
-        Surroundings(tmp_path / "work", readable=[model], user=os.getuid() + 1).prepare()
+        HostAccess(tmp_path / "work", readable=[model], user=os.getuid() + 1).prepare()
     assert not (tmp_path / "work").exists()
 
 

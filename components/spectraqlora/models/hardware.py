@@ -17,6 +17,13 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def gpu_memory_bytes() -> int:
+    """Memory of the first GPU; 0 where there is none."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
 def compute_dtype(choice: str) -> torch.dtype:
     """The compute type of a setting; `auto` follows the hardware.
 

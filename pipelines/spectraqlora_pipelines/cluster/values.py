@@ -14,73 +14,32 @@ from typing import Annotated, Any, Literal
 
 import spectraqlora
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from spectraqlora.errors import InputError
 from spectraqlora.runtime.images import step_names
 
-NEVER_CACHED = frozenset({"detect-changes", "start-point", "register", "promote"})
-"""Steps that read or change what lies elsewhere: an old result would miss what happened there since."""
+from spectraqlora_pipelines.cluster.fields import (
+    Cpu,
+    Digest,
+    Duration,
+    EnvName,
+    GpuResource,
+    LabelKey,
+    LabelValue,
+    Memory,
+    MountPath,
+    Name,
+    PipelineRoot,
+    Registry,
+    Tag,
+    exceeds,
+)
 
-_SUFFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-_SUFFIXES |= {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTPE", 1)}
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+NEVER_CACHED = frozenset({"detect-changes", "start-point", "register", "promote"})
+"""Steps that read or change what is kept elsewhere: an old result would miss what happened there since."""
+
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE", re.IGNORECASE)
 _USER_INFO = re.compile(r"://[^/\s@]+:[^/\s@]+@")
-
-
-def _matching(pattern: str, expected: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(expected)
-        return value
-
-    return AfterValidator(check)
-
-
-def _number_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def amount(quantity: str) -> float:
-    """A Kubernetes quantity as a number: "500m" is 0.5, "8Gi" is 8589934592."""
-    found = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", quantity)
-    assert found, quantity
-    return float(found[1]) * _SUFFIXES[found[2]]
-
-
-def seconds(duration: str) -> int:
-    """A duration such as 30s, 10m, 12h or 2d in seconds."""
-    return int(duration[:-1]) * _SECONDS[duration[-1]]
-
-
-_NAME = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
-_LABEL = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
-_LABEL_KEY = rf"({_NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
-
-Name = Annotated[str, _matching(_NAME, "a Kubernetes name: lower case letters, digits, - and .")]
-LabelKey = Annotated[str, _matching(_LABEL_KEY, "a label key, such as team or example.com/team")]
-LabelValue = Annotated[
-    str, BeforeValidator(_number_as_text), _matching(_LABEL, "a label of at most 63 letters, digits, - _ .")
-]
-EnvName = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")]
-Cpu = Annotated[
-    str, BeforeValidator(_number_as_text), _matching(r"\d+(\.\d+)?|\d+m", "CPU cores, such as 2 or 500m")
-]
-Memory = Annotated[
-    str,
-    BeforeValidator(_number_as_text),
-    _matching(r"\d+(\.\d+)?([KMGTPE]i?)", "a size with its unit, such as 512Mi or 24Gi"),
-]
-Duration = Annotated[str, _matching(r"[1-9]\d*[smhd]", "a duration, such as 30s, 10m, 12h or 2d")]
-MountPath = Annotated[str, _matching(r"(/[\w.-]+)+", "an absolute path, such as /cache")]
 
 
 class _Part(BaseModel):
@@ -88,16 +47,11 @@ class _Part(BaseModel):
 
 
 class ImageValues(_Part):
-    registry: Annotated[
-        str,
-        _matching(r"([\w.-]+(:\d+)?(/[\w.-]+)*)?", "a registry and path without scheme, such as ghcr.io/me"),
-    ] = Field("", description="Registry and path before the image's own name; empty leaves the name alone")
-    tag: Annotated[str, _matching(r"[\w][\w.-]{0,127}", "an image tag, such as 0.1.0-cuda")] = Field(
-        spectraqlora.__version__, description="Tag of the image"
+    registry: Registry = Field(
+        "", description="Registry and path before the image's own name; empty leaves the name alone"
     )
-    digest: Annotated[
-        str, _matching(r"(sha256:[0-9a-f]{64})?", "sha256: and 64 hexadecimal digits, or nothing")
-    ] = Field("", description="sha256:… pins the image's content; the tag is then not used")
+    tag: Tag = Field(spectraqlora.__version__, description="Tag of the image")
+    digest: Digest = Field("", description="sha256:… pins the image's content; the tag is then not used")
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         "IfNotPresent", description="When the node pulls the image"
     )
@@ -109,7 +63,7 @@ class ImageValues(_Part):
 
 
 def _request_within_limit(part: Any) -> Any:
-    if part.request and part.limit and amount(part.request) > amount(part.limit):
+    if part.request and part.limit and exceeds(part.request, part.limit):
         raise ValueError(f"a request of at most the limit {part.limit}; the request is {part.request}")
     return part
 
@@ -132,9 +86,7 @@ class GpuValues(_Part):
     count: int = Field(
         0, ge=0, le=64, description="GPUs; Kubernetes takes the same number as request and limit"
     )
-    resource: Annotated[
-        str, _matching(rf"{_NAME}/[\w.-]+", "an extended resource, such as nvidia.com/gpu")
-    ] = Field("nvidia.com/gpu", description="The node resource that counts them")
+    resource: GpuResource = Field("nvidia.com/gpu", description="The node resource that counts them")
 
 
 class TolerationValues(_Part):
@@ -147,11 +99,11 @@ class TolerationValues(_Part):
     seconds: int | None = Field(None, ge=0, description="How long NoExecute is tolerated")
 
     @model_validator(mode="after")
-    def _whole(self) -> TolerationValues:
+    def _operator_fits(self) -> TolerationValues:
         if self.operator == "Equal" and not self.key:
             raise ValueError("a key, or operator Exists")
         if self.operator == "Exists" and self.value is not None:
-            raise ValueError("no value beside operator Exists")
+            raise ValueError("no value with operator Exists")
         return self
 
 
@@ -180,7 +132,7 @@ class ConfigMapValues(_Part):
 
 class CacheValues(_Part):
     claim: Name | None = Field(
-        None, description="Existing claim (ReadWriteMany) that all steps share; HF_HOME lies in it"
+        None, description="Existing claim (ReadWriteMany) that all steps share; HF_HOME is in it"
     )
     path: MountPath = Field("/cache", description="Where it is mounted, the same path in every step")
     sub_path: str = Field("", description="Folder inside the volume")
@@ -212,7 +164,7 @@ class StepValues(_Part):
     cache: CacheValues = CacheValues()
     shm: Memory | None = Field(
         None,
-        description="Size of a /dev/shm in memory, counted in the memory limit; train has 1Gi unless told",
+        description="Size of a /dev/shm in memory, counted in the memory limit; train has 1Gi by default",
     )
     user: UserValues = UserValues()
     labels: dict[LabelKey, LabelValue] = Field({}, description="Labels of the step's pods")
@@ -239,9 +191,9 @@ class RunValues(_Part):
     """What belongs to a run. KFP's YAML has no place for the first three: `submit --values` passes them on."""
 
     service_account: Name | None = Field(None, description="Service account of the steps; given at submit")
-    pipeline_root: Annotated[
-        str, _matching(r"((s3|minio|gs)://\S+)?", "an address such as s3://bucket/pipelines")
-    ] = Field("", description="Where KFP keeps the steps' artifacts; given at submit; empty is KFP's own")
+    pipeline_root: PipelineRoot = Field(
+        "", description="Where KFP keeps the steps' artifacts; given at submit; empty is KFP's own"
+    )
     experiment: str = Field("spectraqlora", min_length=1, description="KFP experiment; given at submit")
     time_limit: Duration | None = Field(None, description="A run that takes longer is ended")
     keep_finished: Duration | None = Field(
@@ -273,7 +225,7 @@ class ClusterValues(_Part):
     )
 
     @model_validator(mode="after")
-    def _steps_are_whole(self) -> ClusterValues:
+    def _steps_are_valid(self) -> ClusterValues:
         for name, own in self.steps.items():
             if name in NEVER_CACHED and "caching" in own.model_fields_set and own.caching:
                 raise _At(("steps", name, "caching"), True, "false: the step reads or changes the registry")
@@ -356,9 +308,9 @@ def _part_of(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in getattr(annotation, "__args__", ()):
-        found = _part_of(inner)
-        if found is not None:
-            return found
+        part = _part_of(inner)
+        if part is not None:
+            return part
     return None
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from kfp import dsl
 
-from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, StepValues, image_name, seconds
+from spectraqlora_pipelines.cluster.fields import seconds
+from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, StepValues, image_name
 
 
 @dataclass(frozen=True)

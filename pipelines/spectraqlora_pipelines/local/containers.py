@@ -39,7 +39,7 @@ _PASSED_NAMES = (
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class HostAccess:
     """What the containers of a run share with this machine.
 
     Args:
@@ -58,7 +58,7 @@ class Surroundings:
 
     @property
     def scratch(self) -> Path:
-        """Where steps put temporary files: on disk, for a container's /tmp lies in memory."""
+        """Where steps put temporary files: on disk, for a container's /tmp is in memory."""
         return self.workdir / "scratch"
 
     @property
@@ -81,10 +81,8 @@ class Surroundings:
             for name, value in variables.items()
             if name.startswith(_PASSED_PREFIXES) or name in _PASSED_NAMES
         }
-        places = {
-            "TMPDIR": self.scratch, "XDG_CACHE_HOME": self.cache, "HF_HOME": self.hub,
-        }  # fmt: skip
-        return passed | {name: str(place) for name, place in places.items()}
+        writable = {"TMPDIR": self.scratch, "XDG_CACHE_HOME": self.cache, "HF_HOME": self.hub}
+        return passed | {name: str(folder) for name, folder in writable.items()}
 
     def mounts(self, variables: Mapping[str, str]) -> list[Mount]:
         """Bind mounts, each at the path that it has here; a file that a variable names comes along."""
@@ -118,9 +116,9 @@ class Surroundings:
                         raise InputError(
                             "file", path, f"a file that user {self.user} may read: chmod -R a+rX {given}"
                         )
-        made = [folder for folder in self.writable if not folder.exists()]
+        created = [folder for folder in self.writable if not folder.exists()]
         for folder in (
-            *made,
+            *created,
             self.workdir / "artifacts",
             self.scratch,
             self.cache / "spectraqlora",
@@ -128,14 +126,14 @@ class Surroundings:
         ):
             folder.mkdir(parents=True, exist_ok=True)
         if self.user != os.getuid():
-            for path in (*made, self.workdir, *self.workdir.rglob("*")):
+            for path in (*created, self.workdir, *self.workdir.rglob("*")):
                 os.chown(path, self.user, 0, follow_symlinks=False)
 
 
 def _readable_by_image_user(path: Path) -> bool:
-    found = path.stat()
+    status = path.stat()
     bits = 0o5 if path.is_dir() else 0o4
-    return found.st_mode & bits == bits or (found.st_gid == 0 and (found.st_mode >> 3) & bits == bits)
+    return status.st_mode & bits == bits or (status.st_gid == 0 and (status.st_mode >> 3) & bits == bits)
 
 
 def connect() -> docker.DockerClient:
@@ -165,7 +163,7 @@ def check_images(network: str) -> None:
             raise InputError(
                 "--runner", "docker", f"the image {image_reference(name)}; `make images` builds it"
             ) from None
-    known = [str(found.name) for found in client.networks.list()]
+    known = [str(entry.name) for entry in client.networks.list()]
     if network not in known:
         raise InputError("--network", network, f"a Docker network, one of {', '.join(sorted(known))}")
 
@@ -182,7 +180,7 @@ def run_container(
     client: docker.DockerClient,
     name: str,
     command: Sequence[str],
-    surroundings: Surroundings,
+    access: HostAccess,
     environment: Mapping[str, str],
 ) -> int:
     """Run a step to its end, print what it prints; its exit code, or 1 where it left its outputs behind undone."""
@@ -193,16 +191,16 @@ def run_container(
     security = ["no-new-privileges"]
     if any("selinux" in option for option in information.get("SecurityOptions") or []):
         security.append("label=disable")  # Without it the mounts, which keep their own labels, stay closed.
-    if surroundings.network != "host":
+    if access.network != "host":
         options["extra_hosts"] = {"host.docker.internal": "host-gateway"}
     container = client.containers.create(
         name,
         list(command),
-        environment={**environment, **surroundings.environment(os.environ)},
-        mounts=surroundings.mounts(os.environ),
-        network=surroundings.network,
-        user=f"{surroundings.user}:0",
-        labels={WORKDIR_LABEL: str(surroundings.workdir)},
+        environment={**environment, **access.environment(os.environ)},
+        mounts=access.mounts(os.environ),
+        network=access.network,
+        user=f"{access.user}:0",
+        labels={WORKDIR_LABEL: str(access.workdir)},
         read_only=True,
         tmpfs={"/tmp": ""},
         cap_drop=["ALL"],
@@ -253,25 +251,25 @@ def missing_outputs(command: Sequence[str]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def replace_kfps(surroundings: Surroundings) -> Iterator[None]:
+def replace_kfps(access: HostAccess) -> Iterator[None]:
     """Let kfp.local run its containers with `run_container`."""
     from kfp.local import docker_task_handler
 
     def run(client: docker.DockerClient, image: str, command: Sequence[str], **given: Any) -> int:
-        return run_container(client, image, command, surroundings, given.get("environment", {}))
+        return run_container(client, image, command, access, given.get("environment", {}))
 
-    remove_leftovers(surroundings.workdir)
-    surroundings.prepare()
+    remove_leftovers(access.workdir)
+    access.prepare()
     kfps = docker_task_handler.run_docker_container
     docker_task_handler.run_docker_container = run
     try:
         yield
     finally:
         docker_task_handler.run_docker_container = kfps
-        shutil.rmtree(surroundings.scratch, ignore_errors=True)
+        shutil.rmtree(access.scratch, ignore_errors=True)
 
 
-def surroundings(settings: Settings, workdir: Path, inputs: Sequence[str], network: str) -> Surroundings:
+def host_access(settings: Settings, workdir: Path, inputs: Sequence[str], network: str) -> HostAccess:
     """What the steps of a run need of this machine: inputs, checkpoints and MLflow's SQLite where they are local.
 
     Args:
@@ -284,7 +282,7 @@ def surroundings(settings: Settings, workdir: Path, inputs: Sequence[str], netwo
     writable = [settings.checkpoint.folder] if settings.checkpoint.folder else []
     if settings.tracking.uri.startswith("sqlite:///"):
         writable.append(os.path.dirname(settings.tracking.uri.removeprefix("sqlite:///")))
-    return Surroundings(
+    return HostAccess(
         workdir,
         readable=[Path(place).absolute() for place in given if place and Path(place).exists()],
         writable=[Path(folder).absolute() for folder in writable],

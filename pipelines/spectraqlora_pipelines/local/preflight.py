@@ -19,20 +19,10 @@ MINIMUM_FREE_BYTES = 512 * 2**20
 
 
 def check(settings: Settings, base_model: str, source: str) -> None:
-    """Refuse bad data, bad model folders, and ranks and processes that do not fit."""
+    """Refuse bad data, bad model folders, servers that do not answer, and ranks and processes that do not fit."""
     from spectraqlora.data.sources import check_source
 
-    settings.promote.check_measured()
-    if settings.promote.guard_data:
-        from spectraqlora.steps.promote.rescore import guard_file
-
-        guard_file(settings.promote.guard_data)
-    if settings.tracking.registered_form == "adapter" and is_address(base_model):
-        raise InputError(
-            "tracking.registered_form",
-            "adapter",
-            f"merged; transformers cannot load a reference to {base_model}",
-        )
+    _check_promotion(settings, base_model)
     if settings.tracking.uri:
         from spectraqlora.tracking.registry import Registry
 
@@ -44,6 +34,24 @@ def check(settings: Settings, base_model: str, source: str) -> None:
         share(settings.train, settings.train.processes)
     with _silence():
         check_source(settings.data.model_copy(update={"source": source}))
+    _check_base_model(settings, base_model)
+
+
+def _check_promotion(settings: Settings, base_model: str) -> None:
+    settings.promote.check_measured()
+    if settings.promote.guard_data:
+        from spectraqlora.steps.promote.rescore import guard_file
+
+        guard_file(settings.promote.guard_data)
+    if settings.tracking.registered_form == "adapter" and is_address(base_model):
+        raise InputError(
+            "tracking.registered_form",
+            "adapter",
+            f"merged; transformers cannot load a reference to {base_model}",
+        )
+
+
+def _check_base_model(settings: Settings, base_model: str) -> None:
     if is_address(base_model):
         with tempfile.TemporaryDirectory() as scratch:
             _fetch_outline(base_model, Path(scratch) / "model", settings.model.trust_remote_code)
@@ -90,10 +98,10 @@ def memory_warning(settings: Settings, base_model: str) -> str:
     """
     if is_address(base_model):
         return ""
-    import torch
+    from spectraqlora.models.hardware import gpu_memory_bytes
     from spectraqlora.planning.memory_plan import GIB, plan_for
 
-    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    gpu = gpu_memory_bytes()
     try:
         with _silence(), warnings.catch_warnings(action="ignore"):
             plan, free = plan_for(base_model, settings, gpu)
@@ -203,10 +211,10 @@ def _difference(before: dict[str, object], now: dict[str, object]) -> str:
     def flat(value: object, prefix: str = "") -> dict[str, object]:
         if not isinstance(value, dict):
             return {prefix: value}
-        found: dict[str, object] = {}
+        leaves: dict[str, object] = {}
         for key, inner in value.items():
-            found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
-        return found
+            leaves |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return leaves
 
     old, new = flat(before), flat(now)
     for key in sorted(old.keys() | new.keys()):

@@ -9,59 +9,53 @@ from typing import Any
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel, PreparedRows
-from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
-from spectraqlora.settings import Settings
+
+from spectraqlora_pipelines.local.outputs import RunOutputs
 
 
-def collect(settings: Settings, workdir: Path, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Gather the steps' artifacts into `summary.json`, `merged/`, `adapter/` and `report.html`.
+def collect(outputs: RunOutputs, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Bring a run's results to its work directory: `summary.json`, `merged/`, `adapter/` and `report.html`.
 
     Args:
-        settings: of the run.
-        workdir: of the run.
-        more: what the summary says beside.
+        outputs: of the run; recorded as the latest of the work directory.
+        more: what the summary says besides.
 
     Raises:
-        InputError: the workdir holds no finished run.
+        InputError: the run did not finish.
     """
-    found = {
-        "leaderboard": _newest(workdir, "leaderboard/leaderboard.json"),
-        "winner": _newest(workdir, "winner/evaluation.json"),
-        "exported": _newest(workdir, "exported/manifest.json"),
-        "registered": _newest(workdir, "registered/registered.json"),
-        "decision": _newest(workdir, "decision/decision.json"),
-        "four_bit": _newest(workdir, "four_bit/manifest.json"),
-        "rows": _newest(workdir, "rows/manifest.json"),
-    }
-    board = json.loads((found["leaderboard"] / "leaderboard.json").read_text())
-    evaluations = [Evaluation.read(found["leaderboard"] / method) for method in board["order"]]
-    merged = MergedModel.read(found["exported"])
-    quantized, data = FourBitModel.read(found["four_bit"]), PreparedRows.read(found["rows"])
-    registered = json.loads((found["registered"] / "registered.json").read_text())
-    first = evaluations[0]
+    workdir = outputs.workdir
+    leaderboard, exported = outputs.path("compare", "leaderboard"), outputs.path("merge-export", "exported")
+    board = json.loads((leaderboard / "leaderboard.json").read_text())
+    evaluations = [Evaluation.read(leaderboard / method) for method in board["order"]]
+    first, merged = evaluations[0], MergedModel.read(exported)
+    model = FourBitModel.read(outputs.path("quantize-load", "four_bit"))
+    rows = PreparedRows.read(outputs.path("prepare-data", "rows"))
+    registered = json.loads((outputs.path("register", "registered") / "registered.json").read_text())
+    decision = json.loads((outputs.path("promote", "decision") / "decision.json").read_text())
+    outputs.write()
     for name in ("merged", "adapter"):
-        _replace_tree(found["exported"] / name, workdir / name)
+        _replace_tree(exported / name, workdir / name)
     summary: dict[str, Any] = {
         "version": __version__,
         "base": {
-            "model": quantized.source,
-            "digest": quantized.base_digest,
+            "model": model.source,
+            "digest": model.base_digest,
             "eval_loss": first.base_eval_loss,
             "perplexity": first.base_perplexity,
             "accuracy": first.base_accuracy,
-            "parameters": quantized.parameters,
-            "four_bit_share": quantized.four_bit_parameters / quantized.parameters,
+            "parameters": model.parameters,
+            "four_bit_share": model.four_bit_parameters / model.parameters,
         },
         "data": {
-            "source": data.source,
-            "digest": data.digest,
-            "train_rows": data.train_rows,
-            "eval_rows": data.eval_rows,
-            "dropped_long": data.dropped_long,
-            "dropped_empty": data.dropped_empty,
+            "source": rows.source,
+            "digest": rows.digest,
+            "train_rows": rows.train_rows,
+            "eval_rows": rows.eval_rows,
+            "dropped_long": rows.dropped_long,
+            "dropped_empty": rows.dropped_empty,
         },
-        "methods": {e.method: _method_entry(e) for e in evaluations},
+        "methods": {evaluation.method: _method_entry(evaluation) for evaluation in evaluations},
         "winner": board["winner"],
         "merged_model": str(workdir / "merged"),
         "adapter": str(workdir / "adapter"),
@@ -69,35 +63,33 @@ def collect(settings: Settings, workdir: Path, more: dict[str, Any] | None = Non
         "merged_eval_loss": merged.verified_eval_loss,
         "published": merged.published,
         "registered": registered,
-        "promotion": json.loads((found["decision"] / "decision.json").read_text()),
+        "promotion": decision,
     }
     summary |= more or {}
     write_text(workdir / "summary.json", json.dumps(summary, indent=1))
-    report(settings, workdir)
+    report(outputs)
     return summary
 
 
-def collect_retraining(settings: Settings, workdir: Path) -> dict[str, Any]:
+def collect_retraining(outputs: RunOutputs) -> dict[str, Any]:
     """What a retraining came to: `summary.json` with what changed and, where something did, what came of it.
 
     Raises:
-        InputError: the workdir holds no finished retraining.
+        InputError: the run did not finish.
     """
-    found = _newest(workdir, "changes/changes.json")
-    changes = json.loads((found / "changes.json").read_text())
+    changes = json.loads((outputs.path("detect-changes", "changes") / "changes.json").read_text())
     if changes["changed"]:
-        return collect(settings, workdir, {"changes": changes})
+        return collect(outputs, {"changes": changes})
     summary = {"version": __version__, "changes": changes}
-    write_text(workdir / "summary.json", json.dumps(summary, indent=1))
+    write_text(outputs.workdir / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
-def report(settings: Settings, workdir: Path) -> Path:
+def report(outputs: RunOutputs) -> Path:
     """Write `report.html`, the page that compare made."""
-    path = workdir / "report.html"
-    page = _newest(workdir, "leaderboard/leaderboard.json").parent / "report"
-    write_text(path, page.read_text(encoding="utf-8"))
-    return path
+    page = outputs.workdir / "report.html"
+    write_text(page, outputs.path("compare", "report").read_text(encoding="utf-8"))
+    return page
 
 
 def _method_entry(evaluation: Evaluation) -> dict[str, Any]:
@@ -126,15 +118,6 @@ def _method_entry(evaluation: Evaluation) -> dict[str, Any]:
         for r in evaluation.rounds
     ]
     return entry
-
-
-def _newest(workdir: Path, pattern: str) -> Path:
-    found = sorted((workdir / "artifacts").glob(f"*/*/*/{pattern}"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        found = sorted((workdir / "artifacts").rglob(pattern), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise InputError("workdir", workdir, f"a finished run; {pattern} is not there")
-    return found[-1].parent
 
 
 def _replace_tree(source: Path, target: Path) -> None:

@@ -18,12 +18,14 @@ from spectraqlora.errors import InputError
 from spectraqlora.runtime.console import ERROR, PROGRESS
 from spectraqlora.runtime.step import LAUNCHER_PID
 
+from spectraqlora_pipelines.local.outputs import RunOutputs, recorded
+
 if TYPE_CHECKING:
-    from spectraqlora_pipelines.local.containers import Surroundings
+    from spectraqlora_pipelines.local.containers import HostAccess
 
 _GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_TASK = re.compile(r"(?:Executing task|Task) '?([a-z0-9-]+)'?")
+_PROGRESS = re.compile(rf"{PROGRESS} (\d+)/(\d+) (.*)")
 
 
 @contextlib.contextmanager
@@ -64,7 +66,7 @@ class _Lines(io.TextIOBase):
         self._listen, self._rest = listen, ""
         self.tail: list[str] = []
         self.refusal: str | None = None
-        """What a step said of its input; other steps may have gone on and written much after it."""
+        """What a step said of its input; other steps may have continued and written much after it."""
 
     def write(self, text: str) -> int:
         # On a full disk the log is cut short; what counts is what the step says.
@@ -92,6 +94,7 @@ class _Lines(io.TextIOBase):
 
 @contextlib.contextmanager
 def _captured(lines: _Lines) -> Iterator[None]:
+    """Standard output, standard error and what the root logger's handlers write go to `lines`."""
     handler_streams = []
     root = logging.getLogger()
     for handler in root.handlers:
@@ -110,19 +113,22 @@ def run_locally(
     pipeline: Any,
     arguments: dict[str, Any],
     workdir: Path,
-    containers: Surroundings | None,
+    access: HostAccess | None,
     on_task: Callable[[str], None],
     on_progress: Callable[[int, int, str], None],
-) -> None:
+) -> RunOutputs:
     """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
 
     Args:
         pipeline: the DAG.
         arguments: of the pipeline.
-        workdir: where everything of the run is kept.
-        containers: what step containers share with this machine; None runs steps as processes.
-        on_task: told every step's name when it starts.
-        on_progress: told done, total and label of what a step counts.
+        workdir: where everything of the run is kept; absolute.
+        access: what step containers share with this machine; None runs steps as processes.
+        on_task: called with every step's display name when it starts, or is taken from the cache.
+        on_progress: called with done, total and label of what a step counts.
+
+    Returns:
+        The artifacts of all steps of this run.
 
     Raises:
         InputError: a step refused its input.
@@ -133,29 +139,25 @@ def run_locally(
     from spectraqlora_pipelines.local.containers import replace_kfps
 
     log = workdir / "run.log"
-    chosen = local.DockerRunner() if containers else local.SubprocessRunner(use_venv=False)
     local.init(
-        chosen,
+        local.DockerRunner() if access else local.SubprocessRunner(use_venv=False),
         pipeline_root=str(workdir / "artifacts"),
         enable_caching=True,
         cache_root=str(workdir / "artifacts" / ".kfp_cache"),
     )
 
     def listen(line: str) -> None:
-        if line.startswith(PROGRESS):
-            match = re.match(rf"{PROGRESS} (\d+)/(\d+) (.*)", line)
-            if match:
-                on_progress(int(match[1]), int(match[2]), match[3])
-        elif "Executing task" in line or "Cache hit" in line:
-            found = _TASK.search(line)
-            if found:
-                on_task(found[1])
+        if match := _PROGRESS.match(line):
+            on_progress(int(match[1]), int(match[2]), match[3])
 
     lines = _Lines(log, listen)
+    outputs = RunOutputs(workdir)
     try:
-        in_containers = replace_kfps(containers) if containers else contextlib.nullcontext()
-        with _steps_end_with_us(), in_containers, _captured(lines), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        in_containers = replace_kfps(access) if access else contextlib.nullcontext()
+        with (
+            _steps_end_with_us(), in_containers, recorded(outputs, on_task), _captured(lines),
+            warnings.catch_warnings(action="ignore"),
+        ):  # fmt: skip
             pipeline(**arguments)
     except InputError:
         raise
@@ -165,6 +167,7 @@ def run_locally(
         raise StepFailed(f"{_ANSI.sub('', str(error))} Last line: {_last(lines.tail)} Read {log}") from error
     finally:
         lines.close()
+    return outputs
 
 
 class _Relayed(InputError):

@@ -1,0 +1,61 @@
+"""The command compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from spectraqlora.errors import InputError
+
+from spectraqlora_pipelines.cli.options import Config, Methods, Set, load_settings
+from spectraqlora_pipelines.cli.screen import line
+
+COMPILED = Path(__file__).resolve().parents[2]
+"""Folder of the pipelines that are checked in."""
+
+
+def compile_(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write; else PIPELINE.yaml.",
+        ),
+    ] = None,
+    pipeline: Annotated[str, typer.Option(metavar="NAME", help="ablation or retraining.")] = "ablation",
+    methods: Methods = None,
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds, unrolled.")] = None,
+    config: Config = None,
+    set_: Set = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="local or kubernetes.")] = "local",
+    values: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML file: how each step runs there."),
+    ] = None,
+) -> None:
+    """Write the pipeline YAML for Kubeflow Pipelines.
+
+    For a cluster, a values file gives every step its image, resources, nodes,
+    retries, secrets by name and time limit: pipelines/cluster-values.yaml is
+    one to copy, and `spectraqlora settings --cluster` lists all keys.
+
+    Example: spectraqlora compile --target kubernetes --values my-values.yaml
+    """
+    from spectraqlora_pipelines.cluster.values import read_values
+    from spectraqlora_pipelines.dags.catalogue import checked, compile_dag
+
+    kind = checked(pipeline)
+    if target not in ("local", "kubernetes"):
+        raise InputError("--target", target, "local or kubernetes")
+    if (target == "kubernetes") != (values is not None):
+        expected = "a values file" if values is None else "nothing without --target kubernetes"
+        raise InputError("--values", values, expected)
+    settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_)
+    output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
+    placed = read_values(values) if values else None
+    try:
+        compile_dag(output, kind, settings, placed)
+    except ValueError as error:
+        raise InputError("--output", output, str(error).splitlines()[0]) from None
+    line(f"Wrote {output}")

@@ -1,0 +1,61 @@
+"""Options that several commands have, and the settings that these and a file say together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from spectraqlora.errors import InputError
+from spectraqlora.methods.catalogue import check_methods, names
+from spectraqlora.settings import Settings, parse, with_overrides
+
+Methods = Annotated[str | None, typer.Option(metavar="LIST", help=f"Branches: {', '.join(names())}.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of settings.")]
+ConfigOrVariable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", envvar="SPECTRAQLORA_CONFIG", show_envvar=False, help="YAML file of settings."
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting, section.key; may be repeated."),
+]
+Markdown = Annotated[bool, typer.Option("--markdown", help="As a table for documents.")]
+
+
+def load_settings(config: Path | None, overrides: dict[str, Any], assignments: list[str] | None) -> Settings:
+    """Read and check settings: from a file, from options and from --set; the later source wins.
+
+    Args:
+        config: YAML file.
+        overrides: settings by dotted key; None leaves one alone.
+        assignments: `section.key=value`.
+
+    Raises:
+        InputError: a file, a setting or the name of a method is wrong.
+    """
+    values = _read(config) if config is not None else {}
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        section, _, leaf = key.rpartition(".")
+        node = values.setdefault(section, {}) if section else values
+        if not isinstance(node, dict):
+            raise InputError(section, node, "a mapping of settings")
+        node[leaf] = value
+    return check_methods(parse(with_overrides(values, assignments or [])))
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise InputError("--config", config, "a readable YAML file") from None
+    except yaml.YAMLError as error:
+        raise InputError("--config", config, f"valid YAML ({str(error).splitlines()[-1].strip()})") from None
+    if values is not None and not isinstance(values, dict):
+        raise InputError("--config", config, "a YAML mapping of settings")
+    return values or {}

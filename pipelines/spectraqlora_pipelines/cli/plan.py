@@ -1,0 +1,106 @@
+"""The command plan: memory per step and method, what fits, what to change."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.table import Table
+from spectraqlora.errors import InputError
+
+from spectraqlora_pipelines.cli.options import Config, Markdown, Methods, Set, load_settings
+from spectraqlora_pipelines.cli.screen import console, line
+
+if TYPE_CHECKING:
+    from spectraqlora.planning.memory_plan import Plan
+
+_GIB = 2**30
+
+
+def size(text: str, option: str) -> int:
+    """Bytes of a size such as 24GB (24·10⁹) or 80GiB (80·2³⁰, also written 80Gi).
+
+    Raises:
+        InputError: it is no size, is zero, or has no unit.
+    """
+    try:
+        # ByteSize reads as far as it understands, and knows no Gi.
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[a-z]+", text.strip(), re.IGNORECASE):
+            raise ValueError(text)
+        full = text + "B" if text.lower().endswith("i") else text
+        size = TypeAdapter(ByteSize).validate_python(full)
+    except (ValidationError, ValueError):
+        size = ByteSize(0)
+    if size <= 0:
+        raise InputError(option, text, "a size such as 24GB or 80GiB")
+    return int(size)
+
+
+def plan(
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="7B, 13B, 65B, 70B, a folder, or a hub id."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 24GB or 80GiB.")] = "",
+    methods: Methods = None,
+    config: Config = None,
+    set_: Set = None,
+    markdown: Markdown = False,
+) -> None:
+    """Show the memory every step takes, what fits, and what to change.
+
+    Only the model's config is read, no weights; 7B to 70B are Llama's shapes.
+    Figures are upper bounds, for rows of data.max_length tokens. Without --gpu
+    they are for this machine's main memory.
+
+    Example: spectraqlora plan --base-model 13B --gpu 24GB --methods hybrid
+    """
+    settings = load_settings(config, {"model.base_model": base_model, "methods": methods}, set_)
+    device = size(gpu, "--gpu") if gpu else 0
+    from spectraqlora.planning import memory_plan
+
+    warnings.simplefilter("ignore")
+    source = settings.model.base_model
+    if source == "sample":
+        from spectraqlora.sample.make import ensure_sample
+
+        source = str(ensure_sample() / "model")
+    planned, free = memory_plan.plan_for(source, settings, device)
+    header, rows = _cells(planned, free)
+    if markdown:
+        print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+        for cells in rows:
+            print(f"| {' | '.join(cells)} |")
+        return
+    shape = planned.outline
+    table = Table(
+        title=f"{settings.model.base_model}: {shape.parameters / 1e9:.2f}B parameters, "
+        f"{shape.weight_bytes / _GIB:.1f} GiB in 4 bits; "
+        f"{f'a GPU of {gpu}' if gpu else 'this machine'} has {free / _GIB:.1f} GiB for a step"
+    )
+    for name in header:
+        table.add_column(name, justify="right" if "GiB" in name else "left")
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table)
+    for need in planned.needs:
+        if need.device > free:
+            change, then = planned.changes(need, free)
+            line(f"{need.label} takes {then / _GIB:.1f} GiB with {change}")
+
+
+def _cells(planned: Plan, free: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table; host memory is of interest where there is a GPU."""
+    columns = {
+        "step": lambda need: need.label,
+        "GPU GiB" if planned.cuda else "GiB": lambda need: f"{need.device / _GIB:.1f}",
+        "host GiB": lambda need: f"{need.host / _GIB:.1f}",
+        "fits": lambda need: "yes" if need.device <= free else "no",
+        "most of it": lambda need: need.largest,
+    }
+    if not planned.cuda:
+        del columns["host GiB"]
+    return list(columns), [[cell(need) for cell in columns.values()] for need in planned.needs]

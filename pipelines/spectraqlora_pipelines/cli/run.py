@@ -1,0 +1,273 @@
+"""The command run: the whole DAG on this machine, and which method won."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from spectraqlora.errors import InputError
+from spectraqlora.settings import Settings, is_address
+
+from spectraqlora_pipelines.cli.options import Config, Methods, Set, load_settings
+from spectraqlora_pipelines.cli.screen import bars, console, line
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from spectraqlora_pipelines.local.containers import HostAccess
+
+
+def run(
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Hub id, folder or s3:// address."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Hub id, file, folder or s3:// address."),
+    ] = None,
+    methods: Methods = None,
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds of train and re-evaluate.")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps per round.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random.")] = None,
+    snr_table: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="SNR table to take instead of measuring."),
+    ] = None,
+    config: Config = None,
+    set_: Set = None,
+    workdir: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the run.")] = Path("runs/sample"),
+    pipeline: Annotated[str, typer.Option(metavar="NAME", help="ablation or retraining.")] = "ablation",
+    runner: Annotated[str, typer.Option(metavar="NAME", help="subprocess or docker.")] = "subprocess",
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Docker's; host on Linux, else bridge."),
+    ] = None,
+) -> None:
+    """Run the whole DAG on this machine and show which method won.
+
+    Without options it runs the offline sample. The same command again reuses
+    every finished step. Retraining trains again where data or settings changed.
+
+    Examples:
+    spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/a
+    spectraqlora run --pipeline retraining --data my.jsonl --workdir runs/live
+    """
+    given = {
+        "model.base_model": base_model,
+        "data.source": data,
+        "methods": methods,
+        "snr.table": _absolute(snr_table),
+        "rounds": rounds,
+        "train.max_steps": max_steps,
+        "seed": seed,
+    }
+    settings = load_settings(config, given, set_)
+    from spectraqlora_pipelines.dags import catalogue
+    from spectraqlora_pipelines.dags.placement import Placement
+    from spectraqlora_pipelines.local.results import collect, collect_retraining
+    from spectraqlora_pipelines.local.run import run_locally
+
+    _check_runner(runner, network)
+    kind = catalogue.checked(pipeline)
+    network = _checked_network(network) if runner == "docker" else None
+    base, source = _local_inputs(settings)
+    workdir = workdir.absolute()
+    contents = _check(settings, base, source, workdir, kind)
+    arguments = catalogue.arguments(kind, settings, base, source, contents)
+    arguments |= _kept_in(workdir, settings, arguments, contents)
+    access = _host_access(settings, workdir, [base, source], network) if network else None
+    with _RunBars(catalogue.steps(kind, settings)) as shown:
+        outputs = run_locally(
+            catalogue.dag(kind, settings, Placement(retries=0)),
+            arguments,
+            workdir,
+            access,
+            shown.on_task,
+            shown.on_progress,
+        )
+    if kind == "ablation":
+        summary = collect(outputs)
+    else:
+        summary = collect_retraining(outputs)
+        reason = summary["changes"]["reason"]
+        if not summary["changes"]["changed"]:
+            line(f"Nothing to train: {reason}.")
+            return
+        line(f"Trained, for {reason}.")
+    _show(summary)
+    line(f"Report: {workdir / 'report.html'}")
+    line(f"Merged model: {workdir / 'merged'}   Adapter: {workdir / 'adapter'}")
+    for name, address in summary["published"].items():
+        line(f"Published {name}: {address}")
+    line(f"Runs: mlflow ui --backend-store-uri {arguments['tracking']['uri']}")
+
+
+def _absolute(snr_table: str | None) -> str | None:
+    return snr_table if not snr_table or is_address(snr_table) else str(Path(snr_table).resolve())
+
+
+def _check_runner(runner: str, network: str | None) -> None:
+    if runner not in ("subprocess", "docker"):
+        raise InputError("--runner", runner, "subprocess or docker")
+    if network and runner != "docker":
+        raise InputError("--network", network, "the docker runner; processes use this machine's network")
+
+
+def _checked_network(network: str | None) -> str:
+    """The Docker network of the steps, after a look at the engine and its images."""
+    from spectraqlora_pipelines.local.containers import DEFAULT_NETWORK, check_images
+
+    check_images(network := network or DEFAULT_NETWORK)
+    return network
+
+
+def _host_access(settings: Settings, workdir: Path, inputs: list[str], network: str) -> HostAccess:
+    from spectraqlora_pipelines.local.containers import host_access
+
+    return host_access(settings, workdir, inputs, network)
+
+
+def _local_inputs(settings: Settings) -> tuple[str, str]:
+    """Base model and data as the steps find them: the sample made, paths absolute."""
+    base, source = settings.model.base_model, settings.data.source
+    if "sample" in (base, source):
+        from spectraqlora.sample.make import ensure_sample
+
+        with console.status("preparing the offline sample (pretrained once, one to two minutes)"):
+            folder = ensure_sample()
+        base = str(folder / "model") if base == "sample" else base
+        source = str(folder / "data.jsonl") if source == "sample" else source
+    base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))
+    return base, source
+
+
+def _check(settings: Settings, base: str, source: str, workdir: Path, kind: str) -> dict[str, str]:
+    """Refuse what can be refused before the first step, and make the workdir this run's own.
+
+    Returns:
+        Digests of local inputs, so that changed files are not taken from the cache.
+    """
+    from spectraqlora_pipelines.local import preflight
+
+    with console.status("checking model, data and settings"):
+        preflight.check(settings, base, source)
+        contents = {"base_model": preflight.content_digest(base), "data": preflight.content_digest(source)}
+        if settings.snr.table:
+            contents["snr_table"] = preflight.content_digest(settings.snr.table)
+        memory = preflight.memory_warning(settings, base)
+    if memory:
+        line(memory, style="yellow")
+    # Retraining is run again because its data changed.
+    fixed = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}
+    preflight.claim_workdir(workdir, settings, fixed, kind)
+    return contents
+
+
+def _kept_in(
+    workdir: Path, settings: Settings, arguments: dict[str, Any], contents: dict[str, str]
+) -> dict[str, Any]:
+    """The arguments that keep runs and checkpoints in the workdir, where settings name no other place."""
+    from spectraqlora_pipelines.dags.catalogue import run_key
+
+    tracking, checkpoint = arguments["tracking"], arguments["checkpoint"]
+    # Checkpoints are below the root that every runner's steps see.
+    return {
+        "run_key": run_key(workdir, settings, contents),
+        "tracking": {**tracking, "uri": tracking["uri"] or f"sqlite:///{workdir}/mlflow.db"},
+        "checkpoint": {
+            **checkpoint,
+            "folder": checkpoint["folder"] or str(workdir / "artifacts" / "checkpoints"),
+        },
+    }
+
+
+class _RunBars:
+    """Two bars, steps of the run and what the present step counts; a line for every step where no terminal is.
+
+    Args:
+        steps: how many the run has at most.
+    """
+
+    def __init__(self, steps: int) -> None:
+        # Bound to the stream itself: while steps run, sys.stdout leads to the log file.
+        self._screen = Console(file=sys.stdout)
+        self._bars = bars(self._screen)
+        self._steps, self._started = steps, 0
+        self._run = self._bars.add_task("starting", total=steps)
+        self._step: Any = None
+
+    def __enter__(self) -> _RunBars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def on_task(self, name: str) -> None:
+        """A step starts, or is taken from the cache."""
+        self._started += 1
+        if self._step is not None:
+            self._bars.remove_task(self._step)
+            self._step = None
+        self._bars.update(self._run, completed=self._started - 1, description=name)
+        if not self._screen.is_terminal:
+            self._screen.print(f"[{self._started}/{self._steps}] {name}", highlight=False, markup=False)
+
+    def on_progress(self, done: int, total: int, label: str) -> None:
+        """The present step has done so much of what it counts."""
+        if self._step is None:
+            self._step = self._bars.add_task(label, total=total)
+        self._bars.update(self._step, completed=done, total=total, description=label)
+
+
+def _show(summary: dict[str, Any]) -> None:
+    console.print(_leaderboard(summary))
+    line(f"* Winner: {summary['winner']}")
+    registered = summary["registered"]
+    line(
+        f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "
+        f"Registered as {registered['name']} version {registered['version']}."
+    )
+    gate = summary["promotion"]
+    champion = "none" if gate["now"] is None else f"version {gate['now']}"
+    line(
+        f"{'Gate' if gate['enabled'] else 'Gate (off, so it changed nothing)'}: {gate['decision']}: "
+        f"{gate['reason']}. Champion: {champion}."
+    )
+
+
+def _leaderboard(summary: dict[str, Any]) -> Table:
+    table = Table(title="Leaderboard: eval loss and perplexity, exact answers, trained parameters, cost")
+    for column in ("method", "loss", "ppl", "exact", "trained", "sec", "tok/s", "MiB"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    base = summary["base"]
+    table.add_row(
+        "base (4-bit)",
+        f"{base['eval_loss']:.4f}",
+        f"{base['perplexity']:.4g}",
+        percent(base["accuracy"]),
+        *[""] * 4,
+    )
+    for name, entry in summary["methods"].items():
+        table.add_row(
+            f"[bold green]{name} *[/]" if name == summary["winner"] else name,
+            f"{entry['eval_loss']:.4f}",
+            f"{entry['perplexity']:.2f}",
+            percent(entry["accuracy"]),
+            f"{entry['trainable_parameters']:,}",
+            f"{entry['train_seconds']:.1f}",
+            f"{entry['train_tokens_per_second']:.0f}",
+            f"{entry['peak_memory_bytes'] / 2**20:.0f}",
+        )
+    return table

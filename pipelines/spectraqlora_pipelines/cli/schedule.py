@@ -1,0 +1,176 @@
+"""The commands schedule create, list, pause, resume and delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from spectraqlora.errors import InputError
+
+from spectraqlora_pipelines.cli.kubeflow import (
+    CaFile,
+    Experiment,
+    Host,
+    Namespace,
+    Package,
+    Pipeline,
+    PipelineName,
+    PipelineRoot,
+    ServiceAccount,
+    TokenFile,
+    Values,
+    connect,
+    launch,
+    launched_settings,
+    placed_values,
+    upload,
+    variables,
+)
+from spectraqlora_pipelines.cli.options import ConfigOrVariable, Set
+from spectraqlora_pipelines.cli.screen import console, line
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
+
+
+def create(
+    name: Annotated[
+        str,
+        typer.Argument(
+            envvar="SPECTRAQLORA_SCHEDULE", show_envvar=False, metavar="NAME", help="Name of the schedule."
+        ),
+    ],
+    cron: Annotated[
+        str,
+        typer.Option(
+            envvar="SPECTRAQLORA_CRON",
+            show_envvar=False,
+            metavar="LINE",
+            help='"0 3 * * 1" is Mondays at 3:00.',
+        ),
+    ] = "",
+    every: Annotated[
+        str,
+        typer.Option(
+            envvar="SPECTRAQLORA_EVERY", show_envvar=False, metavar="TIME", help="Interval: 30m, 6h, 1d."
+        ),
+    ] = "",
+    paused: Annotated[
+        bool,
+        typer.Option(
+            "--paused", envvar="SPECTRAQLORA_PAUSED", show_envvar=False, help="Create it, but paused."
+        ),
+    ] = False,
+    config: ConfigOrVariable = None,
+    set_: Set = None,
+    values: Values = None,
+    pipeline: Pipeline = "retraining",
+    package: Package = None,
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: TokenFile = "",
+    ca_file: CaFile = "",
+    pipeline_name: PipelineName = "",
+    experiment: Experiment = "",
+    service_account: ServiceAccount = "",
+    pipeline_root: PipelineRoot = "",
+) -> None:
+    """Create the recurring run of that name, or change it to what is given here.
+
+    Missed times are not made up for, and runs never overlap. The same command
+    again changes nothing. Times are in the time zone of KFP, UTC unless it was
+    set otherwise.
+
+    Example:
+    spectraqlora schedule create nightly --cron "0 3 * * *" --config my.yaml
+    """
+    from spectraqlora_pipelines.cluster.cron import cron_line, interval_seconds
+
+    if bool(cron) == bool(every):
+        raise InputError("--cron", cron, "either --cron or --every")
+    cron_fields = cron_line(cron) if cron else ""
+    seconds = interval_seconds(every) if every else 0
+    settings, arguments = launched_settings(pipeline, config, set_)
+    placed = placed_values(values, package)
+    server = connect(host, namespace, token_file, ca_file)
+    uploaded = upload(server, settings, pipeline, pipeline_name, package, placed)
+    how = launch(settings, placed, experiment, service_account, pipeline_root)
+    done = server.schedule(uploaded, name, arguments, how, cron_fields, seconds, enabled=not paused)
+    when = f"cron {cron_fields}" if cron_fields else f"every {seconds} s"
+    if cron_fields and cron_fields != cron.strip():
+        when += f" (KFP's cron begins with seconds; {cron!r} became this)"
+    line(f"Schedule {name} {done}: {when}")
+
+
+def list_(
+    host: Host = "", namespace: Namespace = "", token_file: TokenFile = "", ca_file: CaFile = ""
+) -> None:
+    """List the recurring runs.
+
+    Example: spectraqlora schedule list --host http://localhost:8080
+    """
+    from spectraqlora_pipelines.cluster.client import timing
+
+    runs = connect(host, namespace, token_file, ca_file).schedules()
+    if not runs:
+        line("There is no schedule.")
+        return
+    table = Table("name", "when", "state", "created")
+    for run in runs:
+        state = "paused" if run.mode == "DISABLE" else "active"
+        table.add_row(run.display_name, timing(run), state, f"{run.created_at:%Y-%m-%d %H:%M}")
+    console.print(table)
+
+
+def pause(
+    name: Name,
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: TokenFile = "",
+    ca_file: CaFile = "",
+) -> None:
+    """Start no more runs until resumed.
+
+    Example: spectraqlora schedule pause nightly --host http://localhost:8080
+    """
+    connect(host, namespace, token_file, ca_file).change(name, "pause")
+    line(f"Schedule {name} paused")
+
+
+def resume(
+    name: Name,
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: TokenFile = "",
+    ca_file: CaFile = "",
+) -> None:
+    """Start runs again, from the next time on.
+
+    Times missed while it was paused are not made up for.
+
+    Example: spectraqlora schedule resume nightly --host http://localhost:8080
+    """
+    connect(host, namespace, token_file, ca_file).change(name, "resume")
+    line(f"Schedule {name} active")
+
+
+def delete(
+    name: Name,
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: TokenFile = "",
+    ca_file: CaFile = "",
+) -> None:
+    """Delete a schedule; deleting what is not there is fine.
+
+    Example: spectraqlora schedule delete nightly --host http://localhost:8080
+    """
+    count = connect(host, namespace, token_file, ca_file).change(name, "delete")
+    line(f"Schedule {name} {'deleted' if count else 'was not there'}")
+
+
+schedule = typer.Typer(no_args_is_help=True, help="Recurring runs: create, list, pause, resume, delete.")
+schedule.command("create", epilog=variables(create))(create)
+schedule.command("list")(list_)
+for command in (pause, resume, delete):
+    schedule.command()(command)

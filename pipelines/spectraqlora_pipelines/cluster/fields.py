@@ -1,0 +1,65 @@
+"""The kinds of value in a cluster's values file, each with the sentence that a wrong one is refused with."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_NAME = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+_LABEL = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+_LABEL_KEY = rf"({_NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
+
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, _matching(_NAME, "a Kubernetes name: lower case letters, digits, - and .")]
+LabelKey = Annotated[str, _matching(_LABEL_KEY, "a label key, such as team or example.com/team")]
+LabelValue = Annotated[
+    str, BeforeValidator(_number_as_text), _matching(_LABEL, "a label of at most 63 letters, digits, - _ .")
+]
+EnvName = Annotated[str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")]
+Cpu = Annotated[
+    str, BeforeValidator(_number_as_text), _matching(r"\d+(\.\d+)?|\d+m", "CPU cores, such as 2 or 500m")
+]
+Memory = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    _matching(r"\d+(\.\d+)?([KMGTPE]i?)", "a size with its unit, such as 512Mi or 24Gi"),
+]
+GpuResource = Annotated[str, _matching(rf"{_NAME}/[\w.-]+", "an extended resource, such as nvidia.com/gpu")]
+Duration = Annotated[str, _matching(r"[1-9]\d*[smhd]", "a duration, such as 30s, 10m, 12h or 2d")]
+MountPath = Annotated[str, _matching(r"(/[\w.-]+)+", "an absolute path, such as /cache")]
+Registry = Annotated[
+    str, _matching(r"([\w.-]+(:\d+)?(/[\w.-]+)*)?", "a registry and path without scheme, such as ghcr.io/me")
+]
+Tag = Annotated[str, _matching(r"[\w][\w.-]{0,127}", "an image tag, such as 0.1.0-cuda")]
+Digest = Annotated[str, _matching(r"(sha256:[0-9a-f]{64})?", "sha256: and 64 hexadecimal digits, or nothing")]
+PipelineRoot = Annotated[
+    str, _matching(r"((s3|minio|gs)://\S+)?", "an address such as s3://bucket/pipelines")
+]
+
+
+def seconds(duration: str) -> int:
+    """Seconds of a `Duration`: "10m" is 600."""
+    return int(duration[:-1]) * _SECONDS[duration[-1]]
+
+
+def exceeds(request: str, limit: str) -> bool:
+    """Whether one Kubernetes quantity is more than another: "2" is more than "500m", "1Gi" more than "1G"."""
+    from kubernetes.utils.quantity import parse_quantity  # It brings the whole client, which takes a second.
+
+    return bool(parse_quantity(request) > parse_quantity(limit))

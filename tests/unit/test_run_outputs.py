@@ -1,0 +1,136 @@
+"""A run's results come from its own outputs, whatever the times of the files say."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+from spectraqlora.errors import InputError
+from spectraqlora_pipelines.local.outputs import RunOutputs, read_outputs
+from spectraqlora_pipelines.local.run import run_locally
+
+
+@dsl.component(install_kfp_package=False)
+def shared(text: str, made: dsl.Output[dsl.Artifact]):
+    import pathlib
+
+    folder = pathlib.Path(made.path)
+    folder.mkdir(parents=True)
+    (folder / "text").write_text(text)
+
+
+@dsl.component(install_kfp_package=False)
+def ask(text: str) -> str:
+    return text
+
+
+@dsl.component(install_kfp_package=False)
+def last(made: dsl.Input[dsl.Artifact], extra: str, final: dsl.Output[dsl.HTML]):
+    import pathlib
+
+    path = pathlib.Path(final.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text((pathlib.Path(made.path) / "text").read_text() + extra)
+
+
+@dsl.pipeline
+def branch(text: str) -> dsl.Artifact:
+    task = shared(text=text)
+    task.set_display_name("train (hybrid, round 1)")
+    return task.outputs["made"]
+
+
+@dsl.pipeline
+def pipeline(text: str, extra: str):
+    asked = ask(text=text)
+    asked.set_caching_options(False)
+    with dsl.If(asked.output != "unchanged"):
+        inner = branch(text=text)
+        last(made=inner.output, extra=extra)
+
+
+def run(workdir: Path, text: str, extra: str) -> tuple[RunOutputs, list[str]]:
+    workdir.mkdir(exist_ok=True)
+    started: list[str] = []
+    given = {"text": text, "extra": extra}
+    return run_locally(pipeline, given, workdir, None, started.append, lambda *told: None), started
+
+
+def test_two_runs_in_one_workdir_each_report_their_own_though_the_first_ones_files_are_newer(
+    tmp_path: Path,
+) -> None:
+    workdir = tmp_path / "work"
+    first, started = run(workdir, "a", "1")
+    assert started == ["ask", "train (hybrid, round 1)", "last"]
+    assert first.path("last", "final").read_text() == "a1"
+    for path in [workdir, *workdir.rglob("*")]:
+        os.utime(path, (time.time() + 172_800,) * 2)
+    second, _ = run(workdir, "b", "2")
+    assert second.path("last", "final").read_text() == "b2"
+    assert (second.path("train (hybrid, round 1)", "made") / "text").read_text() == "b"
+    assert first.path("last", "final").read_text() == "a1"
+
+
+def test_what_comes_from_the_cache_is_an_output_of_the_run_that_took_it(tmp_path: Path) -> None:
+    first, _ = run(tmp_path / "work", "a", "1")
+    run(tmp_path / "work", "b", "1")
+    third, started = run(tmp_path / "work", "a", "3")
+    assert started == ["ask", "train (hybrid, round 1)", "last"], "steps from the cache are counted too"
+    step = "train (hybrid, round 1)"
+    assert third.path(step, "made") == first.path(step, "made")
+    assert third.path("last", "final") != first.path("last", "final")
+    assert third.path("last", "final").read_text() == "a3"
+
+
+def test_steps_that_a_condition_leaves_out_have_no_outputs(tmp_path: Path) -> None:
+    run(tmp_path / "work", "a", "1")
+    second, started = run(tmp_path / "work", "unchanged", "2")
+    assert started == ["ask"]
+    with pytest.raises(InputError, match="a finished run; final of last is not there"):
+        second.path("last", "final")
+
+
+def test_the_record_survives_a_move_of_the_workdir(tmp_path: Path) -> None:
+    outputs, _ = run(tmp_path / "work", "a", "1")
+    outputs.write()
+    shutil.move(tmp_path / "work", tmp_path / "moved")
+    found = read_outputs(tmp_path / "moved")
+    assert found.path("last", "final").read_text() == "a1"
+    assert found.path("last", "final").is_relative_to(tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        '{"steps": []}',
+        '{"steps": {"compare": ["winner"]}}',
+        '{"steps": {"compare": {"winner": 1}}}',
+    ],
+)
+def test_a_workdir_without_a_readable_record_is_refused_in_one_line(
+    content: str | None, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "outputs.json").write_text(content)
+    with pytest.raises(InputError) as refused:
+        read_outputs(tmp_path)
+    assert str(refused.value).startswith(f"WORKDIR: '{tmp_path}': expected the workdir of a finished run")
+
+
+def test_a_path_that_leads_out_of_the_workdir_is_not_recorded(tmp_path: Path) -> None:
+    outputs = RunOutputs(tmp_path / "work", {"train": {"adapter": tmp_path / "elsewhere"}})
+    with pytest.raises(ValueError, match="elsewhere"):
+        outputs.write()
+
+
+def test_the_record_is_plain_json_with_paths_below_the_workdir(tmp_path: Path) -> None:
+    RunOutputs(tmp_path, {"compare": {"winner": tmp_path / "artifacts" / "w"}}).write()
+    stored = json.loads((tmp_path / "outputs.json").read_text())
+    assert stored["steps"] == {"compare": {"winner": "artifacts/w"}}
