@@ -12,6 +12,8 @@ from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 
 SCHEMA_VERSION = 2
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
 GRADIENT_INIT = "a_init.safetensors"
 """Beside a rank map: the first A (rank x in) of a module, or of a group by its first module."""
 

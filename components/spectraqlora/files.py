@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from spectraqlora.errors import InputError
@@ -26,19 +28,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path, patterns: Sequence[str] = ("*",)) -> str:
     """SHA-256 over names and contents of a folder's files, in hex.
 
     Links count by the content that they lead to, as a hub cache's snapshots have them. What is below a `.cache`
     inside the folder is a download's bookkeeping and does not count; where the folder itself is does not matter.
 
+    Args:
+        folder: its files at any depth.
+        patterns: of the names that count, relative to the folder, as the shell knows them.
+
     Raises:
-        InputError: the folder has no files, so that its digest would stand for nothing.
+        InputError: no file counts, so that the digest would stand for nothing.
     """
     names = sorted(
         name
         for path in folder.rglob("*")
-        if path.is_file() and ".cache" not in (name := path.relative_to(folder)).parts
+        if path.is_file()
+        and ".cache" not in (name := path.relative_to(folder)).parts
+        and any(fnmatch(name.as_posix(), pattern) for pattern in patterns)
     )
     if not names:
         raise InputError("folder", folder, "a folder with files; a digest of none would equal every other")

@@ -1,32 +1,298 @@
-"""What a base model or a data source is, and its copy on this machine."""
+"""What a base model or a data source is: decided once, where its name comes in.
+
+| a name | is |
+| --- | --- |
+| `sample` | the offline sample |
+| `s3://bucket/prefix` | an address in object storage |
+| anything that exists on this machine | a path |
+| `name` or `owner/name`, without a file's suffix | a hub id |
+| all else | a path that does not exist, and is refused |
+
+A folder that is called like a hub id, or `sample`, is meant by `./name`.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from spectraqlora.errors import InputError
-from spectraqlora.settings import is_address
+from spectraqlora.files import file_digest, folder_digest
+
+if TYPE_CHECKING:
+    from spectraqlora.storage import Address
+
+Kind = Literal["sample", "hub", "path", "s3"]
+SAMPLE = "sample"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""Weights, configs, tokenizer and chat template: what a base model is loaded from."""
+
+_FILE_SUFFIXES = {*DATA_SUFFIXES, ".txt", ".safetensors", ".bin", ".gguf"}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_TIMEOUT_S = 10.0
+_EXPECTED = {
+    "model": "an existing folder; a hub id is a name such as gpt2 or owner/name, an address begins with s3://",
+    "data": "an existing file or folder; a hub id is a name such as imdb or owner/name, an address begins with "
+    "s3://",
+    "file": "an existing file; an address begins with s3://",
+}
+
+
+def kind_of(name: str) -> Kind:
+    """What a name is, by its form and by what this machine has; a path need not exist."""
+    if name == SAMPLE:
+        return "sample"
+    if name.startswith("s3://"):
+        return "s3"
+    hub_like = _HUB_ID.fullmatch(name) and Path(name).suffix not in _FILE_SUFFIXES
+    return "hub" if hub_like and not os.path.exists(name) else "path"
+
+
+class _HubAway(InputError):
+    """A hub that does not answer."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a base model, a data set or a file is.
+
+    Args:
+        text: a hub id, an address, an absolute path, or `sample`: the same from any folder of this machine.
+        kind: what it is.
+        holds: a base model (a folder), data (a file or folder), or one file.
+        field: the setting that named it.
+        revision: of a base model on the hub: branch, tag or commit.
+        trusted: whether the base model's own code may be fetched, and counts.
+    """
+
+    text: str
+    kind: Kind
+    holds: Literal["model", "data", "file"]
+    field: str
+    revision: str = "main"
+    trusted: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def path(self) -> Path:
+        """The path of a place of kind `path`."""
+        assert self.kind == "path", self
+        return Path(self.text)
+
+    @property
+    def address(self) -> Address:
+        """The address of a place of kind `s3`."""
+        from spectraqlora.storage import parse_address
+
+        assert self.kind == "s3", self
+        return parse_address(self.text, self.field)
+
+    def digest(self, offline: bool = False) -> str:
+        """What identifies the content: SHA-256 of the files, versions or ETags of the objects, the hub's commit.
+
+        Of a base model only the files count that it is loaded from.
+
+        Args:
+            offline: of a hub id whose hub does not answer, take the commit of this machine's newest copy, or
+                nothing where it has none.
+
+        Raises:
+            InputError: nothing there, a store or hub that refuses or does not answer.
+        """
+        if self.kind == "hub":
+            try:
+                return str(self._ask().sha)
+            except _HubAway:
+                if offline:
+                    return self._cached_commit()
+                raise
+        if self.kind == "s3":
+            from spectraqlora import storage
+
+            return storage.content_digest(self.address)
+        if self.holds == "model":
+            return base_digest(self.local_copy(), self.trusted)
+        path = self.local_copy()
+        return file_digest(path) if path.is_file() else folder_digest(path)
+
+    def local_copy(self, content: str = "") -> Path:
+        """The file or folder itself, or a copy of it in the user's cache.
+
+        Args:
+            content: what `digest` must still say of an address, and the commit to fetch from the hub; empty
+                takes what is there. Paths are taken as they are.
+
+        Raises:
+            InputError: nothing there, another content, a store or hub that refuses or does not answer; or it is
+                the sample, which is made on the user's machine alone, or data on the hub, which `datasets` fetches.
+        """
+        if self.kind == "path":
+            return self.path
+        if self.kind == "s3":
+            from spectraqlora import storage
+
+            return storage.local_copy(self.address, content)
+        if self.kind == "sample" or self.holds == "data":
+            raise InputError(
+                self.field, self.text, f"{_EXPECTED[self.holds]}; of this there is no local copy"
+            )
+        return self._snapshot(content)
+
+    def with_owner(self) -> str:
+        """A hub id with its owner, without which the hub's oldest ones are known too: of imdb, stanfordnlp/imdb.
+
+        Where the hub does not answer, the id as it is.
+
+        Raises:
+            InputError: the hub has none of this name.
+        """
+        if "/" in self.text:
+            return self.text
+        try:
+            return str(self._ask().id)
+        except _HubAway:
+            return self.text
+
+    def _snapshot(self, commit: str) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        patterns = _model_files(self.trusted)
+        try:
+            return Path(
+                snapshot_download(self.text, revision=commit or self.revision, allow_patterns=patterns)
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+            raise self._away(error) from None
+
+    def _ask(self) -> Any:
+        """What the hub says of a hub id.
+
+        Raises:
+            _HubAway: it does not answer.
+            InputError: it has no such model or data set, or no such revision of it.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        ask = HfApi().model_info if self.holds == "model" else HfApi().dataset_info
+        try:
+            return ask(self.text, revision=self.revision, timeout=_HUB_TIMEOUT_S)
+        except RevisionNotFoundError:
+            expected = f"a {self._hub_kind} with a revision {self.revision!r}; the hub has none"
+            raise InputError(self.field, self.text, expected) from None
+        except RepositoryNotFoundError:
+            expected = f"a hub {self._hub_kind} that exists and that you, or HF_TOKEN, may read; or a path"
+            raise InputError(self.field, self.text, expected) from None
+        except Exception as error:  # The hub's client lets those of its HTTP library through.
+            raise self._away(error) from None
+
+    def _cached_commit(self) -> str:
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+
+        kind = "model" if self.holds == "model" else "dataset"
+        copies = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.text, repo_type=kind)
+        if (copies / "snapshots" / self.revision).is_dir():
+            return self.revision
+        reference = copies / "refs" / self.revision
+        if reference.is_file():
+            return reference.read_text(encoding="utf-8").strip()
+        # What was fetched by its commit alone has no reference.
+        commits = sorted((copies / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+        return commits[-1].name if commits and self.revision == "main" else ""
+
+    @property
+    def _hub_kind(self) -> str:
+        return "model" if self.holds == "model" else "data set"
+
+    def _away(self, error: Exception) -> _HubAway:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        local = "a folder" if self.holds == "model" else "an existing file or folder"
+        return _HubAway(self.field, self.text, f"{local} or a reachable hub {self._hub_kind} ({first})")
+
+
+def base_place(
+    name: str, revision: str = "main", trusted: bool = False, field: str = "model.base_model"
+) -> Place:
+    """The place of a base model.
+
+    Args:
+        name: hub id, folder, s3:// address, or `sample`.
+        revision: of the hub: branch, tag or commit.
+        trusted: whether the model's own code may be fetched, and counts.
+        field: the setting or argument that named it.
+
+    Raises:
+        InputError: a malformed address, a path that does not exist, or a file.
+    """
+    place = Place(_normal(name), kind_of(name), "model", field, revision, trusted)
+    _check(place, name)
+    if place.kind == "path" and not place.path.is_dir():
+        raise InputError(field, name, "a folder with the model's files; this is a file")
+    return place
+
+
+def data_place(name: str, field: str = "data.source") -> Place:
+    """The place of a data set: hub id, file, folder, s3:// address, or `sample`.
+
+    Raises:
+        InputError: a malformed address, or a path that does not exist.
+    """
+    place = Place(_normal(name), kind_of(name), "data", field)
+    _check(place, name)
+    return place
+
+
+def file_place(name: str, field: str) -> Place:
+    """The place of one file, at a path or an s3:// address.
+
+    Raises:
+        InputError: a malformed address, a path that does not exist, or a folder.
+    """
+    place = Place(_normal(name), "s3" if kind_of(name) == "s3" else "path", "file", field)
+    _check(place, name)
+    if place.kind == "path" and not place.path.is_file():
+        raise InputError(field, name, _EXPECTED["file"])
+    return place
+
+
+def base_digest(folder: Path, trusted: bool = False) -> str:
+    """SHA-256 over names and contents of what a base model is loaded from, in hex.
+
+    Raises:
+        InputError: there is nothing of it in the folder.
+    """
+    return folder_digest(folder, _model_files(trusted))
+
+
+def _model_files(trusted: bool) -> list[str]:
+    return [*MODEL_FILES, *(["*.py"] if trusted else [])]
+
+
+def _normal(name: str) -> str:
+    """A path that exists as it is called from any folder; every other name as it is."""
+    path = os.path.expanduser(name)
+    if name == SAMPLE or not os.path.exists(path):
+        return name
+    real = os.path.realpath(path)
+    # In a hub's cache a file's name is a link to one without a suffix.
+    return real if Path(real).suffix == Path(path).suffix else os.path.abspath(path)
+
+
+def _check(place: Place, name: str) -> None:
+    if place.kind == "s3":
+        _ = place.address
+    if place.kind == "path" and not os.path.exists(place.text):
+        raise InputError(place.field, name, _EXPECTED[place.holds])
 
 
 def resolve_base(source: str, revision: str, content: str = "", trust_remote_code: bool = False) -> Path:
-    """Local folder of a base model: the folder itself, or a copy from the hub or an s3:// address.
-
-    `content` is what the address must still hold, as `storage.content_digest` says it. Code that a hub model
-    brings is fetched only where it is trusted.
-    """
-    if is_address(source):
-        from spectraqlora.storage import local_copy, parse_address
-
-        return local_copy(parse_address(source, "model.base_model"), content)
-    path = Path(source)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError("model.base_model", source, f"a folder or a reachable hub model ({first})") from None
+    """Local folder of a base model."""
+    return base_place(source, revision, trust_remote_code).local_copy(content)

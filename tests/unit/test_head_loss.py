@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from spectraqlora.artifacts import IGNORED
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit, load_plain
 from spectraqlora.scoring import head_loss
-from spectraqlora.scoring.batches import IGNORED
 from spectraqlora.scoring.head_loss import HeadLoss
 
 from tests.families import write_family

@@ -9,58 +9,101 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora.data.layouts import recognise
+from spectraqlora.data.splits import split_sizes
 from spectraqlora.errors import InputError
-from spectraqlora.settings import DataSettings, is_address
-from spectraqlora.storage import local_copy, open_files, parse_address
+from spectraqlora.places import DATA_SUFFIXES, Place, data_place
+from spectraqlora.settings import DataSettings
+from spectraqlora.storage import open_files
 
 _HEAD_BYTES = 1 << 20
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether a source can only be a hub id: no such path, one slash or none, no file suffix."""
-    return (
-        not is_address(source)
-        and not Path(source).exists()
-        and Path(source).suffix not in LOADERS
-        and source[:1] not in (".", "/", "~")
-    )
+def load_source(settings: DataSettings, content: str = "") -> Any:
+    """All rows of the source as a `datasets.Dataset`.
+
+    Args:
+        settings: the `data` section.
+        content: what an s3:// address must hold, or the commit of a hub id; empty takes what is there.
+
+    Raises:
+        InputError: the source is missing, malformed, changed since, or its rows are not of one shape.
+    """
+    from datasets import load_dataset
+
+    place = data_place(settings.source)
+    if place.kind == "hub":
+        name = place.with_owner()
+        try:
+            return load_dataset(name, split=settings.split, revision=content or None)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError("data.source", place, f"a hub data set that loads ({first})") from None
+    files = _files(place.local_copy(content))
+    _check_files(files, settings)
+    try:
+        return load_dataset(_loader(files[0]), data_files=[str(file) for file in files], split="train")
+    except Exception as error:
+        first = (str(error.__cause__ or error).splitlines() or [""])[0]
+        raise InputError("data.source", place, f"rows of one shape ({first})") from None
 
 
-def local_source(source: str, content: str = "") -> str:
-    """A source on this machine: itself, or a copy of an s3:// address that holds `content`."""
-    return str(local_copy(parse_address(source, "data.source"), content)) if is_address(source) else source
+def check_source(settings: DataSettings) -> None:
+    """Refuse a bad source: missing, empty, not JSON, unknown columns, no rows left to hold out.
+
+    Of files at an s3:// address only names, sizes and the first row are read; data on the hub is not asked for.
+
+    Raises:
+        InputError: what is wrong with it.
+    """
+    place = data_place(settings.source)
+    if place.kind == "s3":
+        _check_remote(place)
+    elif place.kind == "path":
+        _check_files(_files(place.path), settings)
 
 
-def files_of(source: str) -> list[Path]:
-    """The data files of a file or folder; refuses what is missing, empty or of unknown kind."""
-    path = Path(source)
-    if not path.exists():
-        raise InputError("data.source", source, "an existing file or folder, or a hub id")
+def _loader(file: Path) -> str:
+    """Name of the `datasets` loader of a file."""
+    return "json" if file.suffix == ".jsonl" else file.suffix.removeprefix(".")
+
+
+def _files(path: Path) -> list[Path]:
+    """The data files of a file or folder; refuses what is empty or of unknown kind."""
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in LOADERS)
-        _check_kinds(source, {p.suffix for p in files})
+        files = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES)
+        _check_kinds(path, {_loader(file) for file in files})
     else:
         files = [path]
-        if path.suffix not in LOADERS:
-            raise InputError("data.source", source, f"one of {', '.join(LOADERS)}, a folder or a hub id")
+        if path.suffix not in DATA_SUFFIXES:
+            raise InputError("data.source", path, f"one of {', '.join(DATA_SUFFIXES)}, a folder or a hub id")
     for file in files:
         if file.stat().st_size == 0:
             raise InputError("data.source", file, "rows; the file is empty")
     return files
 
 
-def _check_kinds(source: str, suffixes: set[str]) -> None:
-    if not suffixes:
-        raise InputError("data.source", source, f"a folder with {', '.join(LOADERS)} files")
-    if len({LOADERS[suffix] for suffix in suffixes}) > 1:
+def _check_files(files: list[Path], settings: DataSettings) -> None:
+    total = 0
+    for file in files:
+        columns, count = _columns_and_count(file)
+        if count == 0:
+            raise InputError("data.source", file, "rows; it has none")
+        recognise(columns)
+        total += count
+    split_sizes(total, settings)
+
+
+def _check_kinds(source: object, loaders: set[str]) -> None:
+    if not loaders:
+        raise InputError("data.source", source, f"a folder with {', '.join(DATA_SUFFIXES)} files")
+    if len(loaders) > 1:
         raise InputError("data.source", source, "a folder with files of one kind")
 
 
-def _check_remote(source: str) -> None:
-    readers = open_files(parse_address(source, "data.source"))
-    files = {name: r for name, r in readers.items() if Path(name).suffix in LOADERS and "/" not in name}
-    _check_kinds(source, {Path(name).suffix for name in files})
+def _check_remote(source: Place) -> None:
+    readers = open_files(source.address)
+    files = {name: r for name, r in readers.items() if Path(name).suffix in DATA_SUFFIXES and "/" not in name}
+    _check_kinds(source, {_loader(Path(name)) for name in files})
     for name, reader in files.items():
         if reader.size == 0:
             raise InputError("data.source", f"{source}: {name}", "rows; the file is empty")
@@ -123,37 +166,3 @@ def _columns_and_count(path: Path) -> tuple[list[str], int]:
     except UnicodeDecodeError:
         raise InputError("data.source", path, "UTF-8 text") from None
     return columns, count
-
-
-def split_sizes(rows: int, settings: DataSettings) -> tuple[int, int]:
-    """(train rows, eval rows) of a number of rows; refuses splits that leave either side empty."""
-    if settings.max_rows:
-        rows = min(rows, settings.max_rows)
-    held_out = min(round(rows * settings.eval_fraction), settings.max_eval_rows)
-    if held_out < 1 or rows - held_out < 1:
-        raise InputError(
-            "data.eval_fraction",
-            settings.eval_fraction,
-            f"a share that leaves rows on both sides of {rows} rows",
-        )
-    return rows - held_out, held_out
-
-
-def check_source(settings: DataSettings) -> None:
-    """Refuse a bad source: missing, empty, not JSON, unknown columns, no rows left to evaluate on.
-
-    Of files at an s3:// address only names, sizes and the first row are looked at.
-    """
-    if is_hub_id(settings.source):
-        return
-    if is_address(settings.source):
-        _check_remote(settings.source)
-        return
-    total = 0
-    for path in files_of(settings.source):
-        columns, count = _columns_and_count(path)
-        if count == 0:
-            raise InputError("data.source", path, "rows; it has none")
-        recognise(columns)
-        total += count
-    split_sizes(total, settings)

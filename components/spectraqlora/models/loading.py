@@ -10,8 +10,7 @@ from spectraqlora.models.families import auto_class, plain_linears, quantizable_
 from spectraqlora.models.hardware import device
 from spectraqlora.models.modules import without_cpu_packing
 from spectraqlora.models.tensors import LocalTensors, Tensors
-from spectraqlora.places import resolve_base
-from spectraqlora.settings import is_address
+from spectraqlora.places import base_place
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +18,11 @@ if TYPE_CHECKING:
 
 def original_folder(manifest: ModelOutline) -> Path:
     """Local folder of the model that was quantized; fetched again where another machine did that."""
-    here = not is_address(manifest.source) and Path(manifest.source_path).is_dir()
-    source = manifest.source_path if here else manifest.source
-    return resolve_base(source, manifest.revision, manifest.source_content, manifest.trust_remote_code)
+    here = Path(manifest.source_path)
+    if not manifest.source_content and here.is_dir():
+        return here
+    place = base_place(manifest.source, manifest.revision, manifest.trust_remote_code)
+    return place.local_copy(manifest.source_content)
 
 
 def original_tensors(manifest: ModelOutline) -> Tensors:
@@ -30,17 +31,15 @@ def original_tensors(manifest: ModelOutline) -> Tensors:
     Raises:
         InputError: the original is not there any more, or is another one.
     """
-    if not is_address(manifest.source):
+    if not manifest.source_content:
         return LocalTensors(original_folder(manifest))
     from spectraqlora.models.remote_tensors import S3Tensors
-    from spectraqlora.storage import ObjectChanged, content_digest, parse_address
+    from spectraqlora.storage import ObjectChanged
 
-    address = parse_address(manifest.source, "model.base_model")
-    if content_digest(address) != manifest.source_content:
-        raise ObjectChanged(
-            "model.base_model", address, "the content that was quantized; it was replaced since"
-        )
-    return S3Tensors(address)
+    place = base_place(manifest.source)
+    if place.digest() != manifest.source_content:
+        raise ObjectChanged(place.field, place, "the content that was quantized; it was replaced since")
+    return S3Tensors(place.address)
 
 
 def load_four_bit(folder: str | Path, on: str = "") -> tuple[Any, FourBitModel]:

@@ -9,11 +9,9 @@ from typing import Any, Self
 
 import torch
 
+from spectraqlora.artifacts import IGNORED
 from spectraqlora.errors import InputError
 from spectraqlora.models.families import decoder_start
-
-IGNORED = -100
-"""Label of a token that does not count in the loss."""
 
 
 def load_rows(data: str | Path, split: str) -> Any:

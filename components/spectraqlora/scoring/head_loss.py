@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-from spectraqlora.scoring.batches import IGNORED
+from spectraqlora.artifacts import IGNORED
 
 CHUNK_BYTES = 16 * 2**20
 _TOLERANCE = 1e-3

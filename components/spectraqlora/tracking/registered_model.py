@@ -16,7 +16,7 @@ from spectraqlora.models.adapters import with_adapter
 from spectraqlora.models.families import auto_class
 from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.loading import load_plain, load_tokenizer
-from spectraqlora.places import resolve_base
+from spectraqlora.places import base_place, kind_of
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.registry import TAG_LENGTH, Version
 from spectraqlora.tracking.server import explain_errors
@@ -132,14 +132,14 @@ def _base_with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, st
     base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
         "base_model_name_or_path"
     ]
-    if "://" in base:
+    if kind_of(base) == "s3":
         raise InputError(
             "tracking.registered_form",
             "adapter",
             f"merged; a reference to {base} cannot be loaded by transformers",
         )
     model = auto_class(config).from_pretrained(base, use_safetensors=True, trust_remote_code=trust)
-    return with_adapter(model, adapter), base if Path(base).is_dir() else ""
+    return with_adapter(model, adapter), base if kind_of(base) == "path" else ""
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:
@@ -155,7 +155,10 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     dtype = compute_dtype("auto")
     if "peft_adaptor" in flavor:
         base = flavor.get("local_base_model_path") or flavor["source_model_name"]
-        plain = _without_own_code(resolve_base(base, flavor.get("source_model_revision") or "main"))
+        place = base_place(
+            base, flavor.get("source_model_revision") or "main", field="registered model's base"
+        )
+        plain = _without_own_code(place.local_copy())
         model = with_adapter(load_plain(plain, dtype), folder / flavor["peft_adaptor"])
     else:
         model = load_plain(_without_own_code(folder / flavor["model_binary"]), dtype)

@@ -14,6 +14,7 @@ from typing import Any
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, PreparedRows, TrainingLog
 from spectraqlora.errors import InputError
+from spectraqlora.places import kind_of
 from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
 from spectraqlora.runtime.console import warn
 from spectraqlora.runtime.images import image_reference
@@ -194,7 +195,7 @@ class Tracker:
         """Log the data set as an MLflow dataset: name, source, digest, counts."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        kind = "local" if Path(data.source).exists() else "s3" if "://" in data.source else "hugging_face"
+        kind = {"hub": "hugging_face", "s3": "s3"}.get(kind_of(data.source), "local")
         entity = Dataset(
             name=Path(data.source).name[:100] or "data",
             digest=data.digest[:36],

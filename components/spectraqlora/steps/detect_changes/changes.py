@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
-from spectraqlora.errors import InputError
-from spectraqlora.files import file_digest, folder_digest
-from spectraqlora.settings import DataSettings, is_address
+from spectraqlora.places import data_place
+from spectraqlora.settings import DataSettings
 from spectraqlora.tracking.registry import CHAMPION, Version
 
 UNCHANGED = "unchanged"
@@ -26,33 +23,12 @@ class Changes:
 
 
 def source_digest(settings: DataSettings) -> str:
-    """Digest of a data source's content as it is now; of a hub id, its revision.
+    """What identifies a data source's content as it is now; of a hub id, its commit.
 
     Raises:
         InputError: it is not there, or its hub does not answer.
     """
-    if is_address(settings.source):
-        from spectraqlora import storage
-
-        return storage.content_digest(storage.parse_address(settings.source, "data.source"))
-    path = Path(settings.source)
-    if path.is_file():
-        return file_digest(path)
-    if path.is_dir():
-        return folder_digest(path)
-    if settings.source[:1] in ("/", ".", "~"):
-        raise InputError("data.source", settings.source, "an existing file or folder")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        revision = HfApi().dataset_info(settings.source).sha
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            "data.source", settings.source, f"an existing file or a reachable hub data set ({first})"
-        ) from None
-    return hashlib.sha256(f"{settings.source}@{revision}".encode()).hexdigest()
+    return data_place(settings.source).digest()
 
 
 def changed_since_champion(digest: str, recipe: str, versions: list[Version]) -> Changes:

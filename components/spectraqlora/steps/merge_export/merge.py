@@ -13,9 +13,10 @@ from spectraqlora.files import write_text
 from spectraqlora.models import adapters
 from spectraqlora.models.four_bit import copy_dequantized
 from spectraqlora.models.loading import load_four_bit, load_plain, load_tokenizer, original_folder
+from spectraqlora.places import kind_of
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
-from spectraqlora.settings import EvaluateSettings, ExportSettings, is_address
+from spectraqlora.settings import EvaluateSettings, ExportSettings
 from spectraqlora.storage import parse_address, upload_folder
 
 FOLDERS = ("merged", "adapter")
@@ -97,7 +98,7 @@ def model_card(result: MergedModel, evaluation: Evaluation, manifest: FourBitMod
     accuracy = "not scored" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
     base_accuracy = "not scored" if evaluation.base_accuracy is None else f"{evaluation.base_accuracy:.1%}"
     # Where paths and buckets are is nobody's business but their owner's.
-    private = Path(manifest.source).is_absolute() or is_address(manifest.source)
+    private = kind_of(manifest.source) in ("path", "s3")
     source = Path(manifest.source).name if private else manifest.source
     return f"""---
 library_name: transformers

@@ -10,8 +10,9 @@ import torch
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest
 from spectraqlora.models.families import context_length
+from spectraqlora.places import file_place
 from spectraqlora.scoring.loss import accuracy, score
-from spectraqlora.settings import EvaluateSettings, is_address
+from spectraqlora.settings import EvaluateSettings
 
 GUARD_TOKENS = 512
 _KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -37,16 +38,12 @@ def rescore(
 
 def guard_file(source: str) -> Path:
     """The file of general text; refuses what is missing or of unknown kind."""
-    if is_address(source):
-        from spectraqlora import storage
-
-        path = storage.local_copy(storage.parse_address(source, "promote.guard_data"), "")
-    else:
-        path = Path(source)
-    if not path.is_file() or path.suffix not in _KINDS or path.stat().st_size == 0:
-        raise InputError(
-            "promote.guard_data", source, f"an existing file, here or at s3://: {', '.join(_KINDS)}"
-        )
+    field = "promote.guard_data"
+    if Path(source).suffix not in _KINDS:
+        raise InputError(field, source, f"a file, here or at s3://, of these: {', '.join(_KINDS)}")
+    path = file_place(source, field).local_copy()
+    if not path.is_file() or path.stat().st_size == 0:
+        raise InputError(field, source, "a file with text; this is empty or a folder")
     return path
 
 

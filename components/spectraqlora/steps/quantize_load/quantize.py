@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
-from spectraqlora.files import folder_digest
 from spectraqlora.models.families import check_computes
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, unquantized
 from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.models.modules import candidates
 from spectraqlora.models.tensors import check_model_folder
-from spectraqlora.places import resolve_base
-from spectraqlora.settings import ModelSettings, is_address
-from spectraqlora.storage import content_digest, parse_address
+from spectraqlora.places import base_digest, base_place
+from spectraqlora.runtime.console import say, warn
+from spectraqlora.settings import ModelSettings
 
 LOW_SHARE = 0.8
 
@@ -28,35 +29,68 @@ def quantize(settings: ModelSettings, output: Path, outline: Path, content: str 
         settings: the `model` section.
         output: folder of the 4-bit model.
         outline: folder of its outline.
-        content: what an s3:// address must hold, as `storage.content_digest` says it; empty takes what is there.
+        content: what the base model must be, as `Place.digest` says it; empty takes what is there.
 
     Raises:
-        InputError: the model folder is unreadable, holds pickles only, or needs remote code; the model does
-            not compute in 4 bits, looks ahead, or has nothing to adapt.
+        InputError: the base model is another one, its folder is unreadable, holds pickles only, or needs remote
+            code; the model does not compute in 4 bits, looks ahead, or has nothing to adapt.
     """
     import torch
 
-    remote = is_address(settings.base_model)
-    if remote and not content:
-        content = content_digest(parse_address(settings.base_model, "model.base_model"))
-    trust = settings.trust_remote_code
-    source = resolve_base(settings.base_model, settings.revision, content, trust)
-    check_model_folder(source, trust)
-    dtype = compute_dtype(settings.compute_dtype)
-    model = load_in_four_bit(source, dtype, trust)
-    check_computes(model, settings.base_model)
-    modules = candidates(model, settings.base_model)
-    model.save_pretrained(output / "model", safe_serialization=True)
-    load_tokenizer(source, trust).save_pretrained(output / "model")
+    base = _fetch(settings, content)
+    manifest = _write_four_bit(settings, base, output)
+    _write_outline(manifest, output, outline)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return manifest
 
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model on this machine: what its manifest says of where it is from, and its folder."""
+
+    source: str
+    revision: str
+    content: str
+    digest: str
+    folder: Path
+
+
+def _fetch(settings: ModelSettings, content: str) -> _Base:
+    """The base model's folder, of the content asked for; a hub id is pinned to its commit from now on."""
+    place = base_place(settings.base_model, settings.revision, settings.trust_remote_code)
+    if place.kind == "s3" and not content:
+        content = place.digest()
+    folder = place.local_copy(content)
+    check_model_folder(folder, settings.trust_remote_code)
+    digest = base_digest(folder, settings.trust_remote_code)
+    return _Base(
+        source=place.text,
+        # The hub's client names the folder of a copy after its commit.
+        revision=folder.name if place.kind == "hub" else settings.revision,
+        content=content if place.kind == "s3" else "",
+        digest=digest,
+        folder=folder,
+    )
+
+
+def _write_four_bit(settings: ModelSettings, base: _Base, output: Path) -> FourBitModel:
+    """Quantize, save and describe; the model is freed on return."""
+    trust = settings.trust_remote_code
+    dtype = compute_dtype(settings.compute_dtype)
+    model = load_in_four_bit(base.folder, dtype, trust)
+    check_computes(model, base.source)
+    modules = candidates(model, base.source)
+    model.save_pretrained(output / "model", safe_serialization=True)
+    load_tokenizer(base.folder, trust).save_pretrained(output / "model")
     total, four_bit = count_parameters(model)
     manifest = FourBitModel(
-        source=settings.base_model,
-        revision=settings.revision,
-        source_path=str(source.resolve()),
-        source_content=content if remote else "",
+        source=base.source,
+        revision=base.revision,
+        source_path=str(base.folder.resolve()),
+        source_content=base.content,
         trust_remote_code=trust,
-        base_digest=folder_digest(source),
+        base_digest=base.digest,
         compute_dtype=str(dtype).removeprefix("torch."),
         parameters=total,
         four_bit_parameters=four_bit,
@@ -64,26 +98,32 @@ def quantize(settings: ModelSettings, output: Path, outline: Path, content: str 
         modules=modules,
     )
     manifest.write(output)
-    _write_outline(manifest, output, outline)
-    share = four_bit / total
-    print(json.dumps({"parameters": total, "four_bit_share": round(share, 4), "compute_dtype": str(dtype)}))
+    _say_what_is_four_bit(manifest, model)
+    return manifest
+
+
+def _say_what_is_four_bit(manifest: FourBitModel, model: Any) -> None:
+    """The share of 4-bit parameters, a warning where it is low, and expert tensors that stay as they are."""
+    share = manifest.four_bit_parameters / manifest.parameters
+    shown = {
+        "parameters": manifest.parameters,
+        "four_bit_share": round(share, 4),
+        "compute_dtype": f"torch.{manifest.compute_dtype}",
+    }
+    say(json.dumps(shown))
     if share < LOW_SHARE:
-        linear = sum(m.out_features * m.in_features for m in modules)
-        print(
-            f"WARNING: only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
-            f"{four_bit / max(linear, 1):.0%} of the decoder's linear weights are, the rest is embeddings, "
-            "norms or layers that bitsandbytes does not know"
+        linear = sum(m.out_features * m.in_features for m in manifest.modules)
+        warn(
+            f"only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
+            f"{manifest.four_bit_parameters / max(linear, 1):.0%} of the decoder's linear weights are, the rest is "
+            "embeddings, norms or layers that bitsandbytes does not know"
         )
     experts = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
     if experts:
-        print(
+        say(
             f"{experts} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: bitsandbytes "
             "packs, and the rank map adapts, layers; their SNR is measured"
         )
-    del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return manifest
 
 
 def _write_outline(manifest: FourBitModel, four_bit: Path, outline: Path) -> None:

@@ -10,13 +10,13 @@ from spectraqlora.artifacts import ModelOutline
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import original_tensors
 from spectraqlora.models.tensors import LocalTensors, Tensors
+from spectraqlora.places import file_place
 from spectraqlora.runtime.cache import cache_folder
 from spectraqlora.runtime.console import Progress
-from spectraqlora.settings import SnrSettings, is_address
+from spectraqlora.settings import SnrSettings
 from spectraqlora.snr.journal import ScanJournal
 from spectraqlora.snr.scan import scan
 from spectraqlora.snr.table import read_given, write_table
-from spectraqlora.storage import local_copy, parse_address
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def _checkpoint(inputs: Inputs, manifest: ModelOutline, settings: SnrSettings) -
     return LocalTensors(inputs.four_bit / "model")
 
 
-def given_table(place: str) -> Path:
-    """The file of a table measured elsewhere, fetched where its place is an s3:// address."""
-    return local_copy(parse_address(place, "snr.table")) if is_address(place) else Path(place)
+def given_table(name: str) -> Path:
+    """The file of a table measured elsewhere, fetched where it is at an s3:// address."""
+    return file_place(name, "snr.table").local_copy()
 
 
 def _finished(digest: str) -> ScanJournal | None:

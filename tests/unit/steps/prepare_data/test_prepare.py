@@ -1,13 +1,9 @@
-"""Layouts, splits, masks, dropping and bad sources."""
+"""Rows through the whole step: labels, dropping, packing, splits."""
 
 import json
 from pathlib import Path
 
-import pytest
 from spectraqlora.artifacts import PreparedRows
-from spectraqlora.data.layouts import messages_of, recognise
-from spectraqlora.data.sources import check_source
-from spectraqlora.errors import InputError
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.settings import DataSettings
 from spectraqlora.steps.prepare_data.prepare import prepare
@@ -16,25 +12,6 @@ from spectraqlora.steps.prepare_data.prepare import prepare
 def _jsonl(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
-
-
-@pytest.mark.parametrize(
-    ("row", "layout"),
-    [
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "chat"),
-        ({"prompt": "q", "completion": "a"}, "prompt-completion"),
-        ({"question": "q", "answer": "a", "id": 1}, "question-answer"),
-        ({"instruction": "q", "input": "", "output": "a"}, "alpaca"),
-    ],
-)
-def test_layouts_become_the_same_messages(row: dict, layout: str) -> None:
-    assert recognise(row) == layout
-    assert [m["content"] for m in messages_of(layout, row)] == ["q", "a"]
-
-
-def test_unknown_columns_list_what_was_found_and_what_is_known() -> None:
-    with pytest.raises(InputError, match=r"foo.*question-answer"):
-        recognise(["foo", "bar"])
 
 
 def test_only_completions_count_and_empty_and_long_rows_are_dropped(outline: Path, tmp_path: Path) -> None:
@@ -78,24 +55,6 @@ def test_the_split_is_the_seeds(outline: Path, tiny_rows: Path, tmp_path: Path) 
         for i, seed in enumerate((1, 1, 2))
     ]
     assert digests[0] == digests[1] != digests[2]
-
-
-def test_bad_sources_are_refused_with_one_line(tmp_path: Path) -> None:
-    good = [{"text": "a"}] * 3
-    cases = {
-        "missing": (str(tmp_path / "none.jsonl"), {}, "existing file"),
-        "empty": (_jsonl(tmp_path / "e.jsonl", []), {}, "empty"),
-        "columns": (_jsonl(tmp_path / "c.jsonl", [{"a": 1}]), {}, "known layout"),
-        "kind": (_jsonl(tmp_path / "x.txt", good), {}, "one of .jsonl"),
-        "fraction": (_jsonl(tmp_path / "f.jsonl", good), {"eval_fraction": 0.01}, "eval_fraction"),
-    }
-    for name, (source, extra, words) in cases.items():
-        with pytest.raises(InputError, match=words) as caught:
-            check_source(DataSettings(source=source, **extra))
-        assert "\n" not in str(caught.value), name
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\nnot json\n')
-    with pytest.raises(InputError, match="line 2"):
-        check_source(DataSettings(source=str(tmp_path / "b.jsonl")))
 
 
 def test_rows_stay_on_their_side_as_data_grows(outline: Path, tmp_path: Path) -> None:
