@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
+from spectraqlora.runtime.console import warn
 
 _ADAPTER = "default"
 _MATRICES = ("lora_A", "lora_B")
@@ -65,7 +66,7 @@ def adaptable(model: Any, modules: list[LinearModule]) -> list[LinearModule]:
         except ValueError as error:
             reached, reason = set(), str(error).splitlines()[0]
         if len(reached) < len(names):
-            print(f"{kind}: {len(names) - len(reached)} matrices stay frozen without an adapter: {reason}")
+            warn(f"{kind}: {len(names) - len(reached)} matrices stay frozen without an adapter: {reason}")
         reachable |= reached
     return [m for m in modules if m.module in reachable]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest
+from spectraqlora.runtime.console import say
 from spectraqlora.storage.address import Address, is_plain_name
 from spectraqlora.storage.connection import MIB, Connection, ObjectMissing
 from spectraqlora.storage.folders import (
@@ -266,7 +267,7 @@ def upload_folder(folder: Path, address: Address, connection: Connection | None 
         _remove_old(connection, address, manifest, replaced, now)
     except InputError as error:
         # Published all the same: a writer need not have the permission to delete.
-        print(f"note: what is left of earlier uploads stays: {error}", flush=True)
+        say(f"note: what is left of earlier uploads stays: {error}")
     return str(target)
 
 

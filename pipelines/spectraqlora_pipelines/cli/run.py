@@ -1,4 +1,4 @@
-"""The command run: the whole DAG on this machine, and which method won."""
+"""The command run: the complete DAG on this machine, and which method won."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(
         typer.Option(metavar="NAME", help="Docker's; host on Linux, else bridge."),
     ] = None,
 ) -> None:
-    """Run the whole DAG on this machine and show which method won.
+    """Run the complete DAG on this machine and show which method won.
 
     Without options it runs the offline sample. The same command again reuses
     every finished step. Retraining trains again where data or settings changed.

@@ -42,7 +42,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a run or a recurring run is made of besides its arguments."""
+    """What a run or a recurring run has besides its arguments."""
 
     experiment: str
     service_account: str | None = None
@@ -121,14 +121,14 @@ class Kubeflow:
 
         name = version_name(package)
         with self._asking():
-            found = self._client.list_pipelines(filter=_named(pipeline), namespace=self.namespace).pipelines
-            if found:
-                pipeline_id = found[0].pipeline_id
+            known = self._client.list_pipelines(filter=_named(pipeline), namespace=self.namespace).pipelines
+            if known:
+                pipeline_id = known[0].pipeline_id
             else:
-                made = kfp_server_api.V2beta1Pipeline(
+                new = kfp_server_api.V2beta1Pipeline(
                     display_name=pipeline, name=pipeline, description=description, namespace=self.namespace
                 )
-                pipeline_id = self._client.pipelines.pipeline_service_create_pipeline(made).pipeline_id
+                pipeline_id = self._client.pipelines.pipeline_service_create_pipeline(new).pipeline_id
             versions = self._client.list_pipeline_versions(pipeline_id, filter=_named(name)).pipeline_versions
             if versions:
                 return Uploaded(pipeline_id, versions[0].pipeline_version_id, name, False)
@@ -136,8 +136,8 @@ class Kubeflow:
         return Uploaded(pipeline_id, version.pipeline_version_id, name, True)
 
     def _experiment(self, name: str) -> str:
-        made = self._client.create_experiment(name, namespace=self.namespace)
-        return str(made.experiment_id)
+        experiment = self._client.create_experiment(name, namespace=self.namespace)
+        return str(experiment.experiment_id)
 
     def submit(self, uploaded: Uploaded, name: str, arguments: dict[str, Any], launch: Launch) -> str:
         """Start a run of an uploaded version; its id."""
@@ -159,7 +159,7 @@ class Kubeflow:
 
     def schedules(self, name: str = "") -> list[Any]:
         """Recurring runs, all or those of one name, oldest first."""
-        found: list[Any] = []
+        runs: list[Any] = []
         token = ""
         with self._asking():
             while True:
@@ -169,10 +169,10 @@ class Kubeflow:
                     namespace=self.namespace,
                     filter=_named(name) if name else None,
                 )
-                found += page.recurring_runs or []
+                runs += page.recurring_runs or []
                 token = page.next_page_token or ""
                 if not token:
-                    return sorted(found, key=lambda run: str(run.created_at))
+                    return sorted(runs, key=lambda run: str(run.created_at))
 
     def schedule(
         self,
@@ -187,8 +187,8 @@ class Kubeflow:
         """Make the recurring run of that name be this one: `created`, `updated` or `unchanged`.
 
         Missed times are not made up for, and a run starts only when the one before it has ended. KFP cannot
-        change a recurring run, so the new one is made before the old one goes: no time is missed in between.
-        A paused one stays paused.
+        change a recurring run, so the new one is created before the old one is deleted: no time is missed in
+        between. A paused one stays paused.
         """
         with self._asking():
             experiment = self._experiment(launch.experiment)
@@ -230,8 +230,8 @@ class Kubeflow:
         Raises:
             InputError: pause or resume of one that is not there. Deleting it twice is fine.
         """
-        found = self.schedules(name)
-        if not found and action != "delete":
+        runs = self.schedules(name)
+        if not runs and action != "delete":
             known = ", ".join(sorted({run.display_name for run in self.schedules()})) or "there is none"
             raise InputError("NAME", name, f"an existing schedule; {known}")
         act = {
@@ -240,9 +240,9 @@ class Kubeflow:
             "delete": self._client.delete_recurring_run,
         }[action]
         with self._asking():
-            for run in found:
+            for run in runs:
                 act(run.recurring_run_id)
-        return len(found)
+        return len(runs)
 
 
 def timing(run: Any) -> str:

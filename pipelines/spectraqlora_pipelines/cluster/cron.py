@@ -67,8 +67,8 @@ def _check(line: str, part: str, name: str, low: int, high: int, names: dict[str
 
 def interval_seconds(text: str) -> int:
     """Seconds of an interval such as 30m, 6h or 1d; at least a minute."""
-    found = re.fullmatch(r"([1-9]\d{0,6})([smhd])", text.strip())
-    seconds = int(found[1]) * _UNITS[found[2]] if found else 0
+    parts = re.fullmatch(r"([1-9]\d{0,6})([smhd])", text.strip())
+    seconds = int(parts[1]) * _UNITS[parts[2]] if parts else 0
     if seconds < 60:
         raise InputError("--every", text, "a number and s, m, h or d, at least one minute; such as 6h")
     return seconds

@@ -117,7 +117,7 @@ class RetryValues(_Part):
 class SecretValues(_Part):
     name: Name = Field(description="Existing Secret in the namespace of the runs")
     env: dict[EnvName, str] = Field(
-        min_length=1, description="Environment variable: key inside the Secret. Only names stand here"
+        min_length=1, description="Environment variable: key inside the Secret; names only"
     )
     optional: bool = Field(False, description="Whether steps start without the Secret")
 

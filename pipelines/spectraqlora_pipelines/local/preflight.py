@@ -91,7 +91,7 @@ def memory_warning(settings: Settings, base_model: str) -> str:
     """A line where a step may take more memory than this machine, or its GPU, has; empty where all fit.
 
     No refusal: the plan's figures are upper bounds, and those of unusual models may be far off. A model at an
-    address is not looked at.
+    address is not planned.
 
     Raises:
         InputError: the hub has no such model or cannot be reached, or it is no language model.
