@@ -1,16 +1,22 @@
-"""What measure-base leaves for select-layers, for tests that begin there."""
+"""What measure-base leaves for the steps after it, for tests that begin there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from spectraqlora.settings import SelectSettings
+from spectraqlora.settings import EvaluateSettings, SelectSettings
 
 
-def write_measurement(four_bit: Path, rows: Path, select: SelectSettings, seed: int, folder: Path) -> Path:
-    """Sketch the gradients of all modules of the 4-bit base, in one pass, into `folder`; returns it."""
-    from spectraqlora.models.loading import load_four_bit
-    from spectraqlora.signals.gradients import write_sketches
-    from spectraqlora.signals.scores import calibration_sketches
+def write_measurement(
+    four_bit: Path,
+    rows: Path,
+    select: SelectSettings,
+    seed: int,
+    folder: Path,
+    methods: Sequence[str] = ("sgm",),
+    evaluate: EvaluateSettings = EvaluateSettings(accuracy_rows=0),
+) -> Path:
+    """Measure the base for `methods` into `folder`; returns it. For sgm all modules' gradients are sketched."""
+    from spectraqlora.steps.measure_base.measure import Inputs, measure_base
 
-    model, manifest = load_four_bit(four_bit)
-    write_sketches(calibration_sketches(model, manifest.modules, rows, select, seed), folder)
+    measure_base(Inputs(four_bit, rows), methods, select, evaluate, seed, folder)
     return folder

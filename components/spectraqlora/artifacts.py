@@ -17,6 +17,13 @@ IGNORED = -100
 GRADIENT_INIT = "a_init.safetensors"
 """Beside a rank map: the first A (rank x in) of a module, or of a group by its first module."""
 
+NOTHING = "none.txt"
+
+
+def write_nothing(folder: str | Path, reason: str) -> None:
+    """Make an artifact that holds nothing, and says why: object storage keeps no empty folders."""
+    write_text(Path(folder) / NOTHING, f"{reason}\n")
+
 
 class _Manifest(BaseModel):
     """A JSON document with a schema version, stored under a fixed name in the artifact's folder."""
@@ -117,6 +124,20 @@ class BaseMeasurement(_Manifest):
     @classmethod
     def filename(cls) -> str:
         return "measurement.json"
+
+    def headline(self) -> dict[str, float]:
+        """The numbers that KFP shows of a measurement."""
+        values = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def check_origin(self, base_digest: str, rows_digest: str = "") -> None:
+        """Refuse a measurement of another base model or, where their digest is given, of other rows."""
+        for name, own, wanted in (
+            ("base_digest", self.base_digest, base_digest),
+            ("rows_digest", self.rows_digest, rows_digest or self.rows_digest),
+        ):
+            if own != wanted:
+                raise InputError(f"measurement {name}", own[:12], f"{wanted[:12]}, which this run has")
 
 
 class ModuleRank(BaseModel):
@@ -227,8 +248,7 @@ class RoundResult(BaseModel):
     model_config = ConfigDict(extra="forbid")
     round: int
     eval_loss: float
-    changes: list[str]
-    trained: bool
+    changes: list[str] = Field(description="what moves in the round that follows; empty where none does")
     training: TrainingLog
     rank_map: RankMap
     update_spectrum: dict[str, dict[str, float]]

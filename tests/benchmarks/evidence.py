@@ -115,9 +115,8 @@ class Study:
 
     def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
         """Train one arm once; the result as one line of `runs.jsonl`."""
-        from spectraqlora.methods.catalogue import method
         from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
-        from spectraqlora.steps.select_layers.select import select
+        from spectraqlora.steps.select_layers.select import Inputs, select
         from spectraqlora.steps.train.training import train
 
         from tests.measured import write_measurement
@@ -131,10 +130,9 @@ class Study:
                 self._condition_number_map(settings, seed, ranks)
             else:
                 measurement = Path(scratch) / "measurement"
-                if method(arm.method).measures_gradients(settings):
-                    write_measurement(quantized, data, settings, seed, measurement)
-                outline, table = self.work / "outline", self.work / "table"
-                select(arm.method, outline, table, measurement, settings, seed, ranks)
+                write_measurement(quantized, data, settings, seed, measurement, (arm.method,))
+                inputs = Inputs(self.work / "outline", self.work / "table", measurement)
+                select(arm.method, inputs, settings, seed, ranks)
             log = train(
                 quantized,
                 data,

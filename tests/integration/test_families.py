@@ -24,14 +24,17 @@ from spectraqlora.snr.table import read_table
 from spectraqlora.steps.merge_export.merge import merge_export
 from spectraqlora.steps.prepare_data.prepare import prepare
 from spectraqlora.steps.quantize_load.quantize import quantize
-from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
+from spectraqlora.steps.re_evaluate.evaluate import Inputs as Trained
+from spectraqlora.steps.re_evaluate.evaluate import Outputs, Sections, re_evaluate
 from spectraqlora.steps.register.register import register
+from spectraqlora.steps.select_layers.select import Inputs as Selection
 from spectraqlora.steps.select_layers.select import select
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora.steps.train.training import train
 from spectraqlora.tracking.registered_model import load_model
 from spectraqlora.tracking.registry import Registry
 from spectraqlora.tracking.runs import Tracker
+from spectraqlora_pipelines.dags.branch import unrolled
 
 from tests.families import FAMILIES, UNFORESEEN, write_family, write_own_code
 from tests.measured import write_measurement
@@ -142,7 +145,7 @@ def test_a_family_goes_through_every_step(
     for method in METHODS:
         results[method] = _branch(method, tmp_path)
         assert results[method].eval_loss < results[method].base_eval_loss
-        assert len(results[method].rounds) == 2
+        assert len(results[method].rounds) == unrolled(method, 2)
     _export("hybrid", results["hybrid"], tmp_path, reload)
 
 
@@ -202,25 +205,28 @@ def test_a_family_that_cannot_be_trained_is_refused_with_the_reason(
 def _branch(
     method: str, work: Path, select_: SelectSettings = SELECT, train_: TrainSettings = TRAIN
 ) -> Evaluation:
+    """A branch of two rounds: `adapterN`, `evalN` and so on below the method's folder."""
     quantized, data, table = (work / name for name in ("quantized", "data", "table"))
-    folders = {}
-    for name in ("ranks1", "adapter1", "eval1", "ranks2", "carried", "adapter2", "eval2", "ranks3", "last"):
-        folders[name] = work / method / name
-        folders[name].mkdir(parents=True)
     measurement = work / "measurement"
     if not measurement.exists():
-        write_measurement(quantized, data, select_, 1, measurement)
-    select(method, work / "outline", table, measurement, select_, 1, folders["ranks1"])
-    train(quantized, data, folders["ranks1"], train_, EVALUATE, 1, 2, folders["adapter1"])
-    re_evaluate(
-        quantized, data, folders["ranks1"], folders["adapter1"], EVALUATE, select_, SnrSettings(), 1,
-        folders["eval1"], folders["ranks2"], folders["carried"],
-    )  # fmt: skip
-    train(quantized, data, folders["ranks2"], train_, EVALUATE, 1, 2, folders["adapter2"], folders["carried"])
-    return re_evaluate(
-        quantized, data, folders["ranks2"], folders["adapter2"], EVALUATE, select_, SnrSettings(), 1,
-        folders["eval2"], folders["ranks3"], folders["last"], folders["eval1"],
-    )  # fmt: skip
+        write_measurement(quantized, data, select_, 1, measurement, evaluate=EVALUATE)
+    (work / method / "ranks1").mkdir(parents=True)
+    chosen = Selection(work / "outline", table, measurement)
+    select(method, chosen, select_, 1, work / method / "ranks1")
+    sections = Sections(EVALUATE, select_, SnrSettings())
+    carried = previous = None
+    for number in range(1, unrolled(method, 2) + 1):
+        ranks, adapter = (work / method / f"{name}{number}" for name in ("ranks", "adapter"))
+        outputs = Outputs(
+            work / method / f"eval{number}",
+            work / method / f"ranks{number + 1}",
+            work / method / f"carried{number}",
+        )
+        train(quantized, data, ranks, train_, EVALUATE, 1, 2, adapter, carried)
+        inputs = Trained(quantized, data, ranks, adapter, table, measurement, previous)
+        result = re_evaluate(inputs, outputs, sections, number, 2, 1)
+        carried, previous = outputs.next_adapter, outputs.evaluation
+    return result
 
 
 def test_falcon_computes_the_same_from_plain_linear_layers(tmp_path: Path) -> None:

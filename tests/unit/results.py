@@ -35,7 +35,6 @@ def evaluation(method: str, losses: list[float], parameters: int, **changes: Any
         round=1,
         eval_loss=sum(losses) / len(losses),
         changes=["nothing moved"],
-        trained=True,
         training=log,
         rank_map=ranks,
         update_spectrum={},

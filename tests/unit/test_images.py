@@ -18,8 +18,13 @@ LOCKS = sorted(IMAGES.glob("*/*.lock"))
 _PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
 DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
 """Import names that are not the name of the package."""
-NOT_REACHED = {"light": {"bitsandbytes", "peft", "torch"}, "select-layers": {"matplotlib"}}
-"""What modules that an image's steps use would import for others: weights, and pictures of the SNR table."""
+NOT_REACHED = {
+    "light": {"bitsandbytes", "peft", "scipy", "torch"},
+    "re-evaluate": {"scipy"},
+    "select-layers": {"matplotlib"},
+    "train": {"scipy"},
+}
+"""What modules that an image's steps use would import for others: weights, sgm's groups, pictures of the SNR table."""
 
 
 def pins(*locks: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What retraining decides before it trains: whether something changed, and where to start."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,18 @@ def test_training_starts_from_the_base_where_the_champion_does_not_fit(
     (tmp_path / "adapter").mkdir()
     said = start_from(champion, _fresh(tmp_path / "fresh"), tmp_path / "ranks", tmp_path / "adapter")
     assert said.startswith("from the base")
-    assert not list((tmp_path / "adapter").iterdir())
+    # Object storage and the docker runner keep no empty folder.
+    (only,) = (tmp_path / "adapter").iterdir()
+    assert only.name == "none.txt" and only.read_text().startswith("training starts from the base: ")
     assert (tmp_path / "ranks" / "a_init.safetensors").exists()
     assert RankMap.read(tmp_path / "ranks").method == "hybrid"
+
+
+def test_a_champion_of_version_0_1_0_does_not_stop_retraining(tmp_path: Path) -> None:
+    champion = _fresh(tmp_path / "champion")
+    document = json.loads((champion / "rank_map.json").read_text())
+    (champion / "rank_map.json").write_text(json.dumps(document | {"schema_version": 1}))
+    said = start_from((3, champion), _fresh(tmp_path / "fresh"), tmp_path / "ranks", tmp_path / "adapter")
+    assert said == (
+        "from the base: the rank map of the champion, version 3, comes from another version of this project"
+    )

@@ -15,6 +15,7 @@ from spectraqlora.models.tensors import Tensors
 from spectraqlora.snr.gram import bfloat16_units
 from spectraqlora.snr.journal import Row, ScanJournal
 from spectraqlora.snr.marchenko_pastur import calibrated
+from spectraqlora.snr.table import percentiles
 from spectraqlora.snr.workers import Measured, measured
 
 Report = Callable[[int, int, str], None]
@@ -92,11 +93,12 @@ def memory_budget(largest: int) -> int:
 
 
 def tensors_of(checkpoint: Tensors, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(module, weight out x in) of a model's linear modules and experts from its original checkpoint."""
-    transposed = {m.module for m in modules if m.transposed}
+    """(module, weight out x in) of the modules asked for, from a model's original checkpoint."""
+    asked = {m.module: m for m in modules}
     for matrix in _plan(checkpoint, modules):
-        weight = checkpoint.load(matrix.tensor, matrix.expert)
-        yield matrix.module, weight.T if matrix.module in transposed else weight
+        if matrix.module in asked:
+            weight = checkpoint.load(matrix.tensor, matrix.expert)
+            yield matrix.module, weight.T if asked[matrix.module].transposed else weight
 
 
 def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_Matrix]:
@@ -164,6 +166,5 @@ def _table(rows: list[Row]) -> pd.DataFrame:
     if not rows:
         raise InputError("model", "no weight", "matrices inside numbered layers")
     table = pd.DataFrame(rows)
-    place = table.groupby("type")["snr"].rank(pct=True, method="average") * 100
-    table.insert(len(table.columns) - 1, "percentile", place.fillna(0.0))
+    table.insert(len(table.columns) - 1, "percentile", percentiles(table))
     return table

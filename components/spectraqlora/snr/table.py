@@ -76,6 +76,32 @@ def read_given(path: Path, modules: Sequence[LinearModule]) -> pd.DataFrame:
     return table
 
 
+def with_rows(table: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """The table with the measured matrices' rows in the place of their old ones, percentiles anew.
+
+    Raises:
+        InputError: a measured matrix has no row in the table.
+    """
+    unknown = set(measured["module"]) - set(table["module"])
+    if unknown:
+        raise InputError("SNR table", min(unknown), "a row for every matrix with an adapter")
+    fresh = measured.set_index("module")
+    kept = table[~table["module"].isin(fresh.index)].set_index("module")
+    merged = pd.concat([kept, fresh]).loc[table["module"]].reset_index()[list(table.columns)]
+    merged["percentile"] = percentiles(merged)
+    return merged
+
+
+def percentiles(table: pd.DataFrame) -> pd.Series:
+    """Each matrix's place by SNR among those of its type, above 0 to 100; 0 where it has no SNR."""
+    return (table.groupby("type")["snr"].rank(pct=True, method="average") * 100).fillna(0.0)
+
+
+def finite_snr(table: pd.DataFrame) -> dict[str, float]:
+    """SNR by module, where it is a finite number."""
+    return {row.module: float(row.snr) for row in table.itertuples() if math.isfinite(row.snr)}
+
+
 def top_modules(table: pd.DataFrame, percent: float) -> set[str]:
     """Per type the best floor(count * percent / 100) by raw snr; NaN never; ties at infinity by calibrated."""
     chosen: set[str] = set()

@@ -213,8 +213,7 @@ class Tracker:
             settings = self.client.get_run(run_id).data.params
         max_steps = int(settings.get("train.max_steps", 0))
         for part in evaluation.rounds:
-            if part.trained:
-                self.log_training(run_id, part.training, max_steps)
+            self.log_training(run_id, part.training, max_steps)
         self.log_metrics(run_id, metrics)
         self.set_tags(run_id, {"base_digest": evaluation.base_digest, "data_digest": evaluation.data_digest})
 

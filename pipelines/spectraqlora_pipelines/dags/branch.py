@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from kfp import dsl
+from spectraqlora.methods import catalogue
 from spectraqlora.steps.re_evaluate.component import re_evaluate
 from spectraqlora.steps.select_layers.component import select_layers
 from spectraqlora.steps.start_point.component import start_point
@@ -16,12 +17,17 @@ class Branch(NamedTuple):
     adapter: dsl.Model
 
 
+def unrolled(name: str, rounds: int) -> int:
+    """How many rounds of train and re-evaluate a method's branch has; one where its rank map never moves."""
+    return rounds if catalogue.method(name).moves else 1
+
+
 def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = False) -> Any:
     """The nested pipeline of one method: select-layers, then train and re-evaluate for every round.
 
     Args:
         name: the method.
-        rounds: unrolled.
+        rounds: whose steps are trained, one after the other or all in one.
         place: names and places the tasks.
         from_champion: whether the first round starts from the champion's adapter where it fits.
     """
@@ -37,17 +43,19 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
         evaluate_settings: dict,
         tracking_settings: dict,
         checkpoint_settings: dict,
+        outline: dsl.Input[dsl.Artifact],
         four_bit: dsl.Input[dsl.Model],
         rows: dsl.Input[dsl.Dataset],
         table: dsl.Input[dsl.Dataset],
+        measurement: dsl.Input[dsl.Metrics],
     ) -> Branch:
         selected = select_layers(
             method=method,
             select_settings=select_settings,
             seed=seed,
-            four_bit=four_bit,
-            rows=rows,
+            outline=outline,
             table=table,
+            measurement=measurement,
         )
         place(selected, f"select-layers ({name})")
         rank_map: Any = selected.outputs["rank_map"]
@@ -57,7 +65,7 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
             place(start, f"start-point ({name})")
             rank_map, carried = start.outputs["start_rank_map"], {"start": start.outputs["start_adapter"]}
         evaluated: Any = None
-        for number in range(1, rounds + 1):
+        for number in range(1, unrolled(name, rounds) + 1):
             trained = train(
                 run_key=run_key,
                 round=number,
@@ -76,6 +84,8 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
             before = {"previous": evaluated.outputs["evaluation"]} if evaluated else {}
             evaluated = re_evaluate(
                 run_key=run_key,
+                round=number,
+                rounds=rounds,
                 evaluate_settings=evaluate_settings,
                 select_settings=select_settings,
                 snr_settings=snr_settings,
@@ -85,6 +95,8 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
                 rows=rows,
                 rank_map=rank_map,
                 adapter=trained.outputs["adapter"],
+                table=table,
+                measurement=measurement,
                 **before,
             )
             place(evaluated, f"re-evaluate ({name}, round {number})")

@@ -28,6 +28,8 @@ _SECTIONS = (
     "checkpoint",
     "export",
 )
+SHARED_STEPS = 8
+"""Steps of every pipeline outside its branches: `shared_steps` makes them."""
 _RECIPE = ("model", "data", "snr", "select", "train", "retrain")
 _DESCRIPTIONS: dict[Dag, str] = {
     "ablation": "QLoRA and Spectrum ablations, from base to registry",
@@ -77,9 +79,15 @@ def compile_dag(path: Path, name: Dag, settings: Settings, values: ClusterValues
 
 def steps(name: Dag, settings: Settings) -> int:
     """How many steps a run has at most."""
+    from spectraqlora_pipelines.dags.branch import unrolled
+
+    check_methods(settings)
     if name == "ablation":
-        return 7 + len(settings.methods) * (1 + 2 * settings.rounds)
-    return 8 + 1 + 2 * settings.rounds + (settings.retrain.start == "champion")
+        return SHARED_STEPS + sum(1 + 2 * unrolled(method, settings.rounds) for method in settings.methods)
+    branch = (
+        1 + (settings.retrain.start == "champion") + 2 * unrolled(settings.retrain.method, settings.rounds)
+    )
+    return 1 + SHARED_STEPS + branch
 
 
 def recipe(settings: Settings, base_content: str = "") -> str:

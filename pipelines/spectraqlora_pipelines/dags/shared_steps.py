@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spectraqlora.steps.compare.component import compare
+from spectraqlora.steps.measure_base.component import measure_base
 from spectraqlora.steps.merge_export.component import merge_export
 from spectraqlora.steps.prepare_data.component import prepare_data
 from spectraqlora.steps.promote.component import promote as promote_step
@@ -52,6 +53,15 @@ def shared_steps(
     )
     place(analyzed, "snr-analyze")
     table = analyzed.outputs["table"]
+    measured = measure_base(
+        methods=",".join(branches),
+        select_settings=given["select"],
+        evaluate_settings=evaluate,
+        seed=seed,
+        four_bit=four_bit,
+        rows=rows,
+    )
+    place(measured, "measure-base")
     results: dict[str, Any] = {}
     for method, branch in branches.items():
         outcome = branch(
@@ -64,9 +74,11 @@ def shared_steps(
             evaluate_settings=evaluate,
             tracking_settings=tracking,
             checkpoint_settings=given["checkpoint"],
+            outline=outline,
             four_bit=four_bit,
             rows=rows,
             table=table,
+            measurement=measured.outputs["measurement"],
         )
         outcome.set_display_name(f"branch: {method}")
         results[method] = outcome.outputs["evaluation"]

@@ -111,7 +111,6 @@ def _method_entry(evaluation: Evaluation) -> dict[str, Any]:
         {
             "round": r.round,
             "eval_loss": r.eval_loss,
-            "trained": r.trained,
             "changes": r.changes,
             "active": len(r.rank_map.active()),
         }

@@ -12,7 +12,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import METHODS, check_methods, method, moving, names
 from spectraqlora.settings import Settings, parse
 from spectraqlora.steps.compare.component import compare
-from spectraqlora_pipelines.cli.config import load_settings
+from spectraqlora_pipelines.cli.options import load_settings
 from spectraqlora_pipelines.dags.catalogue import dag
 from spectraqlora_pipelines.dags.placement import Placement
 

@@ -4,7 +4,7 @@ import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import moving
 from spectraqlora.settings import SelectSettings
-from spectraqlora.steps.re_evaluate.evaluate import keep_earned
+from spectraqlora.steps.re_evaluate.following_round import floor_scores
 
 from tests.modules import first_ranks, modules
 
@@ -51,5 +51,5 @@ def test_modules_that_enter_get_an_adapter_and_those_that_leave_are_frozen() -> 
 def test_modules_keep_the_task_score_they_were_chosen_for() -> None:
     before = first_ranks("hybrid", ONE_TYPE, FALLING, SETTINGS)
     used_up = {name: (score / 100, 0.0) for name, (score, _) in FALLING.items()}
-    kept = keep_earned(used_up, before)
+    kept = floor_scores(used_up, before)
     assert moving("hybrid").next_ranks(before, ONE_TYPE, kept, {}, SETTINGS).changes == ["nothing moved"]

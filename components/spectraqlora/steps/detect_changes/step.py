@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spectraqlora.files import write_text
+from spectraqlora.runtime.console import say
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import DataSettings, TrackingSettings
 
@@ -26,6 +27,6 @@ def run(
     registry = Registry(TrackingSettings(**tracking_settings))
     digest = source_digest(DataSettings(**{**data_settings, "source": source}))
     result = changed_since_champion(digest, recipe, registry.versions())
-    print(f"{'training' if result.changed else 'stopping early'}: {result.reason}", flush=True)
+    say(f"{'training' if result.changed else 'stopping early'}: {result.reason}")
     write_text(output_folder(changes) / "changes.json", json.dumps(asdict(result), indent=1))
     return result.digest if result.changed else UNCHANGED

@@ -10,6 +10,8 @@ from spectraqlora.runtime.component import component
 @component(image="re-evaluate")
 def re_evaluate(
     run_key: str,
+    round: int,
+    rounds: int,
     evaluate_settings: dict,
     select_settings: dict,
     snr_settings: dict,
@@ -19,24 +21,33 @@ def re_evaluate(
     rows: dsl.Input[dsl.Dataset],
     rank_map: dsl.Input[dsl.Artifact],
     adapter: dsl.Input[dsl.Model],
+    table: dsl.Input[dsl.Dataset],
+    measurement: dsl.Input[dsl.Metrics],
     evaluation: dsl.Output[dsl.Metrics],
     next_rank_map: dsl.Output[dsl.Artifact],
     next_adapter: dsl.Output[dsl.Model],
     previous: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045 - the KFP compiler reads this form
 ):
-    """Score base and adapter on the same rows, measure the updated weights, decide the next round.
+    """Score the adapter on the base's held-out rows, measure the weights it updated, prepare the next round.
+
+    After a branch's last round, and for a method whose rank map never moves, no round follows: the last two outputs
+    then hold only a file `none.txt` that says so.
 
     Args:
         run_key: identifies the pipeline run in MLflow.
+        round: this round, from 1.
+        rounds: all rounds of the branch.
         evaluate_settings: the `evaluate` section.
         select_settings: the `select` section.
         snr_settings: the `snr` section.
         tracking_settings: the `tracking` section.
-        seed: of fresh rows in grown adapters.
+        seed: of calibration rows, and of fresh rows in grown adapters.
         four_bit: the 4-bit model.
         rows: prepared rows.
         rank_map: this round's rank map.
         adapter: this round's adapter.
+        table: SNR table before training, for the matrices without an adapter.
+        measurement: of the base, for its loss and accuracy.
         evaluation: metrics, rounds so far, SNR table of the updated weights.
         next_rank_map: the next round's rank map.
         next_adapter: the adapter carried over to the next round's ranks.
@@ -46,6 +57,8 @@ def re_evaluate(
 
     run(
         run_key=run_key,
+        round=round,
+        rounds=rounds,
         evaluate_settings=evaluate_settings,
         select_settings=select_settings,
         snr_settings=snr_settings,
@@ -55,6 +68,8 @@ def re_evaluate(
         rows=rows,
         rank_map=rank_map,
         adapter=adapter,
+        table=table,
+        measurement=measurement,
         previous=previous,
         evaluation=evaluation,
         next_rank_map=next_rank_map,

@@ -14,6 +14,8 @@ from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings,
 def run(
     *,
     run_key: str,
+    round: int,
+    rounds: int,
     evaluate_settings: dict[str, Any],
     select_settings: dict[str, Any],
     snr_settings: dict[str, Any],
@@ -23,41 +25,41 @@ def run(
     rows: Any,
     rank_map: Any,
     adapter: Any,
+    table: Any,
+    measurement: Any,
     previous: Any,
     evaluation: Any,
     next_rank_map: Any,
     next_adapter: Any,
 ) -> None:
-    from spectraqlora.steps.re_evaluate.evaluate import re_evaluate
+    from spectraqlora.steps.re_evaluate.evaluate import Inputs, Outputs, Sections, re_evaluate
     from spectraqlora.tracking.runs import Tracker
 
-    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "re-evaluate")
-    branch = tracker.branch_run(RankMap.read(rank_map.path).method)
-    select, snr = SelectSettings(**select_settings), SnrSettings(**snr_settings)
-    folder = output_folder(evaluation)
-    result = re_evaluate(
-        Path(four_bit.path),
-        Path(rows.path),
-        Path(rank_map.path),
-        Path(adapter.path),
-        EvaluateSettings(**evaluate_settings),
-        select,
-        snr,
-        seed,
-        folder,
-        output_folder(next_rank_map),
-        output_folder(next_adapter),
+    inputs = Inputs(
+        four_bit=Path(four_bit.path),
+        rows=Path(rows.path),
+        rank_map=Path(rank_map.path),
+        adapter=Path(adapter.path),
+        table=Path(table.path),
+        measurement=Path(measurement.path),
         previous=Path(previous.path) if previous is not None else None,
     )
+    sections = Sections(
+        EvaluateSettings(**evaluate_settings), SelectSettings(**select_settings), SnrSettings(**snr_settings)
+    )
+    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "re-evaluate")
+    branch = tracker.branch_run(RankMap.read(inputs.rank_map).method)
+    outputs = Outputs(output_folder(evaluation), output_folder(next_rank_map), output_folder(next_adapter))
+    result = re_evaluate(inputs, outputs, sections, round, rounds, seed)
     metrics = result.headline()
     for name, value in metrics.items():
         evaluation.log_metric(name, value)
-    chosen = {"select": select.model_dump(), "snr": snr.model_dump()}
+    chosen = {"select": sections.select.model_dump(), "snr": sections.snr.model_dump()}
 
     def send() -> None:
         tracker.log_params(branch, chosen)
         tracker.log_evaluation(branch, result, metrics)
-        tracker.log_folder(branch, folder, "evaluation")
+        tracker.log_folder(branch, outputs.evaluation, "evaluation")
         tracker.finish(branch)
 
     tracker.retry_while_away(send, "the evaluation")

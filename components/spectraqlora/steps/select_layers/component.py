@@ -10,21 +10,21 @@ def select_layers(
     method: str,
     select_settings: dict,
     seed: int,
-    four_bit: dsl.Input[dsl.Model],
-    rows: dsl.Input[dsl.Dataset],
+    outline: dsl.Input[dsl.Artifact],
     table: dsl.Input[dsl.Dataset],
+    measurement: dsl.Input[dsl.Metrics],
     rank_map: dsl.Output[dsl.Artifact],
 ):
-    """Turn the SNR table, and for sgm the gradients, into a method's rank map.
+    """Turn the SNR table, or the base's gradients, into a method's rank map; nothing is measured here.
 
     Args:
-        method: qlora, hybrid, alors, sgm or random.
+        method: name of the method.
         select_settings: the `select` section.
-        seed: of calibration rows and projections.
-        four_bit: the 4-bit model.
-        rows: prepared rows, for calibration batches.
+        seed: of what a method draws.
+        outline: of the model, for its matrices.
         table: SNR table.
-        rank_map: rank map; for sgm also similarity matrix and first A.
+        measurement: of the base, for its gradient sketches.
+        rank_map: which modules get an adapter, of which rank; for sgm also similarity matrix and first A.
     """
     from spectraqlora.steps.select_layers.step import run
 
@@ -32,8 +32,8 @@ def select_layers(
         method=method,
         select_settings=select_settings,
         seed=seed,
-        four_bit=four_bit,
-        rows=rows,
+        outline=outline,
         table=table,
+        measurement=measurement,
         rank_map=rank_map,
     )

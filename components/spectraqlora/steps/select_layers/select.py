@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectraqlora.artifacts import GRADIENT_INIT, ModelOutline, RankMap
+from spectraqlora.artifacts import GRADIENT_INIT, BaseMeasurement, ModelOutline, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.methods.catalogue import Method, method
@@ -18,37 +19,38 @@ if TYPE_CHECKING:
     from spectraqlora.signals.gradients import GradientSketch
 
 
-def select(
-    name: str,
-    outline: Path,
-    table: Path,
-    measurement: Path,
-    select_settings: SelectSettings,
-    seed: int,
-    output: Path,
-) -> RankMap:
+@dataclass(frozen=True)
+class Inputs:
+    """The folders that the step reads; of the measurement the sketches, where the method needs them."""
+
+    outline: Path
+    table: Path
+    measurement: Path
+
+
+def select(name: str, inputs: Inputs, select_settings: SelectSettings, seed: int, output: Path) -> RankMap:
     """Write `rank_map.json`, the selected modules' names, and what the method groups and starts its adapters by.
 
     The same inputs give the same files: nothing is measured here.
 
     Args:
         name: the method.
-        outline: artifact with the model's module list.
-        table: SNR table artifact.
-        measurement: artifact with the base model's gradient sketches; they are read where the method needs them.
+        inputs: what is read.
         select_settings: the settings.
         seed: of what a method draws.
         output: folder of the rank map: `rank_map.json`, `selected.txt`, `similarity.json` where modules were grouped,
             `a_init.safetensors` where A starts from the gradient's directions.
 
     Raises:
-        InputError: a rank does not fit the model, nothing would be trained, or sketches are missing.
+        InputError: a rank does not fit the model, nothing would be trained, sketches are missing, or the
+            measurement is that of another base model.
     """
     chosen = method(name)
-    manifest = ModelOutline.read(outline)
+    manifest, measurement = ModelOutline.read(inputs.outline), BaseMeasurement.read(inputs.measurement)
+    measurement.check_origin(manifest.base_digest)
     chosen.check(manifest.modules, select_settings)
-    sketches = _sketches(chosen, measurement, select_settings)
-    scores = module_scores(select_settings, manifest.modules, read_table(table), sketches)
+    sketches = _sketches(chosen, inputs.measurement, select_settings)
+    scores = module_scores(select_settings, manifest.modules, read_table(inputs.table), sketches)
     rank_map = chosen.first_ranks(manifest.modules, scores, select_settings, seed, sketches)
     rank_map = rank_map.model_copy(update={"base_digest": manifest.base_digest})
     if sketches and select_settings.gradient_init != "off":

@@ -18,7 +18,7 @@ def start_point(
         tracking_settings: the `tracking` section.
         rank_map: of select-layers, for method and base.
         start_rank_map: the rank map to train.
-        start_adapter: the champion's adapter; an empty folder where training starts from the base.
+        start_adapter: the champion's adapter; only a file `none.txt` where training starts from the base.
     """
     from spectraqlora.steps.start_point.step import run
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from spectraqlora.runtime.console import say
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import TrackingSettings
 
@@ -19,7 +20,7 @@ def run(*, tracking_settings: dict[str, Any], rank_map: Any, start_rank_map: Any
     with tempfile.TemporaryDirectory() as scratch:
         stored = registry.champion_adapter(Path(scratch))
         champion = (stored[0].number, stored[1]) if stored else None
-        said = start_from(
+        origin = start_from(
             champion, Path(rank_map.path), output_folder(start_rank_map), output_folder(start_adapter)
         )
-    print(f"training starts {said}", flush=True)
+    say(f"training starts {origin}")

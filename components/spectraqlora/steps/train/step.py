@@ -10,6 +10,9 @@ from spectraqlora.artifacts import PreparedRows, RankMap, TrainingLog
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrackingSettings, TrainSettings
 
+ADAPTER = "adapter_model.safetensors"
+"""PEFT's name of an adapter's weights; where training starts from the base there is none."""
+
 
 @step
 def run(
@@ -41,7 +44,7 @@ def run(
     check_optimizer(section.optimizer)
     count = distributed.processes(section)
     distributed.share(section, count)
-    begin = start.path if start is not None and any(Path(start.path).iterdir()) else None
+    begin = start.path if start is not None and (Path(start.path) / ADAPTER).exists() else None
     if count > 1 and not distributed.launched() and not nothing_left(ranks):
         distributed.launch(count, arguments)
         return

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from spectraqlora.artifacts import GRADIENT_INIT, LinearModule, ModelOutline, RankMap
+from spectraqlora.artifacts import GRADIENT_INIT, BaseMeasurement, LinearModule, ModelOutline, RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.modules import candidates
@@ -20,8 +20,9 @@ from spectraqlora.settings import SelectSettings, SnrSettings
 from spectraqlora.signals.gradients import write_sketches
 from spectraqlora.signals.scores import calibration_sketches
 from spectraqlora.snr.table import COLUMNS, FILENAME
-from spectraqlora.steps.select_layers.select import select
-from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
+from spectraqlora.steps.select_layers.select import Inputs, select
+from spectraqlora.steps.snr_analyze.analyze import Inputs as SnrInputs
+from spectraqlora.steps.snr_analyze.analyze import analyze
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.measured import write_measurement
@@ -71,6 +72,13 @@ def _write_table(modules: list[LinearModule], folder: Path) -> None:
     table.to_parquet(folder / FILENAME)
 
 
+def _measurement(sketched: bool, base_digest: str = "b" * 64) -> BaseMeasurement:
+    return BaseMeasurement(
+        base_digest=base_digest, rows_digest="d" * 64, loss=1.0, perplexity=2.7, accuracy=None,
+        row_losses=[1.0], row_tokens=[1], sketched=sketched,
+    )  # fmt: skip
+
+
 def _write_outline(modules: list[LinearModule], folder: Path) -> None:
     folder.mkdir()
     ModelOutline(
@@ -96,7 +104,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     select_settings = SelectSettings(**EXPECTED["common"])
     sketches = calibration_sketches(model, modules, work / "rows", select_settings, 1)
     write_sketches(sketches, work / "measurement")
-    (work / "unmeasured").mkdir()
+    for name in ("measurement", "unmeasured"):
+        _measurement(sketched=name == "measurement").write(work / name)
     return work
 
 
@@ -105,7 +114,8 @@ def _select(
 ) -> RankMap:
     output.mkdir()
     chosen = SelectSettings(**(EXPECTED["common"] | settings))
-    return select(method, work / "outline", work / "table", work / measurement, chosen, 1, output)
+    read = Inputs(work / "outline", work / "table", work / measurement)
+    return select(method, read, chosen, 1, output)
 
 
 @pytest.mark.parametrize(
@@ -173,16 +183,24 @@ def test_settings_that_do_not_fit_the_model_are_refused(inputs: Path, tmp_path: 
         _select("magic", inputs, tmp_path / "two")
 
 
+def test_a_measurement_of_another_base_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    _measurement(sketched=False, base_digest="c" * 64).write(tmp_path / "foreign")
+    foreign = Inputs(inputs / "outline", inputs / "table", tmp_path / "foreign")
+    with pytest.raises(InputError, match=r"^measurement base_digest: 'c{12}': expected b{12}"):
+        select("qlora", foreign, SelectSettings(rank=4), 1, tmp_path / "ranks")
+
+
 def test_selecting_by_weights_loads_no_torch_and_no_transformers(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks").mkdir()
     program = f"""
 import sys
 from pathlib import Path
 from spectraqlora.settings import SelectSettings
-from spectraqlora.steps.select_layers.select import select
+from spectraqlora.steps.select_layers.select import Inputs, select
 work = Path({str(inputs)!r})
+inputs = Inputs(work / "outline", work / "table", work / "unmeasured")
 settings = SelectSettings(signal="spectrum", rank=4)
-select("hybrid", work / "outline", work / "table", work / "unmeasured", settings, 1, Path({str(tmp_path)!r}) / "ranks")
+select("hybrid", inputs, settings, 1, Path({str(tmp_path)!r}) / "ranks")
 assert not sys.modules.keys() & {{"torch", "transformers", "peft", "bitsandbytes"}}
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -191,13 +209,15 @@ assert not sys.modules.keys() & {{"torch", "transformers", "peft", "bitsandbytes
 def test_a_starts_from_the_leading_gradient_directions_of_its_group(
     quantized: Path, outline: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    analyze(Inputs(outline), SnrSettings(), tmp_path / "table")
+    analyze(SnrInputs(outline), SnrSettings(), tmp_path / "table")
     settings = SelectSettings(
         rank=4, sketch_size=256, calibration_batches=2, similarity=-1.0, percent=100.0, gradient_init="on"
     )
     (tmp_path / "ranks").mkdir()
     measurement = write_measurement(quantized, prepared, settings, 1, tmp_path / "measurement")
-    rank_map = select("sgm", outline, tmp_path / "table", measurement, settings, 1, tmp_path / "ranks")
+    rank_map = select(
+        "sgm", Inputs(outline, tmp_path / "table", measurement), settings, 1, tmp_path / "ranks"
+    )
     starts = load_file(tmp_path / "ranks" / GRADIENT_INIT)
     # With every cosine allowed, all modules of a type share one pair.
     groups = {m.group for m in rank_map.active()}

@@ -1,0 +1,1 @@
+"""The measure-base step."""

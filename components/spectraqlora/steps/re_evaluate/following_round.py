@@ -1,0 +1,82 @@
+"""The round that follows: its rank map, and the adapter carried over to it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from spectraqlora.artifacts import RankMap
+from spectraqlora.methods.carry_over import UpdateSpectrum, carry_over
+from spectraqlora.methods.catalogue import moving
+from spectraqlora.models import adapters
+from spectraqlora.runtime.console import say
+from spectraqlora.settings import SelectSettings
+from spectraqlora.signals.scores import Scores, calibration_sketches, module_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from spectraqlora.signals.gradients import GradientSketch
+    from spectraqlora.steps.re_evaluate.evaluate import Inputs, Outputs, Trained
+
+
+def write_following_round(
+    model: Any,
+    trained: Trained,
+    inputs: Inputs,
+    outputs: Outputs,
+    select: SelectSettings,
+    table: pd.DataFrame,
+    spectra: dict[str, UpdateSpectrum],
+    seed: int,
+) -> list[str]:
+    """Write the next rank map and the adapter fitted to it; what moved, in words.
+
+    Args:
+        model: PEFT model with this round's adapters; they are taken off it.
+        trained: this round.
+        inputs: for the calibration rows, and the adapter where nothing moves.
+        outputs: where the rank map and the adapter go.
+        select: the `select` section.
+        table: SNR of the updated weights.
+        spectra: of the updates, by module.
+        seed: of the calibration rows, and of fresh rows in grown adapters.
+    """
+    current, modules = trained.rank_map, trained.manifest.modules
+    sketches: dict[str, GradientSketch] = {}
+    if select.needs_gradients:
+        say(f"measuring the task's gradients with the adapters of round {current.round}")
+        sketches = calibration_sketches(model, modules, inputs.rows, select, seed)
+    scores = module_scores(select, modules, table, sketches)
+    if select.needs_gradients:
+        scores = floor_scores(scores, current)
+    following = moving(current.method).next_ranks(current, modules, scores, spectra, select)
+    carried, errors = carry_over(trained.weights, current, following, seed)
+    following = following.model_copy(update={"changes": _with_errors(following.changes, errors)})
+    following.write(outputs.next_rank_map)
+    if following.modules == current.modules:
+        shutil.copytree(inputs.adapter, outputs.next_adapter, dirs_exist_ok=True)
+    else:
+        fitted = adapters.attach(model.unload(), following, start=carried)
+        adapters.save(fitted, outputs.next_adapter, trained.manifest.source)
+        trained.log.write(outputs.next_adapter)
+    say(f"round {following.round} of {current.method}: {len(following.changes)} notes on what moves")
+    return following.changes
+
+
+def floor_scores(scores: Scores, rank_map: RankMap) -> Scores:
+    """Task scores in which no module falls below what it was chosen for.
+
+    Training uses a module's gradient up; what is left of it says nothing against the module.
+    """
+    earned = {m.module: m.score for m in rank_map.modules if m.score is not None}
+    return {name: (max(value, earned.get(name, value)), tie) for name, (value, tie) in scores.items()}
+
+
+def _with_errors(changes: list[str], errors: dict[str, float]) -> list[str]:
+    """Notes `module: what moved`, with the relative error where an adapter was shrunk."""
+    noted = []
+    for line in changes:
+        module = line.partition(":")[0]
+        noted.append(f"{line} (relative error {errors[module]:.1%})" if module in errors else line)
+    return noted
