@@ -87,7 +87,7 @@ def test_fused_experts_get_a_row_each(tmp_path: Path) -> None:
 def test_in_batches_gives_what_threads_give() -> None:
     mixed = [*stream(11), ("model.layers.0.mlp.gate_proj", torch.zeros(60, 90)), *stream(3, 32, 16)]
     named = [(f"{index}.{name}", weight) for index, (name, weight) in enumerate(mixed)]
-    threads = {result.module: result for result in in_threads(named, 2**30)}
+    threads = {result.module: result for result in in_threads(named, 2**30, 2)}
     batches = {result.module: result for result in in_batches(named, torch.device("cpu"))}
     assert threads.keys() == batches.keys() == {name for name, _ in named}
     for name, one in threads.items():
@@ -98,7 +98,7 @@ def test_in_batches_gives_what_threads_give() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_what_the_cpu_gives() -> None:
     named = list(stream(20, 512, 768))
-    cpu = {result.module: result.found for result in in_threads(named, 2**30)}
+    cpu = {result.module: result.found for result in in_threads(named, 2**30, 2)}
     gpu = {result.module: result.found for result in in_batches(named, torch.device("cuda"))}
     for name, found in cpu.items():
         assert gpu[name].snr == pytest.approx(found.snr, rel=1e-6)
@@ -119,10 +119,9 @@ def test_no_more_matrices_are_held_than_the_budget_has_room_for(room: int) -> No
             del weight
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(4)
     try:
         cost = working_bytes(torch.empty(60, 90))
-        assert len(list(in_threads(weights(), room * cost))) == 12
+        assert len(list(in_threads(weights(), room * cost, 4))) == 12
     finally:
         torch.set_num_threads(threads)
     assert most <= room + 1  # and the one that waits for room

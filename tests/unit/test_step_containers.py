@@ -29,7 +29,9 @@ def test_variables_of_storage_mlflow_and_hub_are_passed_and_no_others(tmp_path: 
         "MLFLOW_TRACKING_TOKEN",
         "HF_TOKEN",
         "HTTPS_PROXY",
+        "SPECTRAQLORA_CPUS",
     }
+    assert int(passed["SPECTRAQLORA_CPUS"]) >= 1
     assert all(Path(passed[name]).is_relative_to(tmp_path) for name in places)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a step's work: its end with the launcher, its errors in one line, its output folders.
+"""What surrounds a step's work: its threads, its end with the launcher, its errors in one line, its output folders.
 
 An `InputError` ends a step with its one line and exit code 2; every other error keeps its traceback.
 """
@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from spectraqlora.errors import InputError, Stopped
 from spectraqlora.runtime.console import fail, say
 from spectraqlora.runtime.logs import silence_libraries
+from spectraqlora.runtime.threads import bound_threads
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,6 +45,7 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         silence_libraries()
+        bound_threads()
         _end_with_launcher()
         try:
             return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Measuring a stream of matrices on all cores, or in batches on the GPU, within a budget of memory."""
+"""Measuring a stream of matrices on the step's cores, or in batches on the GPU, within a budget of memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spectraqlora.runtime.threads import bound_threads
 from spectraqlora.snr.gram import CHUNK
 from spectraqlora.snr.marchenko_pastur import SnrStatistics, batch_statistics, entry_std, shape_of, statistics
 
@@ -39,7 +40,7 @@ def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measure
     """
     if torch.cuda.is_available():
         return in_batches(weights, torch.device("cuda"))
-    return in_threads(weights, budget)
+    return in_threads(weights, budget, bound_threads())
 
 
 def working_bytes(weight: torch.Tensor) -> int:
@@ -51,13 +52,12 @@ def working_bytes(weight: torch.Tensor) -> int:
     return weight.numel() * weight.element_size() + 8 * side * (2 * side + CHUNK) + _KEPT_BY_THREAD
 
 
-def in_threads(weights: Weights, budget: int) -> Iterator[Measured]:
+def in_threads(weights: Weights, budget: int, cores: int) -> Iterator[Measured]:
     """One matrix per core while `budget` has room for so many, else fewer with more threads each.
 
     The eigenvalue routine scales badly over threads, and lets go of Python's lock: matrices side by side
     keep all cores busy.
     """
-    cores = torch.get_num_threads()
     running: dict[Future[Measured], int] = {}
     try:
         with ThreadPoolExecutor(cores) as pool:

@@ -63,3 +63,10 @@ def exceeds(request: str, limit: str) -> bool:
     from kubernetes.utils.quantity import parse_quantity  # It brings the whole client, which takes a second.
 
     return bool(parse_quantity(request) > parse_quantity(limit))
+
+
+def whole_cores(cpu: str) -> int:
+    """Whole cores of a `Cpu`, at least 1: "2500m" is 2, "500m" is 1."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    return max(1, int(parse_quantity(cpu)))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl
+from spectraqlora.runtime.threads import CPUS
 
-from spectraqlora_pipelines.cluster.fields import seconds
+from spectraqlora_pipelines.cluster.fields import seconds, whole_cores
 from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, StepValues, image_name
 
 
@@ -57,6 +58,8 @@ def _place(task: Any, values: StepValues) -> Any:
             given = getattr(getattr(values, kind), bound)
             if given:
                 getattr(task, f"set_{kind}_{bound}")(given)
+    if promised := values.cpu.request or values.cpu.limit:
+        task.set_env_variable(CPUS, str(whole_cores(promised)))
     if values.gpu.count:
         task.set_accelerator_type(values.gpu.resource).set_accelerator_limit(values.gpu.count)
     if values.shm:

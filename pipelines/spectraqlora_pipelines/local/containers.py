@@ -23,6 +23,7 @@ from docker.types import DeviceRequest, Mount
 from requests.exceptions import RequestException
 from spectraqlora.errors import InputError
 from spectraqlora.runtime.images import image_reference, images
+from spectraqlora.runtime.threads import CPUS, threads_per_process
 from spectraqlora.settings import Settings
 
 IMAGE_USER = 10001
@@ -75,14 +76,16 @@ class HostAccess:
         return Path(own) if own else self.cache / "huggingface"
 
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """Variables for the steps: those of object storage, MLflow and hub, by name, and where to write."""
+        """Variables for the steps: of object storage, MLflow and hub, by name; cores; and where to write."""
         passed = {
             name: value
             for name, value in variables.items()
             if name.startswith(_PASSED_PREFIXES) or name in _PASSED_NAMES
         }
         writable = {"TMPDIR": self.scratch, "XDG_CACHE_HOME": self.cache, "HF_HOME": self.hub}
-        return passed | {name: str(folder) for name, folder in writable.items()}
+        # A container sees no steps but its own: this process counts for it among the machine's live steps.
+        cores = {CPUS: str(threads_per_process())}
+        return cores | passed | {name: str(folder) for name, folder in writable.items()}
 
     def mounts(self, variables: Mapping[str, str]) -> list[Mount]:
         """Bind mounts, each at the path that it has here; a file that a variable names comes along."""

@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 from spectraqlora.errors import InputError
 from spectraqlora.models.hardware import device
+from spectraqlora.runtime.threads import OWN, threads_per_process
 from spectraqlora.scoring.head_loss import HeadLoss
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import TrainSettings
@@ -93,7 +94,7 @@ def launch(count: int, arguments: dict[str, Any]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ[OWN] = str(threads_per_process(count))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "request.json"
         # Of artifacts the path is all that matters.
