@@ -79,7 +79,9 @@ def test_it_goes_through_selection_training_and_re_evaluation(
 
     def run(step: str, *more: str, **outputs: str) -> None:
         """Run a step with the folders and settings that it asks for."""
-        known = {option.name.replace("_", "-") for option in command_line.options(command_line.component(step))}
+        known = {
+            option.name.replace("_", "-") for option in command_line.options(command_line.component(step))
+        }
         folders.update({name.replace("_", "-"): tmp_path / folder for name, folder in outputs.items()})
         for name in known & folders.keys() - {"previous"}:
             more = (*more, f"--{name}", str(folders[name]))

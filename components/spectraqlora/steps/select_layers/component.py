@@ -24,7 +24,8 @@ def select_layers(
         outline: of the model, for its matrices.
         table: SNR table.
         measurement: of the base, for its gradient sketches.
-        rank_map: which modules get an adapter, of which rank; for sgm also similarity matrix and first A.
+        rank_map: which modules get an adapter, and of which rank; with it the similarity that made groups, and the
+            first A where adapters start from the gradients.
     """
     from spectraqlora.steps.select_layers.step import run
 

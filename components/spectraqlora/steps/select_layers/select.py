@@ -11,6 +11,7 @@ from spectraqlora.artifacts import GRADIENT_INIT, BaseMeasurement, ModelOutline,
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.methods.catalogue import Method, method
+from spectraqlora.runtime.console import say
 from spectraqlora.settings import SelectSettings
 from spectraqlora.signals.scores import module_scores
 from spectraqlora.snr.table import read_table
@@ -55,10 +56,10 @@ def select(name: str, inputs: Inputs, select_settings: SelectSettings, seed: int
     rank_map = rank_map.model_copy(update={"base_digest": manifest.base_digest})
     if sketches and select_settings.gradient_init != "off":
         _write_starts(sketches, rank_map, output)
-    rank_map.write(output)
     active = rank_map.active()
-    print(f"{name}: {len(active)} of {len(manifest.modules)} matrices get adapters")
     write_text(output / "selected.txt", "\n".join(m.module for m in active) + "\n")
+    rank_map.write(output)
+    say(f"{name}: {len(active)} of {len(manifest.modules)} matrices get adapters")
     return rank_map
 
 
