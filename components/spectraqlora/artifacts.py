@@ -156,7 +156,7 @@ class ModuleRank(BaseModel):
 
 
 class Similarity(_Manifest):
-    """SGM's gradient cosines between modules of equal type and shape, and the groups found."""
+    """Gradient cosines between modules of equal type and shape, and the groups made from them."""
 
     modules: list[str]
     cosines: list[list[float | None]]
