@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 
 class ALoRS:
+    """The method alors, described above; `catalogue.Method` says what each member is for."""
+
     name = "alors"
     summary = (
         "rank and learning rate by signal: a high and a medium tier of every type, the low tier stays frozen"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 class Hybrid:
+    """The method hybrid, described above; `catalogue.Method` says what each member is for."""
+
     name = "hybrid"
     summary = (
         "LoRA of one rank on the best share of every module type by signal; the rest stays frozen in 4 bits"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 class QLoRA:
+    """The method qlora, described above; `catalogue.Method` says what each member is for."""
+
     name = "qlora"
     summary = (
         "LoRA of one rank on every linear layer, the base in 4 bits: what the others are measured against"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 class RandomControl:
+    """The method random, described above; `catalogue.Method` says what each member is for."""
+
     name = "random"
     summary = "a control: hybrid's share of the modules, drawn by chance; compared, never the winner"
     control = True

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 class SGM:
+    """The method sgm, described above; `catalogue.Method` says what each member is for."""
+
     name = "sgm"
     summary = "hybrid's selection, in which modules with similar gradients share one LoRA pair"
     control = False
