@@ -291,8 +291,3 @@ def _check(place: Place, name: str) -> None:
         _ = place.address
     if place.kind == "path" and not os.path.exists(place.text):
         raise InputError(place.field, name, _EXPECTED[place.holds])
-
-
-def resolve_base(source: str, revision: str, content: str = "", trust_remote_code: bool = False) -> Path:
-    """Local folder of a base model."""
-    return base_place(source, revision, trust_remote_code).local_copy(content)

@@ -213,13 +213,8 @@ class EvaluateSettings(_Section):
     )
 
 
-def is_address(place: str) -> bool:
-    """True for what is meant as an address of object storage, and no path or hub id."""
-    return place.startswith("s3://")
-
-
 def _address(value: str) -> str:
-    if value and not is_address(value):
+    if value and not value.startswith("s3://"):
         raise ValueError("an address such as s3://bucket/prefix, or nothing")
     return value
 

@@ -15,6 +15,7 @@ import torch
 from spectraqlora.artifacts import FourBitModel, MergedModel
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
+from spectraqlora.places import base_place, data_place
 from spectraqlora.settings import ExportSettings, ModelSettings, SnrSettings, parse
 from spectraqlora.snr.table import read_table
 from spectraqlora.steps.quantize_load.quantize import quantize
@@ -92,7 +93,7 @@ def test_steps_take_the_base_from_its_address_and_notice_another_one(
 
     address = f"s3://{BUCKET}/models/changing"
     upload_folder(tiny_model, parse_address(address))
-    content = preflight.content_digest(address)
+    content = base_place(address).digest()
     folder = tmp_path / "quantized"
     manifest = quantize(ModelSettings(base_model=address), folder, tmp_path / "outline", content)
     local = quantize(
@@ -109,7 +110,7 @@ def test_steps_take_the_base_from_its_address_and_notice_another_one(
         (tmp_path / "changed" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "changed" / "note.txt").write_text("another model")
     upload_folder(tmp_path / "changed", parse_address(address))
-    assert preflight.content_digest(address) != content
+    assert base_place(address).digest() != content
     for act in (
         lambda: analyze(Inputs(tmp_path / "outline"), SnrSettings(), tmp_path / "again"),
         lambda: original_folder(FourBitModel.read(folder)),
@@ -128,10 +129,10 @@ def test_the_content_digest_follows_what_is_there(server: Server, tmp_path: Path
         for text in ("one", "two", "one"):
             (folder / "rows.jsonl").write_text(text)
             upload_folder(folder, address) if published else server.put_plain(folder, address.key)
-            found.append(preflight.content_digest(str(address)))
+            found.append(data_place(str(address)).digest())
         assert found[0] == found[2] != found[1]
     upload_file(folder / "rows.jsonl", address.child("one-file"))
-    assert preflight.content_digest(str(address.child("one-file")))
+    assert data_place(str(address.child("one-file"))).digest()
 
 
 def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path, server: Server) -> None:
@@ -183,7 +184,7 @@ def test_preflight_reads_no_weights(
     )
     with Proxy(server.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        preflight.check(settings, model, rows)
+        preflight.check(settings, base_place(model), data_place(rows))
         weights = [r for r in proxy.requests if r.path.endswith(".safetensors") and r.method == "GET"]
         assert weights and all(r.range in ("bytes=0-65535", "bytes=0-0") for r in weights)
     left = [

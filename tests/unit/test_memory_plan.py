@@ -11,6 +11,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.models.activations import recomputed
 from spectraqlora.models.loading import load_four_bit
+from spectraqlora.places import base_place
 from spectraqlora.planning import memory_plan
 from spectraqlora.settings import ModelSettings, Settings, parse
 from spectraqlora.steps.quantize_load.quantize import quantize
@@ -182,8 +183,9 @@ def test_the_command_prints_steps_and_advice_and_refuses_bad_sizes(tiny_model: P
 
 
 def test_a_run_warns_of_a_step_that_takes_more_than_this_machine_has(tiny_model: Path) -> None:
-    assert memory_warning(small(), str(tiny_model)) == ""
-    warning = memory_warning(small(train={"batch_size": 2**24}), str(tiny_model))
+    base = base_place(str(tiny_model))
+    assert memory_warning(small(), base) == ""
+    warning = memory_warning(small(train={"batch_size": 2**24}), base)
     assert warning.startswith("Memory: train (")
     assert "GiB that this machine has; the command plan" in warning
-    assert memory_warning(small(), "s3://bucket/model") == ""
+    assert memory_warning(small(), base_place("s3://bucket/model")) == ""

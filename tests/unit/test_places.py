@@ -199,7 +199,7 @@ def test_one_name_is_a_base_model_and_a_data_set_each_with_its_commit(here: Path
         "base_place('gpt2').digest()",
         "data_place('gpt2').digest()",
         "base_place('gpt2').local_copy()",
-        f"list(load_source(DataSettings(source='gpt2'), {data!r})['text'])",
+        f"list(load_source(data_place('gpt2'), DataSettings(), {data!r})['text'])",
     )
     assert first[:2] == [model, data] and model != data
     assert base_digest(Path(first[2])) == base_digest(here / "model")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from spectraqlora.errors import InputError
+from spectraqlora.places import base_place, data_place
 from spectraqlora.settings import parse
 from spectraqlora_pipelines.local.containers import HostAccess, host_access, missing_outputs
 
@@ -45,11 +46,12 @@ def test_inputs_are_mounted_read_only_and_the_workdir_to_be_written(tmp_path: Pa
             "checkpoint": {"folder": str(tmp_path / "checkpoints")},
         }
     )
-    found = mounted(host_access(settings, work, [str(model), str(rows)], "host"))
+    found = mounted(host_access(settings, work, [base_place(str(model)), data_place(str(rows))], "host"))
     assert found[str(model)] and found[str(rows)]
     for folder in (work, tmp_path / "elsewhere", tmp_path / "checkpoints"):
         assert not found[str(folder)]
-    remote = mounted(host_access(parse({}), work, ["owner/name", "s3://bucket/rows"], "host"))
+    places = [base_place("owner/name"), data_place("s3://bucket/rows")]
+    remote = mounted(host_access(parse({}), work, places, "host"))
     assert not any(remote.values())
 
 

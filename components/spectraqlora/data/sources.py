@@ -11,17 +11,18 @@ from typing import Any
 from spectraqlora.data.layouts import recognise
 from spectraqlora.data.splits import split_sizes
 from spectraqlora.errors import InputError
-from spectraqlora.places import DATA_SUFFIXES, Place, data_place
+from spectraqlora.places import DATA_SUFFIXES, Place
 from spectraqlora.settings import DataSettings
 from spectraqlora.storage import open_files
 
 _HEAD_BYTES = 1 << 20
 
 
-def load_source(settings: DataSettings, content: str = "") -> Any:
+def load_source(place: Place, settings: DataSettings, content: str = "") -> Any:
     """All rows of the source as a `datasets.Dataset`.
 
     Args:
+        place: of the data.
         settings: the `data` section.
         content: what an s3:// address must hold, or the commit of a hub id; empty takes what is there.
 
@@ -30,7 +31,6 @@ def load_source(settings: DataSettings, content: str = "") -> Any:
     """
     from datasets import load_dataset
 
-    place = data_place(settings.source)
     if place.kind == "hub":
         name = place.with_owner()
         try:
@@ -47,7 +47,7 @@ def load_source(settings: DataSettings, content: str = "") -> Any:
         raise InputError("data.source", place, f"rows of one shape ({first})") from None
 
 
-def check_source(settings: DataSettings) -> None:
+def check_source(place: Place, settings: DataSettings) -> None:
     """Refuse a bad source: missing, empty, not JSON, unknown columns, no rows left to hold out.
 
     Of files at an s3:// address only names, sizes and the first row are read; data on the hub is not asked for.
@@ -55,7 +55,6 @@ def check_source(settings: DataSettings) -> None:
     Raises:
         InputError: what is wrong with it.
     """
-    place = data_place(settings.source)
     if place.kind == "s3":
         _check_remote(place)
     elif place.kind == "path":

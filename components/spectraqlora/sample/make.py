@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spectraqlora.places import Place
 from spectraqlora.runtime.cache import cache_folder
 from spectraqlora.sample.world import corpus, people, questions
 
@@ -30,6 +32,14 @@ def ensure_sample(cache: Path | None = None, progress: Callable[[int, int], None
         root.mkdir(parents=True, exist_ok=True)
         make_sample(folder, progress=progress)
     return folder
+
+
+def on_this_machine(place: Place) -> Place:
+    """A place as it is; of the sample, its model's folder or its data's file, made on first use."""
+    if place.kind != "sample":
+        return place
+    part = "model" if place.holds == "model" else "data.jsonl"
+    return dataclasses.replace(place, kind="path", text=str(ensure_sample() / part))
 
 
 def make_sample(folder: Path, seed: int = 42, progress: Callable[[int, int], None] | None = None) -> None:

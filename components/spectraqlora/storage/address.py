@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from spectraqlora.errors import InputError
-from spectraqlora.settings import is_address
 
 SCHEME = "s3://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -40,7 +39,7 @@ def parse_address(text: str, field: str = "s3 address") -> Address:
             Credentials and signatures that somebody pasted into the address are not repeated.
     """
     shown = re.sub(r"//[^/]*@", "//***@", text).split("?")[0]
-    if not is_address(text):
+    if not text.startswith(SCHEME):
         raise InputError(field, shown, "s3://bucket/prefix")
     bucket, _, key = text.removeprefix(SCHEME).partition("/")
     if not _BUCKET.fullmatch(bucket):

@@ -10,6 +10,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.table import Table
 from spectraqlora.errors import InputError
+from spectraqlora.places import base_place
 
 from spectraqlora_pipelines.cli.options import Config, Markdown, Methods, Set, load_settings
 from spectraqlora_pipelines.cli.screen import console, line
@@ -61,14 +62,11 @@ def plan(
     settings = load_settings(config, {"model.base_model": base_model, "methods": methods}, set_)
     device = size(gpu, "--gpu") if gpu else 0
     from spectraqlora.planning import memory_plan
+    from spectraqlora.sample.make import on_this_machine
 
     warnings.simplefilter("ignore")
-    source = settings.model.base_model
-    if source == "sample":
-        from spectraqlora.sample.make import ensure_sample
-
-        source = str(ensure_sample() / "model")
-    planned, free = memory_plan.plan_for(source, settings, device)
+    base = on_this_machine(base_place(settings.model.base_model))
+    planned, free = memory_plan.plan_for(base.text, settings, device)
     header, rows = _cells(planned, free)
     if markdown:
         print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")

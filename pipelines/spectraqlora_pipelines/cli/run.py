@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from spectraqlora.errors import InputError
-from spectraqlora.settings import Settings, is_address
+from spectraqlora.places import Place, base_place, data_place, file_place
+from spectraqlora.settings import Settings
 
 from spectraqlora_pipelines.cli.options import Config, Methods, Set, load_settings
 from spectraqlora_pipelines.cli.screen import bars, console, line
@@ -61,12 +62,12 @@ def run(
         "model.base_model": base_model,
         "data.source": data,
         "methods": methods,
-        "snr.table": _absolute(snr_table),
+        "snr.table": snr_table,
         "rounds": rounds,
         "train.max_steps": max_steps,
         "seed": seed,
     }
-    settings = load_settings(config, given, set_)
+    settings = _with_absolute_files(load_settings(config, given, set_))
     from spectraqlora_pipelines.dags import catalogue
     from spectraqlora_pipelines.dags.placement import Placement
     from spectraqlora_pipelines.local.results import collect, collect_retraining
@@ -78,7 +79,7 @@ def run(
     base, source = _local_inputs(settings)
     workdir = workdir.absolute()
     contents = _check(settings, base, source, workdir, kind)
-    arguments = catalogue.arguments(kind, settings, base, source, contents)
+    arguments = catalogue.arguments(kind, settings, base.text, source.text, contents)
     arguments |= _kept_in(workdir, settings, arguments, contents)
     access = _host_access(settings, workdir, [base, source], network) if network else None
     with _RunBars(catalogue.steps(kind, settings)) as shown:
@@ -107,8 +108,19 @@ def run(
     line(f"Runs: mlflow ui --backend-store-uri {arguments['tracking']['uri']}")
 
 
-def _absolute(snr_table: str | None) -> str | None:
-    return snr_table if not snr_table or is_address(snr_table) else str(Path(snr_table).resolve())
+def _with_absolute_files(settings: Settings) -> Settings:
+    """The settings with files called as they are from any folder."""
+    table, text = settings.snr.table, settings.promote.guard_data
+    if table:
+        table = file_place(table, "snr.table").text
+    if text:
+        text = file_place(text, "promote.guard_data").text
+    return settings.model_copy(
+        update={
+            "snr": settings.snr.model_copy(update={"table": table}),
+            "promote": settings.promote.model_copy(update={"guard_data": text}),
+        }
+    )
 
 
 def _check_runner(runner: str, network: str | None) -> None:
@@ -126,39 +138,38 @@ def _checked_network(network: str | None) -> str:
     return network
 
 
-def _host_access(settings: Settings, workdir: Path, inputs: list[str], network: str) -> HostAccess:
+def _host_access(settings: Settings, workdir: Path, inputs: list[Place], network: str) -> HostAccess:
     from spectraqlora_pipelines.local.containers import host_access
 
     return host_access(settings, workdir, inputs, network)
 
 
-def _local_inputs(settings: Settings) -> tuple[str, str]:
+def _local_inputs(settings: Settings) -> tuple[Place, Place]:
     """Base model and data as the steps find them: the sample made, paths absolute."""
-    base, source = settings.model.base_model, settings.data.source
-    if "sample" in (base, source):
-        from spectraqlora.sample.make import ensure_sample
+    model = settings.model
+    base = base_place(model.base_model, model.revision, model.trust_remote_code)
+    source = data_place(settings.data.source)
+    if "sample" in (base.kind, source.kind):
+        from spectraqlora.sample.make import on_this_machine
 
         with console.status("preparing the offline sample (pretrained once, one to two minutes)"):
-            folder = ensure_sample()
-        base = str(folder / "model") if base == "sample" else base
-        source = str(folder / "data.jsonl") if source == "sample" else source
-    base, source = (str(Path(p).resolve()) if Path(p).exists() else p for p in (base, source))
+            base, source = on_this_machine(base), on_this_machine(source)
     return base, source
 
 
-def _check(settings: Settings, base: str, source: str, workdir: Path, kind: str) -> dict[str, str]:
+def _check(settings: Settings, base: Place, source: Place, workdir: Path, kind: str) -> dict[str, str]:
     """Refuse what can be refused before the first step, and make the workdir this run's own.
 
     Returns:
-        Digests of local inputs, so that changed files are not taken from the cache.
+        Digests of the inputs, so that what changed is not taken from the cache.
     """
     from spectraqlora_pipelines.local import preflight
 
     with console.status("checking model, data and settings"):
         preflight.check(settings, base, source)
-        contents = {"base_model": preflight.content_digest(base), "data": preflight.content_digest(source)}
+        contents = {"base_model": base.digest(offline=True), "data": source.digest(offline=True)}
         if settings.snr.table:
-            contents["snr_table"] = preflight.content_digest(settings.snr.table)
+            contents["snr_table"] = file_place(settings.snr.table, "snr.table").digest()
         memory = preflight.memory_warning(settings, base)
     if memory:
         line(memory, style="yellow")

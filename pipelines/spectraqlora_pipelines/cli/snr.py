@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
-from spectraqlora.settings import is_address
+from spectraqlora.places import base_place
 
 from spectraqlora_pipelines.cli.screen import bars, console
 
@@ -79,18 +79,14 @@ def snr(
 
 def _open_checkpoint(model: str) -> Tensors:
     from spectraqlora.models.tensors import LocalTensors, check_model_folder
-    from spectraqlora.places import resolve_base
+    from spectraqlora.sample.make import on_this_machine
 
-    if is_address(model):
+    place = on_this_machine(base_place(model, field="MODEL"))
+    if place.kind == "s3":
         from spectraqlora.models.remote_tensors import S3Tensors
-        from spectraqlora.storage import parse_address
 
-        return S3Tensors(parse_address(model, "MODEL"))
-    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/"))):
-        raise InputError(
-            "MODEL", model, "an existing folder, a hub id such as owner/name, or an s3:// address"
-        )
-    folder = resolve_base(model, "main")
+        return S3Tensors(place.address)
+    folder = place.local_copy()
     check_model_folder(folder)
     return LocalTensors(folder)
 

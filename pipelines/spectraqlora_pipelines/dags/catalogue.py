@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import check_methods
+from spectraqlora.places import kind_of
 from spectraqlora.settings import Settings, digest
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def cluster_arguments(name: str, settings: Settings) -> dict[str, Any]:
         ("model.base_model", settings.model.base_model),
         ("data.source", settings.data.source),
     ):
-        local = value == "sample" or value.startswith((".", "~"))
-        if local or (not value.startswith("/") and Path(value).exists()):
+        what = kind_of(value)
+        if what == "sample" or (what == "path" and not value.startswith("/")):
             raise InputError(
                 key, value, "a hub id, an s3:// address, or an absolute path on a volume of the steps"
             )

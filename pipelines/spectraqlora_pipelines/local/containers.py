@@ -22,6 +22,7 @@ from docker.errors import DockerException, ImageNotFound, NotFound
 from docker.types import DeviceRequest, Mount
 from requests.exceptions import RequestException
 from spectraqlora.errors import InputError
+from spectraqlora.places import Place, file_place
 from spectraqlora.runtime.images import image_reference, images
 from spectraqlora.runtime.threads import CPUS, threads_per_process
 from spectraqlora.settings import Settings
@@ -272,22 +273,22 @@ def replace_kfps(access: HostAccess) -> Iterator[None]:
         shutil.rmtree(access.scratch, ignore_errors=True)
 
 
-def host_access(settings: Settings, workdir: Path, inputs: Sequence[str], network: str) -> HostAccess:
+def host_access(settings: Settings, workdir: Path, inputs: Sequence[Place], network: str) -> HostAccess:
     """What the steps of a run need of this machine: inputs, checkpoints and MLflow's SQLite where they are local.
 
     Args:
         settings: of the run.
         workdir: absolute.
-        inputs: base model and data set: ids, addresses, or paths of this machine.
+        inputs: base model and data set.
         network: a Docker network.
     """
-    given = [*inputs, settings.snr.table]
+    files = [file_place(name, "file") for name in (settings.snr.table, settings.promote.guard_data) if name]
     writable = [settings.checkpoint.folder] if settings.checkpoint.folder else []
     if settings.tracking.uri.startswith("sqlite:///"):
         writable.append(os.path.dirname(settings.tracking.uri.removeprefix("sqlite:///")))
     return HostAccess(
         workdir,
-        readable=[Path(place).absolute() for place in given if place and Path(place).exists()],
+        readable=[place.path for place in (*inputs, *files) if place.kind == "path"],
         writable=[Path(folder).absolute() for folder in writable],
         network=network,
     )

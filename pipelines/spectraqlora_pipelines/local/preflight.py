@@ -12,17 +12,18 @@ from pathlib import Path
 
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
-from spectraqlora.files import file_digest, folder_digest, write_text
-from spectraqlora.settings import Settings, is_address
+from spectraqlora.files import write_text
+from spectraqlora.places import Place
+from spectraqlora.settings import Settings
 
 MINIMUM_FREE_BYTES = 512 * 2**20
 
 
-def check(settings: Settings, base_model: str, source: str) -> None:
+def check(settings: Settings, base: Place, source: Place) -> None:
     """Refuse bad data, bad model folders, servers that do not answer, and ranks and processes that do not fit."""
     from spectraqlora.data.sources import check_source
 
-    _check_promotion(settings, base_model)
+    _check_promotion(settings, base)
     if settings.tracking.uri:
         from spectraqlora.tracking.registry import Registry
 
@@ -33,42 +34,35 @@ def check(settings: Settings, base_model: str, source: str) -> None:
 
         share(settings.train, settings.train.processes)
     with _silence():
-        check_source(settings.data.model_copy(update={"source": source}))
-    _check_base_model(settings, base_model)
+        check_source(source, settings.data)
+    _check_base_model(settings, base)
 
 
-def _check_promotion(settings: Settings, base_model: str) -> None:
+def _check_promotion(settings: Settings, base: Place) -> None:
     settings.promote.check_measured()
     if settings.promote.guard_data:
         from spectraqlora.steps.promote.rescore import guard_file
 
         guard_file(settings.promote.guard_data)
-    if settings.tracking.registered_form == "adapter" and is_address(base_model):
+    if settings.tracking.registered_form == "adapter" and base.kind == "s3":
         raise InputError(
             "tracking.registered_form",
             "adapter",
-            f"merged; transformers cannot load a reference to {base_model}",
+            f"merged; transformers cannot load a reference to {base}",
         )
 
 
-def _check_base_model(settings: Settings, base_model: str) -> None:
-    if is_address(base_model):
+def _check_base_model(settings: Settings, base: Place) -> None:
+    """Refuse models that cannot be loaded, or that the settings do not fit; of the hub's, `memory_warning` asks."""
+    if base.kind == "s3":
         with tempfile.TemporaryDirectory() as scratch:
-            _fetch_outline(base_model, Path(scratch) / "model", settings.model.trust_remote_code)
+            _fetch_outline(base, Path(scratch) / "model")
             _check_fit(settings, Path(scratch) / "model")
-        return
-    folder = Path(base_model)
-    if not folder.is_dir():
-        looks_like_hub = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-        if not looks_like_hub:
-            raise InputError(
-                "model.base_model", base_model, "an existing folder or a hub id such as owner/name"
-            )
-        return
-    from spectraqlora.models.tensors import check_model_folder
+    elif base.kind == "path":
+        from spectraqlora.models.tensors import check_model_folder
 
-    check_model_folder(folder, settings.model.trust_remote_code)
-    _check_fit(settings, folder)
+        check_model_folder(base.path, base.trusted)
+        _check_fit(settings, base.path)
 
 
 def _check_fit(settings: Settings, folder: Path) -> None:
@@ -87,7 +81,7 @@ def _check_fit(settings: Settings, folder: Path) -> None:
             read_given(given_table(settings.snr.table), modules)
 
 
-def memory_warning(settings: Settings, base_model: str) -> str:
+def memory_warning(settings: Settings, base: Place) -> str:
     """A line where a step may take more memory than this machine, or its GPU, has; empty where all fit.
 
     No refusal: the plan's figures are upper bounds, and those of unusual models may be far off. A model at an
@@ -96,7 +90,7 @@ def memory_warning(settings: Settings, base_model: str) -> str:
     Raises:
         InputError: the hub has no such model or cannot be reached, or it is no language model.
     """
-    if is_address(base_model):
+    if base.kind == "s3":
         return ""
     from spectraqlora.models.hardware import gpu_memory_bytes
     from spectraqlora.planning.memory_plan import GIB, plan_for
@@ -104,7 +98,7 @@ def memory_warning(settings: Settings, base_model: str) -> str:
     gpu = gpu_memory_bytes()
     try:
         with _silence(), warnings.catch_warnings(action="ignore"):
-            plan, free = plan_for(base_model, settings, gpu)
+            plan, free = plan_for(base.text, settings, gpu)
     except InputError:
         raise
     except Exception as error:  # of the model's own code, which runs on tensors without content
@@ -127,37 +121,24 @@ def _check_destinations(settings: Settings) -> None:
             check_writable(parse_address(destination, f"{section}.destination"))
 
 
-def _fetch_outline(base_model: str, folder: Path, trust_remote_code: bool) -> None:
+def _fetch_outline(base: Place, folder: Path) -> None:
     """Bring what describes a model to disk, after its shards' headers were read where they are."""
     from spectraqlora.models.remote_tensors import S3Tensors
     from spectraqlora.models.tensors import check_model_files
-    from spectraqlora.storage import download_folder, list_files, parse_address
+    from spectraqlora.storage import download_folder, list_files
 
-    address = parse_address(base_model, "model.base_model")
-    names = list_files(address)
+    names = list_files(base.address)
     with _silence():
-        download_folder(address, folder, wanted=lambda name: name.endswith((".json", ".py")))
+        download_folder(base.address, folder, wanted=lambda name: name.endswith((".json", ".py")))
     config = folder / "config.json"
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
-    check_model_files(base_model, names, text, trust_remote_code)
-    S3Tensors(address)
+    check_model_files(base, names, text, base.trusted)
+    S3Tensors(base.address)
 
 
 def _silence() -> contextlib.AbstractContextManager[object]:
     """Progress lines of small transfers are not worth the screen."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def content_digest(path: str) -> str:
-    """Digest of a file or folder, local or at an s3:// address; empty for hub ids, which have a revision."""
-    if is_address(path):
-        from spectraqlora import storage
-
-        return storage.content_digest(storage.parse_address(path))
-    local = Path(path)
-    if local.is_file():
-        return file_digest(local)
-    return folder_digest(local) if local.is_dir() else ""
 
 
 def claim_workdir(

@@ -17,6 +17,7 @@ from spectraqlora.data.splits import in_order, split_sizes
 from spectraqlora.errors import InputError
 from spectraqlora.models.families import context_length
 from spectraqlora.models.loading import load_tokenizer
+from spectraqlora.places import data_place
 from spectraqlora.runtime.console import Progress, say
 from spectraqlora.settings import DataSettings
 
@@ -38,7 +39,7 @@ def prepare(
     Raises:
         InputError: the source cannot be read, fits no layout, or leaves no rows.
     """
-    loaded = load_source(settings, content)
+    loaded = load_source(data_place(settings.source), settings, content)
     layout = recognise(loaded.column_names)
     renderer, length = _for_model(outline, settings, layout)
     pack = layout == "text" and settings.pack

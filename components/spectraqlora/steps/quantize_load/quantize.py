@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
+from spectraqlora.errors import InputError
 from spectraqlora.models.families import check_computes
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, unquantized
 from spectraqlora.models.hardware import compute_dtype
@@ -64,6 +65,8 @@ def _fetch(settings: ModelSettings, content: str) -> _Base:
     folder = place.local_copy(content)
     check_model_folder(folder, settings.trust_remote_code)
     digest = base_digest(folder, settings.trust_remote_code)
+    if place.kind == "path" and content not in ("", digest):
+        raise InputError(place.field, place, "the content that this run began with; it was replaced since")
     return _Base(
         source=place.text,
         # The hub's client names the folder of a copy after its commit.
