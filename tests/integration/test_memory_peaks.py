@@ -125,6 +125,6 @@ def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_p
 def test_the_readmes_table_of_sizes_is_the_formulas() -> None:
     from tests.benchmarks.sizes import table
 
-    assert table() in (Path(__file__).resolve().parents[2] / "README.md").read_text(), (
+    assert table() in (Path(__file__).resolve().parents[2] / "charts/spectraqlora/README.md").read_text(), (
         "python -m tests.benchmarks.sizes"
     )

@@ -24,8 +24,6 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     # The same evaluations give the same page, byte for byte.
     "svg.hashsalt": "spectraqlora",
-    # A $ in a name is a $.
-    "text.parse_math": False,
 }
 
 
@@ -120,12 +118,17 @@ def _grid(
     return grid, types, layers
 
 
+def _plain(name: str) -> str:
+    """A name as matplotlib takes it: a $ in it is a $, and begins no formula."""
+    return name.replace("$", "\\$")
+
+
 def _cells(axes: Any, grid: np.ndarray, types: list[str], layers: list[int], title: str, **style: Any) -> Any:
     from matplotlib import colormaps
 
     cmap = colormaps[style.pop("cmap")].with_extremes(bad=_MISSING)
     shown = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=cmap, **style)
-    axes.set_yticks(range(len(types)), types)
+    axes.set_yticks(range(len(types)), [_plain(name) for name in types])
     every = max(1, len(layers) // 16)
     axes.set_xticks(range(0, len(layers), every), layers[::every])
     axes.set_title(title, loc="left", fontsize=10)

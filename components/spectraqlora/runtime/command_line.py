@@ -52,6 +52,10 @@ class Option(NamedTuple):
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def required(self) -> bool:
+        return self.default is _REQUIRED
+
 
 def steps() -> list[str]:
     """All steps, or those of the image that this runs in."""
@@ -85,6 +89,21 @@ def options(function: Callable[..., None]) -> list[Option]:
     return found
 
 
+def summary(function: Callable[..., None]) -> str:
+    """What a component's docstring says before its arguments."""
+    return (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+
+
+def example(step: str) -> str:
+    """A command line of the step with what it cannot do without."""
+    given = " ".join(
+        f"{option.flag} {option.name if option.artifact else option.kind.upper()}"
+        for option in options(component(step))
+        if option.required
+    )
+    return f"{step} {given}"
+
+
 def _meanings(function: Callable[..., None]) -> dict[str, str]:
     _, _, lines = (inspect.getdoc(function) or "").partition("Args:")
     found: dict[str, str] = {}
@@ -105,44 +124,36 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(step: str, function: Callable[..., None]) -> argparse.ArgumentParser:
     """The step's command line."""
-    summary = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    described = options(function)
-    example = " ".join(
-        f"{option.flag} {option.name if option.kind in ('input', 'output') else option.kind.upper()}"
-        for option in described
-        if option.default is _REQUIRED
-    )
     made = _Parser(
         prog=step,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{step}: {summary}",
-        epilog=f"""Example: {step} {example}
+        description=f"{step}: {summary(function)}",
+        epilog=f"""Example: {example(step)}
 
 Folders and files are artifacts: what one step writes, the next one reads.
 Sections are JSON objects of settings; what is left out keeps its default.
 Exit code 0: done; 2: bad input, in one line; 1: an error.""",
     )
-    for option in described:
+    for option in options(function):
         shown = f"{option.help} " if option.help else ""
         if option.kind in ("input", "output"):
             made.add_argument(
                 option.flag,
                 metavar="FILE" if option.is_file else "DIR",
-                required=option.default is _REQUIRED,
+                required=option.required,
                 help=(
                     f"{shown}({'file' if option.is_file else 'folder'} "
                     f"{'read' if option.kind == 'input' else 'written'})"
                 ).replace("%", "%%"),
             )
         else:
-            required = option.default is _REQUIRED
-            note = "" if required else f"(default: {json.dumps(option.default)})"
+            note = "" if option.required else f"(default: {json.dumps(option.default)})"
             metavar = {"dict": "JSON", "str": "TEXT", "int": "NUMBER", "float": "NUMBER"}.get(option.kind)
             made.add_argument(
                 option.flag,
                 metavar=metavar or option.kind.upper(),
-                required=required,
-                default=None if required else option.default,
+                required=option.required,
+                default=None if option.required else option.default,
                 help=f"{shown}{note}".replace("%", "%%"),
             )
     return made
@@ -222,8 +233,8 @@ def main(arguments: Sequence[str]) -> None:
         elif first in ("-h", "--help"):
             print("Steps; each explains itself with STEP --help:\n")
             for step in known:
-                summary = (inspect.getdoc(component(step)) or "").partition("\n")[0]
-                print(f"  {step:<16}{summary}")
+                head, _, _ = summary(component(step)).partition("\n")
+                print(f"  {step:<16}{head}")
         elif first.startswith("-"):
             raise InputError("STEP", first, expected)
         else:
