@@ -21,6 +21,7 @@ from spectraqlora.settings import (
     TrainSettings,
 )
 from spectraqlora.snr.table import read_table
+from spectraqlora.steps.merge_export.merge import Inputs as MergeInputs
 from spectraqlora.steps.merge_export.merge import merge_export
 from spectraqlora.steps.prepare_data.prepare import prepare
 from spectraqlora.steps.quantize_load.quantize import quantize
@@ -113,8 +114,10 @@ def _first_steps(settings: ModelSettings, rows: Path, work: Path) -> FourBitMode
 def _merge(method: str, result: Evaluation, work: Path) -> MergedModel:
     exported = work / "exported"
     exported.mkdir()
-    adapter = work / method / "adapter2"
-    merged = merge_export(work / "quantized", work / "data", adapter, result, EVALUATE, exported)
+    winner = work / "winner"
+    shutil.copytree(work / method / "adapter2", winner / "adapter")
+    result.write(winner)
+    merged = merge_export(MergeInputs(work / "quantized", work / "data", winner), EVALUATE, exported)
     assert MergedModel.read(exported) == merged
     # The adapter was scored on the 4-bit weights; merged into them it is the same model.
     assert merged.eval_loss_quantized == pytest.approx(result.eval_loss, rel=1e-3)
@@ -179,8 +182,7 @@ def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_truste
     exported = tmp_path / "exported"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tags = {"merged_digest": "m", "base_digest": "b", "data_digest": "d"}
-    winner = tmp_path / "hybrid" / "eval2"
-    shutil.copytree(tmp_path / "hybrid" / "adapter2", winner / "adapter")
+    winner = tmp_path / "winner"
     for form in ("merged", "adapter"):
         tracking = TrackingSettings(uri=uri, registered_model=form, registered_form=form)
         register(

@@ -138,6 +138,7 @@ def test_the_content_digest_follows_what_is_there(server: Server, tmp_path: Path
 def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path, server: Server) -> None:
     from spectraqlora.models.loading import load_four_bit
     from spectraqlora.settings import EvaluateSettings
+    from spectraqlora.steps.merge_export.merge import Inputs as MergeInputs
     from spectraqlora.steps.merge_export.merge import merge_export
 
     from tests.unit.results import evaluation
@@ -145,14 +146,13 @@ def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path
 
     wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4}))
     randomize(wrapped)
-    adapters.save(wrapped, tmp_path / "adapter", "base")
+    winner = tmp_path / "winner"
+    adapters.save(wrapped, winner / "adapter", "base")
+    evaluation("alors", [1.0, 2.0], 100).write(winner)
     destination = f"s3://{BUCKET}/exports/tiny"
     (tmp_path / "exported").mkdir()
     result = merge_export(
-        quantized,
-        prepared,
-        tmp_path / "adapter",
-        evaluation("alors", [1.0, 2.0], 100),
+        MergeInputs(quantized, prepared, winner),
         EvaluateSettings(),
         tmp_path / "exported",
         ExportSettings(destination=destination),
@@ -165,7 +165,7 @@ def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path
         assert result.published[name].startswith(f"{destination}/{name}/")
     assert torch.equal(
         adapters.read_adapter_weights(tmp_path / "back" / "adapter")[f"{Q0}.lora_A"],
-        adapters.read_adapter_weights(tmp_path / "adapter")[f"{Q0}.lora_A"],
+        adapters.read_adapter_weights(winner / "adapter")[f"{Q0}.lora_A"],
     )
 
 

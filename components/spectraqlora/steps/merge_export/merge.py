@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from spectraqlora.models import adapters
 from spectraqlora.models.four_bit import copy_dequantized
 from spectraqlora.models.loading import load_four_bit, load_plain, load_tokenizer, original_folder
 from spectraqlora.places import kind_of
+from spectraqlora.runtime.console import say
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings
@@ -22,79 +25,113 @@ from spectraqlora.storage import parse_address, upload_folder
 FOLDERS = ("merged", "adapter")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The folders that the step reads; the winner's holds its `adapter/` and its evaluation."""
+
+    four_bit: Path
+    rows: Path
+    winner: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.winner / "adapter"
+
+
 def merge_export(
-    quantized: Path,
-    data: Path,
-    adapter: Path,
-    evaluation: Evaluation,
-    settings: EvaluateSettings,
-    output: Path,
-    export: ExportSettings | None = None,
+    inputs: Inputs, evaluate: EvaluateSettings, output: Path, export: ExportSettings = ExportSettings()
 ) -> MergedModel:
     """Write `merged/`, `adapter/` and the manifest; the better of both merges is exported, and published.
 
     The adapter was trained against the dequantized 4-bit weights; the original weights are the better
-    base but shift under it. Both are scored on the eval split, then the exported folder is loaded again
+    base but shift under it. Both are scored on the held-out rows, then the exported folder is loaded again
     and scored as proof.
+
+    Args:
+        inputs: what is read.
+        evaluate: rows per forward pass.
+        output: the exported model's folder.
+        export: where `merged/` and `adapter/` are published as well.
+
+    Raises:
+        InputError: an input is malformed, or the original model is not there any more.
+        RuntimeError: the exported model scores otherwise than the merged one did.
     """
-    held_out = load_rows(data, "held_out")
-    manifest = FourBitModel.read(quantized)
-    dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+    manifest, evaluation = FourBitModel.read(inputs.four_bit), Evaluation.read(inputs.winner)
+    held_out = load_rows(inputs.rows, "held_out")
 
-    def merged(into: str) -> Any:
-        plain = load_plain(original_folder(manifest), dtype, trust)
-        if into == "quantized":
-            transposed = {m.module for m in manifest.modules if m.transposed}
-            copy_dequantized(load_four_bit(quantized)[0], plain, transposed)
-        return adapters.merge(plain, adapter)
+    def loss(model: Any) -> float:
+        return score(model, held_out, evaluate.batch_size).loss
 
-    losses: dict[str, float] = {}
-    best: Any = None
-    for into in ("quantized", "original"):
-        best = None  # One whole model at a time.
-        print(f"merging into the {into} weights", flush=True)
-        best = merged(into)
-        losses[into] = score(best, held_out, settings.batch_size).loss
-    into = "original" if losses["original"] <= losses["quantized"] else "quantized"
-    if into == "quantized":
-        best = None
-        best = merged(into)
-    best.save_pretrained(output / "merged", safe_serialization=True)
-    load_tokenizer(quantized / "model", trust).save_pretrained(output / "merged")
-    best = None
-
-    shutil.copytree(
-        adapter, output / "adapter", dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.json")
-    )
-    reloaded = load_plain(output / "merged", dtype, trust)
-    verified = score(reloaded, held_out, settings.batch_size).loss
-    expected = losses[into]
-    if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
-        raise RuntimeError(
-            f"the exported model scores {verified:.4f} where {expected:.4f} was measured before"
-        )
+    losses, into = _write_better_merge(inputs, manifest, loss, output)
+    leave_out = shutil.ignore_patterns("training.json")
+    shutil.copytree(inputs.adapter, output / "adapter", dirs_exist_ok=True, ignore=leave_out)
     result = MergedModel(
         method=evaluation.method,
         base_digest=manifest.base_digest,
-        trust_remote_code=trust,
+        trust_remote_code=manifest.trust_remote_code,
         merged_into=into,
         adapter_eval_loss=evaluation.eval_loss,
         eval_loss_quantized=losses["quantized"],
         eval_loss_original=losses["original"],
-        verified_eval_loss=verified,
+        verified_eval_loss=_verified_loss(manifest, loss, output, losses[into]),
     )
     card = model_card(result, evaluation, manifest)
     for name in FOLDERS:
         write_text(output / name / "README.md", card)
-    if export and export.destination:
+    if export.destination:
         address = parse_address(export.destination, "export.destination")
         result.published = {name: upload_folder(output / name, address.child(name)) for name in FOLDERS}
     result.write(output)
     return result
 
 
+def _merged(into: str, inputs: Inputs, manifest: FourBitModel) -> Any:
+    """The base with the adapter merged into its `quantized` or `original` weights."""
+    dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+    plain = load_plain(original_folder(manifest), dtype, trust)
+    if into == "quantized":
+        transposed = {m.module for m in manifest.modules if m.transposed}
+        copy_dequantized(load_four_bit(inputs.four_bit)[0], plain, transposed)
+    return adapters.merge(plain, inputs.adapter)
+
+
+def _write_better_merge(
+    inputs: Inputs, manifest: FourBitModel, loss: Callable[[Any], float], output: Path
+) -> tuple[dict[str, float], str]:
+    """Score both merges and write the better one to `merged/`; losses by the weights merged into, and which."""
+    losses: dict[str, float] = {}
+    model: Any = None
+    for into in ("quantized", "original"):
+        model = None  # One unquantized model at a time.
+        say(f"merging into the {into} weights")
+        model = _merged(into, inputs, manifest)
+        losses[into] = loss(model)
+    better = "original" if losses["original"] <= losses["quantized"] else "quantized"
+    if better == "quantized":
+        model = None
+        model = _merged(better, inputs, manifest)
+    model.save_pretrained(output / "merged", safe_serialization=True)
+    tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
+    tokenizer.save_pretrained(output / "merged")
+    return losses, better
+
+
+def _verified_loss(
+    manifest: FourBitModel, loss: Callable[[Any], float], output: Path, expected: float
+) -> float:
+    """Loss of the exported model, loaded again."""
+    dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+    verified = loss(load_plain(output / "merged", dtype, trust))
+    if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
+        raise RuntimeError(
+            f"the exported model scores {verified:.4f} where {expected:.4f} was measured before"
+        )
+    return verified
+
+
 def model_card(result: MergedModel, evaluation: Evaluation, manifest: FourBitModel) -> str:
-    """The card beside the exported model and adapter, with both merges' numbers."""
+    """The card next to the exported model and adapter, with both merges' numbers."""
     accuracy = "not scored" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
     base_accuracy = "not scored" if evaluation.base_accuracy is None else f"{evaluation.base_accuracy:.1%}"
     # Where paths and buckets are is nobody's business but their owner's.

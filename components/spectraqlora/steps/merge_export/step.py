@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import Evaluation
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import EvaluateSettings, ExportSettings
 
@@ -20,14 +19,10 @@ def run(
     winner: Any,
     exported: Any,
 ) -> None:
-    from spectraqlora.steps.merge_export.merge import merge_export
+    from spectraqlora.steps.merge_export.merge import Inputs, merge_export
 
-    chosen = Path(winner.path)
     result = merge_export(
-        Path(four_bit.path),
-        Path(rows.path),
-        chosen / "adapter",
-        Evaluation.read(chosen),
+        Inputs(Path(four_bit.path), Path(rows.path), Path(winner.path)),
         EvaluateSettings(**evaluate_settings),
         output_folder(exported),
         ExportSettings(**export_settings),
