@@ -15,7 +15,7 @@ SCHEMA_VERSION = 2
 IGNORED = -100
 """Label of a token that does not count in the loss."""
 GRADIENT_INIT = "a_init.safetensors"
-"""Beside a rank map: the first A (rank x in) of a module, or of a group by its first module."""
+"""Next to a rank map: the first A (rank x in) of a module, or of a group by its first module."""
 
 NOTHING = "none.txt"
 
@@ -110,7 +110,7 @@ class PreparedRows(_Manifest):
 
 
 class BaseMeasurement(_Manifest):
-    """The 4-bit base before any training; beside it `sketches.safetensors` where gradients were measured."""
+    """The 4-bit base before any training; next to it `sketches.safetensors` where gradients were measured."""
 
     base_digest: str
     rows_digest: str
@@ -170,7 +170,7 @@ class Similarity(_Manifest):
 class RankMap(_Manifest):
     """Rank, alpha and learning-rate scale of every module, and what made them.
 
-    Where groups of modules were made by similarity, that is stored in a file of its own beside the map.
+    Where groups of modules were made by similarity, that is stored in a file of its own next to the map.
     """
 
     method: str
@@ -215,7 +215,7 @@ class RankMap(_Manifest):
 
 
 class TrainingCheckpoint(_Manifest):
-    """A training between two steps: written last, with the SHA-256 of the files beside it."""
+    """A training between two steps: written last, with the SHA-256 of the files next to it."""
 
     identity: str = Field(description="digest of everything that the training depends on")
     step: int = Field(ge=1, description="optimizer steps of this round that are done")
@@ -300,7 +300,7 @@ class Evaluation(_Manifest):
 
 
 class MergedModel(_Manifest):
-    """The exported winner: `merged/` and `adapter/` beside this manifest, which is written last."""
+    """The exported winner: `merged/` and `adapter/` next to this manifest, which is written last."""
 
     method: str
     base_digest: str

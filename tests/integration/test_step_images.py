@@ -100,14 +100,8 @@ def test_steps_run_by_hand_with_plain_arguments(
         return said
 
     step(
-        "quantize-load",
-        "--base-model",
-        "/model",
-        "--four-bit",
-        "/steps/four_bit",
-        "--outline",
-        "/steps/outline",
-    )
+        "quantize-load", "--base-model", "/model", "--four-bit", "/steps/four_bit", "--outline", "/steps/outline",
+    )  # fmt: skip
     said = step(
         "prepare-data", "--source", f"/rows/{tiny_rows.name}", "--outline", "/steps/outline",
         "--rows", "/steps/rows", where="light",
@@ -115,8 +109,12 @@ def test_steps_run_by_hand_with_plain_arguments(
     assert json.loads(said.splitlines()[-1])["rows"]["train_rows"] > 0
     step("snr-analyze", "--outline", "/steps/outline", "--table", "/steps/table")
     step(
+        "measure-base", "--methods", "hybrid", "--four-bit", "/steps/four_bit", "--rows", "/steps/rows",
+        "--measurement", "/steps/measurement", where="re-evaluate",
+    )  # fmt: skip
+    step(
         "select-layers", "--method", "hybrid", "--select-settings", '{"rank": 4}',
-        "--four-bit", "/steps/four_bit", "--rows", "/steps/rows", "--table", "/steps/table",
+        "--outline", "/steps/outline", "--table", "/steps/table", "--measurement", "/steps/measurement",
         "--rank-map", "/steps/rank_map",
     )  # fmt: skip
     step(

@@ -76,7 +76,7 @@ def load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model; padding falls back to the end-of-sequence token."""
+    """The tokenizer of a model; padding falls back to the end-of-sequence token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

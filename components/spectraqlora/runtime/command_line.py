@@ -73,20 +73,20 @@ def options(function: Callable[..., None]) -> list[Option]:
     from kfp.dsl.types import type_annotations as kfp_types
 
     meanings = _meanings(function)
-    found = []
+    described = []
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = kfp_types.maybe_strip_optional_from_annotation(parameter.annotation)
         meaning = meanings.get(name, "")
         if kfp_types.is_Input_Output_artifact_annotation(annotation):
             kind = "output" if kfp_types.is_artifact_wrapped_in_Output(annotation) else "input"
             artifact = kfp_types.get_io_artifact_class(annotation)
-            found.append(Option(name, kind, parameter.default, meaning, artifact))
+            described.append(Option(name, kind, parameter.default, meaning, artifact))
         else:
             default = parameter.default
             if default is _REQUIRED:
                 default = {} if annotation is dict else _DEFAULTS.get(name, _REQUIRED)
-            found.append(Option(name, annotation.__name__, default, meaning))
-    return found
+            described.append(Option(name, annotation.__name__, default, meaning))
+    return described
 
 
 def summary(function: Callable[..., None]) -> str:
@@ -106,15 +106,15 @@ def example(step: str) -> str:
 
 def _meanings(function: Callable[..., None]) -> dict[str, str]:
     _, _, lines = (inspect.getdoc(function) or "").partition("Args:")
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     name = ""
     for line in lines.splitlines():
         head, colon, rest = line.strip().partition(": ")
         if colon and head.isidentifier():
-            name, found[head] = head, rest
+            name, meanings[head] = head, rest
         elif name and line.strip():
-            found[name] += " " + line.strip()
-    return found
+            meanings[name] += " " + line.strip()
+    return meanings
 
 
 class _Parser(argparse.ArgumentParser):

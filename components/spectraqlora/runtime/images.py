@@ -31,7 +31,7 @@ def images() -> dict[str, list[str]]:
     """Every image with the steps that run in it, as their components say."""
     from spectraqlora.runtime.component import plain
 
-    found: dict[str, list[str]] = {}
+    steps_of: dict[str, list[str]] = {}
     for step in step_names():
-        found.setdefault(plain(component_of(step)).__dict__["image"], []).append(step)
-    return dict(sorted(found.items()))
+        steps_of.setdefault(plain(component_of(step)).__dict__["image"], []).append(step)
+    return dict(sorted(steps_of.items()))

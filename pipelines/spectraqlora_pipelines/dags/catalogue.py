@@ -136,8 +136,8 @@ def arguments(
 
 def run_key(workdir: Path, settings: Settings, contents: dict[str, str]) -> str:
     """Name of a local run in MLflow; the same run again has the same."""
-    whole = hashlib.sha256(json.dumps([digest(settings), contents], sort_keys=True).encode()).hexdigest()
-    return f"{workdir.name}-{whole[:12]}"
+    identity = hashlib.sha256(json.dumps([digest(settings), contents], sort_keys=True).encode()).hexdigest()
+    return f"{workdir.name}-{identity[:12]}"
 
 
 def cluster_arguments(name: str, settings: Settings) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def measure_base(
     seed: int,
     output: Path,
 ) -> BaseMeasurement:
-    """Write the base's measurement, and beside it the sketches of all modules where one of `methods` needs them.
+    """Write the base's measurement, and next to it the sketches of all modules where one of `methods` needs them.
 
     Args:
         inputs: what is read.

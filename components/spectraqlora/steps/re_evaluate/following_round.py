@@ -75,8 +75,8 @@ def floor_scores(scores: Scores, rank_map: RankMap) -> Scores:
 
 def _with_errors(changes: list[str], errors: dict[str, float]) -> list[str]:
     """Notes `module: what moved`, with the relative error where an adapter was shrunk."""
-    noted = []
+    lines = []
     for line in changes:
         module = line.partition(":")[0]
-        noted.append(f"{line} (relative error {errors[module]:.1%})" if module in errors else line)
-    return noted
+        lines.append(f"{line} (relative error {errors[module]:.1%})" if module in errors else line)
+    return lines
