@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from spectraqlora.sample.make import ensure_sample
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.registry import Registry
+from spectraqlora_pipelines.local.outputs import read_outputs
 
 from tests.integration.test_dag import spectraqlora
 
@@ -63,8 +66,16 @@ def test_better_same_and_worse_data_find_the_right_champion(sample: Path, tmp_pa
     assert first["changes"]["changed"] and first["promotion"]["decision"] == "promoted"
     assert retrain.champion() == 1
 
+    # The clock was ahead during the first run, and is right again in the second.
+    for path in (retrain.workdir / "artifacts").rglob("*"):
+        os.utime(path, (time.time() + 172_800,) * 2, follow_symlinks=False)
     _write(retrain.data, rows)
     better = retrain()
+    assert better["registered"]["version"] == 2
+    assert better["data"]["train_rows"] > 4 * first["data"]["train_rows"]
+    assert (retrain.workdir / "merged" / "README.md").read_bytes() == (
+        read_outputs(retrain.workdir).path("merge-export", "exported") / "merged" / "README.md"
+    ).read_bytes()
     assert "data changed" in better["changes"]["reason"]
     assert better["promotion"]["decision"] == "promoted" and better["promotion"]["against"] == 1
     assert "again" in better["promotion"]["scored"], "their eval rows differ"
@@ -72,6 +83,8 @@ def test_better_same_and_worse_data_find_the_right_champion(sample: Path, tmp_pa
 
     same = retrain()
     assert not same["changes"]["changed"] and "nothing changed" in same["changes"]["reason"]
+    report = spectraqlora("report", str(retrain.workdir))
+    assert report.returncode == 0, "the report is that of the run before, which trained"
     assert retrain.champion() == 2
 
     # A twentieth of the rows is left: who learns from so few is worse than the champion, on the same rows.
@@ -95,9 +108,7 @@ def test_retraining_starts_from_the_champions_adapter(sample: Path, tmp_path: Pa
     second = retrain()
     log = (retrain.workdir / "run.log").read_text()
     assert "training starts from the adapter of the champion, version 1" in log
-    training = sorted(retrain.workdir.rglob("adapter/training.json"), key=lambda path: path.stat().st_mtime)[
-        -1
-    ]
-    curve = json.loads(training.read_text())["eval_curve"]
+    adapter = read_outputs(retrain.workdir).path("train (qlora, round 1)", "adapter")
+    curve = json.loads((adapter / "training.json").read_text())["eval_curve"]
     base = second["base"]["eval_loss"]
     assert curve[0][0] == 0 and curve[0][1] < base, "step 0 is the champion's adapter, not the base"
