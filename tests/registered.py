@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spectraqlora.settings import TrackingSettings
-from spectraqlora.tracking.registry import CHALLENGER, Registry
+from spectraqlora.tracking.registry import CHALLENGER, COMPLETING_TAG, OWN_TAG, Registry
 
 
 def registry(uri: str, name: str) -> Registry:
@@ -27,7 +27,8 @@ def register(registry: Registry, *, loss: float, rows: str = "rows", **tags: Any
             raise
     number = int(client.create_model_version(registry.name, f"runs:/{run}/model", run).version)
     given = {
-        "merged_eval_loss": loss,
+        OWN_TAG: run,
+        COMPLETING_TAG: loss,
         "eval_digest": rows,
         "tokenizer_digest": "tokens",
         "method": "hybrid",

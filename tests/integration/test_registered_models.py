@@ -5,20 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from spectraqlora.artifacts import FourBitModel, MergedModel
+from spectraqlora.artifacts import MergedModel
 from spectraqlora.scoring.held_out import read_eval_rows
-from spectraqlora.settings import EvaluateSettings, PromoteSettings, SelectSettings, TrackingSettings
+from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSettings
 from spectraqlora.steps.promote.promotion import Promotion
 from spectraqlora.steps.promote.rescore import guard_perplexity, rescore
 from spectraqlora.steps.register.register import Inputs, register
 from spectraqlora.tracking.registered_model import download_model, load_model
 from spectraqlora.tracking.registry import ADAPTER, EVAL_ROWS, Registry
 from spectraqlora.tracking.runs import Tracker
-
-from tests.unit.results import evaluation
 
 pytestmark = pytest.mark.e2e
 LOAD = """
@@ -37,43 +36,15 @@ assert mlflow.pyfunc.load_model(f"models:/{name}@champion").input_example
 """
 
 
-@pytest.fixture(scope="module")
-def exported(quantized: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A winner: an adapter that is not zero, and the base with it merged in."""
-    import torch
-    from peft import PeftModel
-    from spectraqlora.methods.catalogue import method
-    from spectraqlora.models import adapters
-    from spectraqlora.models.loading import load_plain
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("winner")
-    manifest = FourBitModel.read(quantized)
-    ranks = method("qlora").first_ranks(manifest.modules, {}, SelectSettings(rank=4), 1, {})
-    ranks = ranks.model_copy(update={"base_digest": manifest.base_digest})
-    torch.manual_seed(0)
-    wrapped = adapters.attach(load_plain(tiny_model, torch.float32), ranks)
-    for layer in adapters.lora_layers(wrapped).values():
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    adapters.save(wrapped, folder / "adapter", str(tiny_model))
-    model = PeftModel.from_pretrained(load_plain(tiny_model, torch.float32), folder / "adapter")
-    model.merge_and_unload().save_pretrained(folder / "merged")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "merged")
-    MergedModel(
-        method="qlora", base_digest=manifest.base_digest, merged_into="original", adapter_eval_loss=1.0,
-        eval_loss_quantized=1.0, eval_loss_original=1.0, verified_eval_loss=1.0,
-    ).write(folder)  # fmt: skip
-    evaluation("qlora", [1.0, 2.0], 100).model_copy(
-        update={"rounds": [evaluation("qlora", [1.0], 1).rounds[0].model_copy(update={"rank_map": ranks})]}
-    ).write(folder)
-    return folder
-
-
 def _register(uri: str, name: str, exported: Path, rows: Path, key: str, form: str, loss: float = 1.0) -> int:
     settings = TrackingSettings(uri=uri, registered_model=name, registered_form=form)  # type: ignore[arg-type]
-    losses = {"verified_eval_loss": loss, "eval_loss_original": loss}
-    MergedModel.read(exported).model_copy(update=losses).write(exported)
-    return register(Tracker(settings, key), Inputs(rows=rows, winner=exported, exported=exported), {})[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        winner = Path(scratch) / "winner"
+        shutil.copytree(exported, winner)
+        losses = {"verified_eval_loss": loss, "eval_loss_original": loss}
+        MergedModel.read(winner).model_copy(update=losses).write(winner)
+        inputs = Inputs(rows=rows, winner=winner, exported=winner)
+        return register(Tracker(settings, key), inputs, {})[1]
 
 
 def _gate(uri: str, name: str, version: int, **settings: object) -> Promotion:
