@@ -18,25 +18,26 @@ METHODS = ("qlora", "hybrid", "alors", "sgm")
 
 def table() -> str:
     """The Markdown table, GiB."""
-    from spectraqlora.planning import memory_plan
+    from spectraqlora.planning.shape import ModelShape, config_of
+    from spectraqlora.planning.steps import plan
     from spectraqlora.settings import parse
 
     settings = parse(SETTINGS)
     lines = [
-        f"| model | 4-bit weights | {' | '.join(f'train ({m})' for m in METHODS)} | select-layers | "
+        f"| model | 4-bit weights | {' | '.join(f'train ({m})' for m in METHODS)} | measure-base | "
         "re-evaluate | merge-export |",
         "| --- |" + " --- |" * (4 + len(METHODS)),
     ]
     for name in ("7B", "13B", "65B", "70B"):
-        outline = memory_plan.Outline(memory_plan.config_of(name), 2)
-        needs = memory_plan.plan(outline, settings, cuda=True).needs
-        taken = [next(n.device for n in needs if (n.step, n.method) == ("train", m)) for m in METHODS]
+        shape = ModelShape(config_of(name), 2)
+        steps = plan(shape, settings, cuda=True).steps
+        taken = [next(s.device for s in steps if (s.step, s.method) == ("train", m)) for m in METHODS]
         taken += [
-            max(n.device for n in needs if n.step == step)
-            for step in ("select-layers", "re-evaluate", "merge-export")
+            max(s.device for s in steps if s.step == step)
+            for step in ("measure-base", "re-evaluate", "merge-export")
         ]
         lines.append(
-            f"| {name} | " + " | ".join(f"{b / 2**30:.0f}" for b in [outline.weight_bytes, *taken]) + " |"
+            f"| {name} | " + " | ".join(f"{b / 2**30:.0f}" for b in [shape.weight_bytes, *taken]) + " |"
         )
     return "\n".join(lines)
 

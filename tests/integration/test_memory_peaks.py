@@ -82,7 +82,8 @@ def _last_line(script: list[str]) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Path) -> None:
-    from spectraqlora.planning import memory_plan
+    from spectraqlora.planning.shape import ModelShape, config_of
+    from spectraqlora.planning.training import surrogate_map, training
     from spectraqlora.settings import parse
 
     side = CASES[name]
@@ -98,9 +99,9 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Pa
             "data": {"max_length": OPTIONS["tokens"], "pack": True},
         }
     )
-    outline = memory_plan.Outline(memory_plan.config_of(str(model / "base")), 4)
-    ranks = memory_plan.surrogate_map(side["method"], outline, settings)
-    planned = memory_plan.training(outline, ranks, settings, cuda=False)
+    shape = ModelShape(config_of(str(model / "base")), 4)
+    ranks = surrogate_map(side["method"], shape, settings)
+    planned = training(shape, ranks, settings, cuda=False)
     ratio = planned.above_weights / measured
     print(
         f"{name}: planned {planned.above_weights / 2**20:.0f} MiB, measured {measured / 2**20:.0f}, ratio {ratio:.3f}"
@@ -109,15 +110,16 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Pa
 
 
 def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_peak(model: Path) -> None:
-    from spectraqlora.planning import memory_plan
+    from spectraqlora.planning.shape import ModelShape, config_of
+    from spectraqlora.planning.steps import calibration
     from spectraqlora.settings import parse
 
     rows, tokens = OPTIONS["batch"], OPTIONS["tokens"]
     settings = parse({"select": {"calibration_rows": rows}, "data": {"max_length": tokens, "pack": True}})
     sizes = [str(rows), str(tokens), str(settings.select.sketch_size)]
     measured = int(_last_line([CALIBRATION, str(model), *sizes]))
-    outline = memory_plan.Outline(memory_plan.config_of(str(model / "base")), 4)
-    planned = sum(memory_plan.calibration(outline, settings, cuda=False).values())
+    shape = ModelShape(config_of(str(model / "base")), 4)
+    planned = sum(calibration(shape, settings, cuda=False).values())
     print(f"calibration: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert abs(planned / measured - 1) <= TOLERANCE
 

@@ -16,7 +16,7 @@ from spectraqlora_pipelines.cli.options import Config, Markdown, Methods, Set, l
 from spectraqlora_pipelines.cli.screen import console, line
 
 if TYPE_CHECKING:
-    from spectraqlora.planning.memory_plan import Plan
+    from spectraqlora.planning.steps import Plan
 
 _GIB = 2**30
 
@@ -61,19 +61,20 @@ def plan(
     """
     settings = load_settings(config, {"model.base_model": base_model, "methods": methods}, set_)
     device = size(gpu, "--gpu") if gpu else 0
-    from spectraqlora.planning import memory_plan
+    from spectraqlora.planning.advice import changes
+    from spectraqlora.planning.steps import plan_for
     from spectraqlora.sample.make import on_this_machine
 
     warnings.simplefilter("ignore")
     base = on_this_machine(base_place(settings.model.base_model))
-    planned, free = memory_plan.plan_for(base.text, settings, device)
+    planned, free = plan_for(base.text, settings, device)
     header, rows = _cells(planned, free)
     if markdown:
         print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
         for cells in rows:
             print(f"| {' | '.join(cells)} |")
         return
-    shape = planned.outline
+    shape = planned.shape
     table = Table(
         title=f"{settings.model.base_model}: {shape.parameters / 1e9:.2f}B parameters, "
         f"{shape.weight_bytes / _GIB:.1f} GiB in 4 bits; "
@@ -84,21 +85,21 @@ def plan(
     for cells in rows:
         table.add_row(*cells)
     console.print(table)
-    for need in planned.needs:
-        if need.device > free:
-            change, then = planned.changes(need, free)
-            line(f"{need.label} takes {then / _GIB:.1f} GiB with {change}")
+    for memory in planned.steps:
+        if memory.device > free:
+            change, then = changes(planned, memory, free)
+            line(f"{memory.label} takes {then / _GIB:.1f} GiB with {change}")
 
 
 def _cells(planned: Plan, free: int) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table; host memory is of interest where there is a GPU."""
     columns = {
-        "step": lambda need: need.label,
-        "GPU GiB" if planned.cuda else "GiB": lambda need: f"{need.device / _GIB:.1f}",
-        "host GiB": lambda need: f"{need.host / _GIB:.1f}",
-        "fits": lambda need: "yes" if need.device <= free else "no",
-        "most of it": lambda need: need.largest,
+        "step": lambda memory: memory.label,
+        "GPU GiB" if planned.cuda else "GiB": lambda memory: f"{memory.device / _GIB:.1f}",
+        "host GiB": lambda memory: f"{memory.host / _GIB:.1f}",
+        "fits": lambda memory: "yes" if memory.device <= free else "no",
+        "most of it": lambda memory: memory.largest,
     }
     if not planned.cuda:
         del columns["host GiB"]
-    return list(columns), [[cell(need) for cell in columns.values()] for need in planned.needs]
+    return list(columns), [[cell(memory) for cell in columns.values()] for memory in planned.steps]

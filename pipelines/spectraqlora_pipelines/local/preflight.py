@@ -93,7 +93,7 @@ def memory_warning(settings: Settings, base: Place) -> str:
     if base.kind == "s3":
         return ""
     from spectraqlora.models.hardware import gpu_memory_bytes
-    from spectraqlora.planning.memory_plan import GIB, plan_for
+    from spectraqlora.planning.steps import GIB, plan_for
 
     gpu = gpu_memory_bytes()
     try:
@@ -103,7 +103,7 @@ def memory_warning(settings: Settings, base: Place) -> str:
         raise
     except Exception as error:  # of the model's own code, which runs on tensors without content
         return f"Memory: what this model takes could not be planned ({type(error).__name__})"
-    most = max(plan.needs, key=lambda need: need.device)
+    most = max(plan.steps, key=lambda memory: memory.device)
     if most.device <= free:
         return ""
     return (

@@ -1,0 +1,145 @@
+"""What memory depends on: a model's shapes, from its config alone."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+from spectraqlora.artifacts import LinearModule
+from spectraqlora.errors import InputError
+from spectraqlora.models.families import auto_class, context_length
+from spectraqlora.models.modules import candidates, linear_modules
+from spectraqlora.settings import Settings
+
+FLOAT32 = 4
+"""Bytes per number."""
+_BLOCK, _SCALE_BLOCK = 64, 256
+_WORKING_TENSORS = 3
+"""Gradients as wide as the widest tensor of a block that are alive at once in its backward pass."""
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+"""Llama shapes that `plan` knows by name (7B, 13B and 65B of the first Llama, 70B of the second)."""
+
+
+def config_of(source: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """The transformers config of a shape's name (7B, 13B, 65B, 70B), a folder, or a hub id.
+
+    Raises:
+        InputError: it is none of these, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if source.lower() in SHAPES:
+        return LlamaConfig(vocab_size=32_000, tie_word_embeddings=False, **SHAPES[source.lower()])
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            "model.base_model",
+            source,
+            f"a model folder or a reachable hub id ({str(error).splitlines()[0]}), "
+            f"or for the command plan {', '.join(name.upper() for name in SHAPES)}",
+        ) from None
+
+
+class ModelShape:
+    """A model without its weights: what memory depends on. All sizes are in bytes.
+
+    Args:
+        config: transformers config.
+        dtype_bytes: bytes per number of the compute type, 2 or 4.
+
+    Raises:
+        InputError: it is no language model that generates text, or nothing in it can get an adapter.
+    """
+
+    def __init__(self, config: Any, dtype_bytes: int) -> None:
+        self.config, self.dtype_bytes = config, dtype_bytes
+        model = self.build()
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.largest_tensor = max(p.numel() for p in model.parameters())
+        linear = linear_modules(model)
+        self.four_bit = sum(m.out_features * m.in_features for m in linear)
+        self.modules: list[LinearModule] = candidates(model, config.model_type)
+        self.largest = max(m.out_features * m.in_features for m in linear)
+        self.widest = max(max(m.out_features, m.in_features) for m in linear)
+        embeddings = model.get_input_embeddings().weight
+        self.vocabulary, self.hidden = (int(side) for side in embeddings.shape)
+
+    def row_tokens(self, settings: Settings) -> int:
+        """Tokens of a full row: data.max_length, or all that the model has positions for."""
+        return min(settings.data.max_length, context_length(self.config) or settings.data.max_length)
+
+    def build(self) -> Any:
+        """The model on the meta device, unquantized: its modules and shapes are those of the 4-bit one."""
+        import torch
+
+        dtype = torch.bfloat16 if self.dtype_bytes == 2 else torch.float32
+        try:
+            with torch.device("meta"):
+                model = auto_class(self.config).from_config(self.config, dtype=dtype)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                "model.base_model",
+                self.config.model_type,
+                f"a language model that generates text ({str(error).splitlines()[0]})",
+            ) from None
+        return model.train()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """The 4-bit model: n/2 packed, n/64 scales, n/16384 · 4 scales of scales, and what stays unquantized."""
+        blocks = math.ceil(self.four_bit / _BLOCK)
+        constants = blocks + math.ceil(blocks / _SCALE_BLOCK) * FLOAT32
+        return math.ceil(self.four_bit / 2) + constants + self.dtype_bytes * (self.parameters - self.four_bit)
+
+    @property
+    def plain_bytes(self) -> int:
+        """The unquantized model in its compute type."""
+        return self.dtype_bytes * self.parameters
+
+    def working(self, positions: int) -> int:
+        """The largest weight, dequantized, and the widest tensors of a block's forward or backward pass."""
+        return self.dtype_bytes * (self.largest + _WORKING_TENSORS * positions * self.widest)
+
+    def loss(self, positions: int) -> int:
+        """Hidden states, their gradient, and one chunk of logits with its softmax and gradient."""
+        from spectraqlora.scoring.head_loss import CHUNK_BYTES
+
+        chunk = min(max(1, CHUNK_BYTES // (FLOAT32 * self.vocabulary)), positions) * self.vocabulary
+        return 3 * positions * self.hidden * self.dtype_bytes + 3 * FLOAT32 * chunk
+
+    def past(self, rows: int, tokens: int) -> int:
+        """Keys and values of every layer, for rows of so many tokens."""
+        text = self.config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or self.hidden // text.num_attention_heads
+        layers = max(m.layer for m in self.modules) + 1
+        return 2 * layers * rows * tokens * heads * width * self.dtype_bytes
