@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import tempfile
@@ -14,6 +12,7 @@ from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.places import Place
+from spectraqlora.runtime.console import quiet
 from spectraqlora.settings import Settings
 
 MINIMUM_FREE_BYTES = 512 * 2**20
@@ -33,7 +32,7 @@ def check(settings: Settings, base: Place, source: Place) -> None:
         from spectraqlora.steps.train.distributed import share
 
         share(settings.train, settings.train.processes)
-    with _silence():
+    with quiet():
         check_source(source, settings.data)
     _check_base_model(settings, base)
 
@@ -77,7 +76,7 @@ def _check_fit(settings: Settings, folder: Path) -> None:
         from spectraqlora.snr.table import read_given
         from spectraqlora.steps.snr_analyze.analyze import given_table
 
-        with _silence():
+        with quiet():
             read_given(given_table(settings.snr.table), modules)
 
 
@@ -97,7 +96,7 @@ def memory_warning(settings: Settings, base: Place) -> str:
 
     gpu = gpu_memory_bytes()
     try:
-        with _silence(), warnings.catch_warnings(action="ignore"):
+        with quiet(), warnings.catch_warnings(action="ignore"):
             plan, free = plan_for(base.text, settings, gpu)
     except InputError:
         raise
@@ -128,17 +127,12 @@ def _fetch_outline(base: Place, folder: Path) -> None:
     from spectraqlora.storage import download_folder, list_files
 
     names = list_files(base.address)
-    with _silence():
+    with quiet():
         download_folder(base.address, folder, wanted=lambda name: name.endswith((".json", ".py")))
     config = folder / "config.json"
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     check_model_files(base, names, text, base.trusted)
     S3Tensors(base.address)
-
-
-def _silence() -> contextlib.AbstractContextManager[object]:
-    """Progress lines of small transfers are not worth the screen."""
-    return contextlib.redirect_stdout(io.StringIO())
 
 
 def claim_workdir(
