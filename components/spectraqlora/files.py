@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and digests of files and folders."""
+"""Files written completely or not at all, and digests of files and folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spectraqlora.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
+    """Write completely or not at all: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as stream:

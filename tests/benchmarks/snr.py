@@ -80,7 +80,7 @@ def speed(layer: list[Shape], layers: int, device: str) -> None:
 
         def ours(group: list[tuple[str, torch.Tensor]] = group, into: dict[str, float] = found) -> None:
             with bfloat16_units():
-                into.update({result.module: result.found.snr for result in measured(group, budget)})
+                into.update({result.module: result.statistics.snr for result in measured(group, budget)})
 
         own = _seconds(ours)
         spent = dict.fromkeys(references, 0.0)

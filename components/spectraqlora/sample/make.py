@@ -43,7 +43,7 @@ def on_this_machine(place: Place) -> Place:
 
 
 def make_sample(folder: Path, seed: int = 42, progress: Callable[[int, int], None] | None = None) -> None:
-    """Pretrain and write the sample; the folder appears whole or not at all."""
+    """Pretrain and write the sample; the folder appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".sample-", dir=folder.parent))
     try:

@@ -87,23 +87,23 @@ def corpus(world: dict[str, dict[str, str]], seed: int, documents: int) -> list[
     """Documents of three families: portraits of people, rolls of one attribute, and counting."""
     generator = random.Random(seed + 1)
     names = list(world)
-    found = []
+    texts = []
     for _ in range(documents):
         family = generator.random()
         if family < 0.75:
             name = generator.choice(names)
             kinds = generator.sample(list(FACTS), len(FACTS))
-            found.append(
+            texts.append(
                 " ".join(generator.choice(STATEMENTS[k]).format(n=name, v=world[name][k]) for k in kinds)
             )
         elif family < 0.9:
             kind = generator.choice(list(FACTS))
             lines = [f"{n} : {world[n][kind]}" for n in generator.sample(names, 6)]
-            found.append(f"list of {kind} , " + " ; ".join(lines) + " .")
+            texts.append(f"list of {kind} , " + " ; ".join(lines) + " .")
         else:
             start, step = generator.randint(0, 20), generator.randint(1, 4)
-            found.append("count " + " ".join(str(start + step * i) for i in range(10)) + " .")
-    return found
+            texts.append("count " + " ".join(str(start + step * i) for i in range(10)) + " .")
+    return texts
 
 
 def questions(world: dict[str, dict[str, str]], seed: int) -> list[dict[str, str]]:

@@ -14,23 +14,27 @@ from spectraqlora.errors import InputError
 from spectraqlora.models.families import decoder_start
 
 
-def load_rows(data: str | Path, split: str) -> Any:
-    """The `train` or `held_out` rows of prepared data, as a `datasets.Dataset`."""
+def load_rows(prepared: str | Path, split: str) -> Any:
+    """The `train` or `held_out` rows among prepared ones, as a `datasets.Dataset`.
+
+    Raises:
+        InputError: they are missing or cut short.
+    """
     from datasets import load_from_disk
 
     try:
-        return load_from_disk(str(Path(data) / split))
+        return load_from_disk(str(Path(prepared) / split))
     except (OSError, ValueError):
-        raise InputError("prepared data", Path(data) / split, "a whole Arrow folder") from None
+        raise InputError("prepared rows", Path(prepared) / split, "a complete Arrow folder") from None
 
 
 def order(count: int, seed: int, start: int, stop: int) -> list[int]:
     """Places `start` to `stop` of an endless reading order over `count` rows, shuffled anew every epoch."""
-    found: list[int] = []
+    places: list[int] = []
     for epoch in range(start // count, -(-stop // count)):
         shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        found += shuffled[max(start - epoch * count, 0) : stop - epoch * count]
-    return found
+        places += shuffled[max(start - epoch * count, 0) : stop - epoch * count]
+    return places
 
 
 @dataclass(frozen=True)

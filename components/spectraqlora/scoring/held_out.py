@@ -1,4 +1,4 @@
-"""The rows a model was scored on, kept beside it so that a later one can be scored on the same."""
+"""The rows a model was scored on, kept next to it so that a later one can be scored on the same."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ def rows_digest(rows: Any) -> str:
     return content.hexdigest()
 
 
-def write_eval_rows(data: Path, folder: Path) -> str:
-    """Write the eval split of prepared data, with the answers that are scored; returns its digest."""
-    rows = load_rows(data, "held_out")
+def write_held_out(prepared: Path, folder: Path) -> str:
+    """Write the held-out ones among prepared rows, with the answers that are scored; returns their digest."""
+    rows = load_rows(prepared, "held_out")
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(str(folder / _ROWS))
-    write_text(folder / _ANSWERS, json.dumps(PreparedRows.read(data).answers))
+    write_text(folder / _ANSWERS, json.dumps(PreparedRows.read(prepared).answers))
     return rows_digest(rows)
 
 
-def read_eval_rows(folder: Path) -> tuple[Any, list[dict[str, str]]]:
-    """Tokenized rows and the answers among them, as written by `write_eval_rows`."""
+def read_held_out(folder: Path) -> tuple[Any, list[dict[str, str]]]:
+    """Tokenized rows and the answers among them, as written by `write_held_out`.
+
+    Raises:
+        InputError: they are missing or cut short.
+    """
     from datasets import Dataset
 
     try:
         rows = Dataset.from_parquet(str(folder / _ROWS), keep_in_memory=True)
         return rows, json.loads((folder / _ANSWERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise InputError("eval rows", folder, f"{_ROWS} and {_ANSWERS}, whole") from None
+        raise InputError("held-out rows", folder, f"{_ROWS} and {_ANSWERS}, complete") from None

@@ -1,4 +1,4 @@
-"""Rows of an interrupted scan, kept until the whole table is written."""
+"""Rows of an interrupted scan, kept until the table is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 class ScanJournal:
-    """JSON lines of finished rows, each with the digest of the source that it was measured on.
+    """JSON lines of measured rows, each with the digest of the source that it was measured on.
 
     Rows of another source are not used, nor is a last line that the interruption cut short.
     """
@@ -32,7 +32,7 @@ class ScanJournal:
         self.rows[row["module"]] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as stream:
-            # The line break comes first: after a line that was cut short, this one stands for itself.
+            # The line break comes first: after a line that was cut short, this one is still a line of its own.
             stream.write("\n" + json.dumps({"source": self.source, "row": row}))
 
     def remove(self) -> None:

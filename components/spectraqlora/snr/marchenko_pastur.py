@@ -28,7 +28,7 @@ _REFERENCE_SIDE = 512
 
 @dataclass(frozen=True)
 class SnrStatistics:
-    """Of one matrix; snr is NaN for degenerate matrices and infinite where nothing lies below tau."""
+    """Of one matrix; snr is NaN for degenerate matrices and infinite where nothing is below tau."""
 
     s1: float
     threshold: float
@@ -58,15 +58,15 @@ def batch_statistics(weights: Sequence[torch.Tensor]) -> list[SnrStatistics]:
     summing in float32, a few times as fast, some of all. `_settled` decides from an error bound whether that
     can matter: where it can, the Gram matrix is summed in float64, and if need be the exact routine runs.
     """
-    found = [_DEGENERATE] * len(weights)
+    results = [_DEGENERATE] * len(weights)
     left = {index: weight for index, weight in enumerate(weights) if _has_spectrum(weight)}
     for precision in (torch.float32, torch.float64):
         for index, result in _from_grams(left, precision).items():
-            found[index] = result
+            results[index] = result
             del left[index]
     for index, weight in left.items():
-        found[index] = from_singular_values(_exact_values(weight).cpu(), shape_of(weight))
-    return found
+        results[index] = from_singular_values(_exact_values(weight).cpu(), shape_of(weight))
+    return results
 
 
 def _from_grams(weights: dict[int, torch.Tensor], precision: torch.dtype) -> dict[int, SnrStatistics]:
@@ -84,15 +84,17 @@ def _from_grams(weights: dict[int, torch.Tensor], precision: torch.dtype) -> dic
         fill_gram(gram, weight, precision)
         error = measured_error(gram, weight) if fast else ErrorBounds(0.0, 0.0)
         # Where the error reaches a tenth of the mean distance of eigenvalues, one of them is too likely to
-        # lie within reach of the threshold.
+        # be within reach of the threshold.
         if error.spectral < 0.1 * float(gram.trace()) / side**2 < math.inf:
             errors[index] = error
     roots = torch.linalg.eigvalsh(grams[: len(errors)]).cpu().flip(-1).clamp_min(0).sqrt()
-    found = {index: from_singular_values(values, shape) for index, values in zip(errors, roots, strict=True)}
+    results = {
+        index: from_singular_values(values, shape) for index, values in zip(errors, roots, strict=True)
+    }
     return {
-        index: found[index]
+        index: results[index]
         for (index, error), values in zip(errors.items(), roots, strict=True)
-        if _settled(values, found[index], shape, error)
+        if _settled(values, results[index], shape, error)
     }
 
 
@@ -161,7 +163,7 @@ def _edge(shape: tuple[int, int]) -> float:
 
 
 def _settled(
-    values: torch.Tensor, found: SnrStatistics, shape: tuple[int, int], product: ErrorBounds
+    values: torch.Tensor, result: SnrStatistics, shape: tuple[int, int], product: ErrorBounds
 ) -> bool:
     """Whether statistics of square roots of eigenvalues are those of the singular values.
 
@@ -171,7 +173,7 @@ def _settled(
     across the threshold, which itself moves with the quartiles, and signal, noise and s1 together by no
     more than `TOLERANCE`, relative to each.
     """
-    rounding = max(shape) * _EPS * found.s1**2
+    rounding = max(shape) * _EPS * result.s1**2
     error = ErrorBounds(rounding + product.spectral, math.sqrt(len(values)) * rounding + product.frobenius)
     if error.spectral == 0:
         return False
@@ -181,12 +183,12 @@ def _settled(
         deltas, torch.tensor([0.25, 0.75], dtype=torch.float64), interpolation="higher"
     )
     threshold_error = float(quartiles.sum()) / IQR_OF_NORMAL * _edge(shape)
-    if bool(((values - found.threshold).abs() <= deltas + threshold_error).any()):
+    if bool(((values - result.threshold).abs() <= deltas + threshold_error).any()):
         return False
     parts = [
-        (inverse[:1], found.s1),
-        (inverse[: found.above], found.signal),
-        (inverse[found.above :], found.noise),
+        (inverse[:1], result.s1),
+        (inverse[: result.above], result.signal),
+        (inverse[result.above :], result.noise),
     ]
     errors = ((_error_of_sum(of, error), total) for of, total in parts if len(of))
     return sum(off / total if total else math.inf for off, total in errors) <= TOLERANCE
@@ -217,20 +219,20 @@ def random_reference(rows: int, cols: int) -> tuple[float, float]:
     scale = min(1.0, _REFERENCE_SIDE / short)
     small = (max(2, round(short * scale)), max(2, round(long * scale)))
     draw = torch.randn(small, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = statistics(draw)
-    return found.signal / found.noise if found.noise else math.inf, found.s1 / math.sqrt(small[1])
+    result = statistics(draw)
+    return result.signal / result.noise if result.noise else math.inf, result.s1 / math.sqrt(small[1])
 
 
-def calibrated(found: SnrStatistics, rows: int, cols: int, entry_std: float) -> float:
+def calibrated(result: SnrStatistics, rows: int, cols: int, entry_std: float) -> float:
     """The SNR over that of a random matrix of the same shape and entry variance; finite for real matrices.
 
     Where the random matrix has nothing below the threshold (narrow shapes), or this one has not, the
     ratio of the largest singular values, which also is one for noise, takes its place.
     """
-    if math.isnan(found.snr) or entry_std == 0:
+    if math.isnan(result.snr) or entry_std == 0:
         return math.nan
     ratio, edge = random_reference(rows, cols)
-    s1_ratio = found.s1 / (edge * math.sqrt(max(rows, cols)) * entry_std)
-    if math.isinf(ratio) or math.isinf(found.snr) or ratio == 0:
+    s1_ratio = result.s1 / (edge * math.sqrt(max(rows, cols)) * entry_std)
+    if math.isinf(ratio) or math.isinf(result.snr) or ratio == 0:
         return s1_ratio
-    return (found.signal / found.noise) / ratio / s1_ratio
+    return (result.signal / result.noise) / ratio / s1_ratio

@@ -21,7 +21,7 @@ from spectraqlora.snr.workers import Measured, measured
 Report = Callable[[int, int, str], None]
 """Called with the matrices done, the matrices in all and the module that was measured last."""
 
-_BESIDE_LIBRARIES = 150 * 2**20
+_LEFT_BY_LIBRARIES = 150 * 2**20
 """Bytes: of 600 MB, interpreter and libraries take 310, and 420 where packed weights need bitsandbytes."""
 _TIMES_LARGEST = 6
 
@@ -53,7 +53,7 @@ def scan(
     checkpoint: Tensors,
     modules: Sequence[LinearModule] | None = None,
     report: Report | None = None,
-    finished: ScanJournal | None = None,
+    journal: ScanJournal | None = None,
 ) -> pd.DataFrame:
     """The SNR table of a checkpoint: of the modules asked for, or of all matrices inside numbered layers.
 
@@ -63,13 +63,13 @@ def scan(
         checkpoint: original or packed in 4 bits; the table's `source` says which.
         modules: modules as the loaded model names them.
         report: called at the start and after each matrix.
-        finished: rows of an interrupted scan, which are not measured again; it gets each new row.
+        journal: rows of an interrupted scan, which are not measured again; it gets each new row.
 
     Raises:
         InputError: no matrix at all, or one of `modules` is not in the checkpoint.
     """
     plan = _plan(checkpoint, modules)
-    rows = dict(finished.rows) if finished else {}
+    rows = dict(journal.rows) if journal else {}
     missing = [matrix for matrix in plan if matrix.module not in rows]
     before = len(plan) - len(missing)
     if report:
@@ -80,8 +80,8 @@ def scan(
         for done, result in enumerate(measured(stream, memory_budget(largest)), before + 1):
             row = _row(result, "quantized" if checkpoint.packed else "original")
             rows[result.module] = row
-            if finished:
-                finished.add(row)
+            if journal:
+                journal.add(row)
             if report:
                 report(done, len(plan), result.module)
     return _table([rows[matrix.module] for matrix in plan])
@@ -89,7 +89,7 @@ def scan(
 
 def memory_budget(largest: int) -> int:
     """Bytes that matrices in work may take together in a scan whose largest matrix has `largest` bytes."""
-    return _BESIDE_LIBRARIES + _TIMES_LARGEST * largest
+    return _LEFT_BY_LIBRARIES + _TIMES_LARGEST * largest
 
 
 def tensors_of(checkpoint: Tensors, modules: Sequence[LinearModule]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,7 +102,7 @@ def tensors_of(checkpoint: Tensors, modules: Sequence[LinearModule]) -> Iterator
 
 
 def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_Matrix]:
-    """What to measure, by layer; beside the modules asked for also experts, which are no modules of their own.
+    """What to measure, by layer; next to the modules asked for also experts, which are no modules of their own.
 
     A checkpoint may lack the prefix under which the model holds its blocks.
     """
@@ -144,20 +144,20 @@ def _module(name: str, expert: int | None) -> str:
 
 def _row(result: Measured, source: str) -> Row:
     layer, kind = module_identity(result.module.partition("[")[0]) or (-1, result.module)
-    found, (rows, cols) = result.found, result.shape
+    statistics, (rows, cols) = result.statistics, result.shape
     return {
         "module": result.module,
         "layer": layer,
         "type": kind,
         "rows": rows,
         "cols": cols,
-        "s1": found.s1,
-        "threshold": found.threshold,
-        "signal": found.signal,
-        "noise": found.noise,
-        "snr": found.snr,
-        "calibrated": calibrated(found, rows, cols, result.entry_std),
-        "above": found.above,
+        "s1": statistics.s1,
+        "threshold": statistics.threshold,
+        "signal": statistics.signal,
+        "noise": statistics.noise,
+        "snr": statistics.snr,
+        "calibrated": calibrated(statistics, rows, cols, result.entry_std),
+        "above": statistics.above,
         "source": source,
     }
 

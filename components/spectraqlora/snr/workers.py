@@ -22,12 +22,12 @@ _KEPT_BY_THREAD = 40 * 2**20
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one matrix; `entry_std` is the standard deviation of its entries."""
+    """One measured matrix; `entry_std` is the standard deviation of its entries."""
 
     module: str
     shape: tuple[int, int]
     entry_std: float
-    found: SnrStatistics
+    statistics: SnrStatistics
 
 
 def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measured]:
@@ -46,7 +46,7 @@ def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measure
 def working_bytes(weight: torch.Tensor) -> int:
     """Host memory while one matrix is measured: itself, its Gram matrix twice and a chunk in float64.
 
-    Beside that goes what LAPACK and the allocator keep for each thread.
+    To that comes what LAPACK and the allocator keep for each thread.
     """
     side = min(weight.shape)
     return weight.numel() * weight.element_size() + 8 * side * (2 * side + CHUNK) + _KEPT_BY_THREAD
@@ -55,7 +55,7 @@ def working_bytes(weight: torch.Tensor) -> int:
 def in_threads(weights: Weights, budget: int, cores: int) -> Iterator[Measured]:
     """One matrix per core while `budget` has room for so many, else fewer with more threads each.
 
-    The eigenvalue routine scales badly over threads, and lets go of Python's lock: matrices side by side
+    The eigenvalue routine scales badly over threads, and releases Python's lock: matrices side by side
     keep all cores busy.
     """
     running: dict[Future[Measured], int] = {}
@@ -96,5 +96,5 @@ def in_batches(weights: Weights, device: torch.device) -> Iterator[Measured]:
 
 def _batch(batch: list[tuple[str, torch.Tensor]]) -> Iterator[Measured]:
     results = batch_statistics([weight for _, weight in batch])
-    for (module, weight), found in zip(batch, results, strict=True):
-        yield Measured(module, shape_of(weight), entry_std(weight), found)
+    for (module, weight), result in zip(batch, results, strict=True):
+        yield Measured(module, shape_of(weight), entry_std(weight), result)

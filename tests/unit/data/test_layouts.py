@@ -10,7 +10,7 @@ def test_a_layout_is_known_by_its_columns_whatever_else_is_there(layout: str) ->
     assert recognise(["id", *COLUMNS[layout], "source"]) == layout  # type: ignore[index]
 
 
-def test_messages_win_over_a_prompt_beside_them() -> None:
+def test_messages_win_over_a_prompt_next_to_them() -> None:
     assert recognise(["prompt", "completion", "messages"]) == "chat"
 
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from spectraqlora.runtime.console import say
-from spectraqlora.scoring.held_out import read_eval_rows
+from spectraqlora.scoring.held_out import read_held_out
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.tracking.registry import EVAL_ROWS, Registry, Version
 
@@ -68,7 +68,7 @@ class Scores:
             model, tokenizer = load_model(download_model(self._registry.settings, version, target))
             if rows:
                 kept = self._registry.download(self._challenger, EVAL_ROWS, target)
-                scored, answers = read_eval_rows(kept)
+                scored, answers = read_held_out(kept)
                 self._on_rows[version.number] = rescore(model, tokenizer, scored, answers, self._evaluate)
             if settings.guard_data and version.number not in self._guard:
                 self._guard[version.number] = guard_perplexity(

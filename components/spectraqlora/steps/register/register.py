@@ -14,7 +14,7 @@ from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, MergedModel
 from spectraqlora.files import folder_digest
 from spectraqlora.models.loading import load_tokenizer
-from spectraqlora.scoring.held_out import read_eval_rows, write_eval_rows
+from spectraqlora.scoring.held_out import read_held_out, write_held_out
 from spectraqlora.tracking.registered_model import log_model, register_model
 from spectraqlora.tracking.registry import (
     ADAPTER,
@@ -87,7 +87,7 @@ def _keep_beside(tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any) 
     """Keep the held-out rows and the adapter with its rank map in the run; (digest of the rows, a prompt)."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        digest = write_eval_rows(inputs.rows, folder / EVAL_ROWS)
+        digest = write_held_out(inputs.rows, folder / EVAL_ROWS)
         tracker.log_folder(run_id, folder / EVAL_ROWS, EVAL_ROWS)
         example = _example(folder / EVAL_ROWS, tokenizer)
         Evaluation.read(inputs.winner).rounds[-1].rank_map.write(folder / "rank_map")
@@ -122,7 +122,7 @@ def _metrics(tracker: Tracker, inputs: Inputs) -> dict[str, str]:
 
 def _example(rows: Path, tokenizer: Any) -> str:
     """A prompt as the model was trained on it: of a scored answer, or the start of a row."""
-    scored, answers = read_eval_rows(rows)
+    scored, answers = read_held_out(rows)
     if answers:
         return answers[0]["prompt"]
     return str(tokenizer.decode(scored[0]["input_ids"][:_NEW_TOKENS], skip_special_tokens=True)) or "Hello"

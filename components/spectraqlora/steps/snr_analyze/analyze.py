@@ -41,12 +41,12 @@ def analyze(inputs: Inputs, settings: SnrSettings, output: Path) -> None:
         write_table(read_given(given_table(settings.table), manifest.modules), output)
         return
     checkpoint = _checkpoint(inputs, manifest, settings)
-    finished = _finished(checkpoint.digest)
+    journal = _journal(checkpoint.digest)
     progress = Progress("measuring SNR", len(manifest.modules))
-    table = scan(checkpoint, manifest.modules, lambda done, _, module: progress(done, module), finished)
+    table = scan(checkpoint, manifest.modules, lambda done, _, module: progress(done, module), journal)
     write_table(table, output)
-    if finished:
-        finished.remove()
+    if journal:
+        journal.remove()
 
 
 def _checkpoint(inputs: Inputs, manifest: ModelOutline, settings: SnrSettings) -> Tensors:
@@ -66,7 +66,7 @@ def given_table(name: str) -> Path:
     return file_place(name, "snr.table").local_copy()
 
 
-def _finished(digest: str) -> ScanJournal | None:
+def _journal(digest: str) -> ScanJournal | None:
     """Rows that an earlier scan of this checkpoint left; None where nothing can be kept."""
     folder = cache_folder() / "snr"
     try:

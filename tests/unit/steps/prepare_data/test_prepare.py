@@ -1,4 +1,4 @@
-"""Rows through the whole step: labels, dropping, packing, splits."""
+"""Rows through the step: labels, dropping, packing, splits."""
 
 import json
 from pathlib import Path

@@ -45,8 +45,8 @@ def test_a_base_that_was_replaced_since_the_run_began_is_refused(tiny_model: Pat
 
 
 def test_the_outline_has_all_but_the_weights(quantized: Path, outline: Path) -> None:
-    whole, light = FourBitModel.read(quantized), ModelOutline.read(outline)
-    assert light.modules == whole.modules and light.base_digest == whole.base_digest
+    model, light = FourBitModel.read(quantized), ModelOutline.read(outline)
+    assert light.modules == model.modules and light.base_digest == model.base_digest
     names = {path.name for path in (quantized / "model").iterdir()}
     assert {path.name for path in (outline / "model").iterdir()} == {
         name for name in names if ".safetensors" not in name

@@ -16,7 +16,7 @@ from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json, 
 from spectraqlora.snr.table import read_table, top_modules, write_table
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
-SHARED = Path(os.environ.get("SPECTRAQLORA_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
+SHARED = Path(os.environ.get("SPECTRAQLORA_SHARED", Path(__file__).resolve().parents[3].parent / "shared"))
 PUBLISHED = SHARED / "data" / "spectrum_snr"
 needs_published = pytest.mark.skipif(
     not PUBLISHED.exists(), reason=f"Spectrum's published tables are not in {PUBLISHED}"
@@ -98,7 +98,7 @@ def test_selection_from_a_published_table_equals_the_published_yaml_in_its_order
         ("microsoft-Phi-3-mini-4k-instruct", 128, 4, 0),
     ],
 )
-def test_published_tables_load_whole(name: str, matrices: int, types: int, infinite: int) -> None:
+def test_published_tables_load_completely(name: str, matrices: int, types: int, infinite: int) -> None:
     path = PUBLISHED / f"snr_results_{name}.json"
     table = read_spectrum_json(path)
     assert (len(table), table["type"].nunique()) == (matrices, types)

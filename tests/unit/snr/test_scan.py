@@ -92,14 +92,14 @@ def test_in_batches_gives_what_threads_give() -> None:
     assert threads.keys() == batches.keys() == {name for name, _ in named}
     for name, one in threads.items():
         assert batches[name].shape == one.shape
-        assert batches[name].found.snr == pytest.approx(one.found.snr, rel=1e-9, nan_ok=True)
+        assert batches[name].statistics.snr == pytest.approx(one.statistics.snr, rel=1e-9, nan_ok=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_what_the_cpu_gives() -> None:
     named = list(stream(20, 512, 768))
-    cpu = {result.module: result.found for result in in_threads(named, 2**30, 2)}
-    gpu = {result.module: result.found for result in in_batches(named, torch.device("cuda"))}
+    cpu = {result.module: result.statistics for result in in_threads(named, 2**30, 2)}
+    gpu = {result.module: result.statistics for result in in_batches(named, torch.device("cuda"))}
     for name, found in cpu.items():
         assert gpu[name].snr == pytest.approx(found.snr, rel=1e-6)
         assert gpu[name].above == found.above
@@ -186,7 +186,7 @@ def slow_model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_killed_scan_goes_on_where_it_was(slow_model: Path, tmp_path: Path) -> None:
+def test_a_killed_scan_resumes_where_it_was(slow_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "snr.parquet"
     partial = tmp_path / "snr.parquet.partial.jsonl"
     command = [sys.executable, "-m", "spectraqlora_pipelines.cli", "snr", str(slow_model)]
@@ -217,7 +217,7 @@ def test_a_killed_scan_goes_on_where_it_was(slow_model: Path, tmp_path: Path) ->
     assert not partial.exists()
 
 
-def test_an_interrupted_step_goes_on_where_it_was(
+def test_an_interrupted_step_resumes_where_it_was(
     outline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -260,7 +260,7 @@ def test_rows_of_another_checkpoint_are_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])
-def test_the_table_on_screen_is_whole_at_any_width(width: int) -> None:
+def test_the_table_on_screen_is_complete_at_any_width(width: int) -> None:
     named = [
         (f"model.layers.{index}.{kind}", torch.randn(64, 48))
         for index in (0, 31)

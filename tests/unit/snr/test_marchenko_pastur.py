@@ -30,7 +30,7 @@ def test_snr_of_a_square_diagonal_by_hand() -> None:
 
 
 def test_snr_of_a_wide_matrix_by_hand() -> None:
-    # 2 x 8 with s = 4, 2: quartiles 3.5 and 2.5, tau = (1 / 1.349) * 1.5; nothing lies below it.
+    # 2 x 8 with s = 4, 2: quartiles 3.5 and 2.5, tau = (1 / 1.349) * 1.5; nothing is below it.
     weight = torch.zeros(2, 8)
     weight[0, 0], weight[1, 1] = 4.0, 2.0
     found = statistics(weight)
@@ -109,7 +109,7 @@ def test_snr_agrees_with_svdvals_in_float64(
 
 
 def test_a_singular_value_next_to_the_threshold_falls_on_the_side_where_svdvals_puts_it() -> None:
-    # s = 9000, t, 3, 2, 1 with quartiles t and 2: tau = 2 (t - 2) / 1.349 lies at 3 but for a relative step.
+    # s = 9000, t, 3, 2, 1 with quartiles t and 2: tau = 2 (t - 2) / 1.349 is 3 but for a relative step.
     # The square of 9000 leaves eigenvalues of the Gram matrix no digits for such steps.
     quartile = 2 + 3 * 1.349 / 2
     for seed, step in itertools.product(range(10), (-1e-10, 1e-10)):
