@@ -91,7 +91,7 @@ class DataSettings(_Section):
     )
     split_by: Literal["shuffle", "content"] = Field(
         "shuffle",
-        description="Choose the eval rows by shuffling, or by each row's content, so that rows stay on their "
+        description="Choose the held-out rows by shuffling, or by each row's content, so that rows stay on their "
         "side when data grows; retraining always takes content",
     )
     pack: bool = Field(False, description="Pack plain-text rows into full sequences instead of padding")

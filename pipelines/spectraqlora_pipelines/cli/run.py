@@ -167,9 +167,7 @@ def _check(settings: Settings, base: Place, source: Place, workdir: Path, kind: 
 
     with console.status("checking model, data and settings"):
         preflight.check(settings, base, source)
-        contents = {"base_model": base.digest(offline=True), "data": source.digest(offline=True)}
-        if settings.snr.table:
-            contents["snr_table"] = file_place(settings.snr.table, "snr.table").digest()
+        contents = preflight.contents(settings, base, source, workdir)
         memory = preflight.memory_warning(settings, base)
     if memory:
         line(memory, style="yellow")

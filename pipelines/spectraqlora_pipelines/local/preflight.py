@@ -11,7 +11,7 @@ from pathlib import Path
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
-from spectraqlora.places import Place
+from spectraqlora.places import Place, file_place
 from spectraqlora.runtime.console import quiet
 from spectraqlora.settings import Settings
 
@@ -133,6 +133,33 @@ def _fetch_outline(base: Place, folder: Path) -> None:
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     check_model_files(base, names, text, base.trusted)
     S3Tensors(base.address)
+
+
+def contents(settings: Settings, base: Place, source: Place, workdir: Path) -> dict[str, str]:
+    """Digests of a run's inputs, so that what changed is not taken from the cache.
+
+    A hub id keeps the commit that it was pinned to by the first run in the workdir, whatever its branch is at now.
+
+    Raises:
+        InputError: the hub, or the store, has no such thing.
+    """
+    pinned = _pinned(workdir)
+    digests = {
+        name: pinned[name] if place.kind == "hub" and name in pinned else place.digest(offline=True)
+        for name, place in (("base_model", base), ("data", source))
+    }
+    if settings.snr.table:
+        digests["snr_table"] = file_place(settings.snr.table, "snr.table").digest()
+    return digests
+
+
+def _pinned(workdir: Path) -> dict[str, str]:
+    """The contents of the run that a workdir holds; none where it holds none, about which `claim_workdir` decides."""
+    try:
+        earlier = json.loads((workdir / "run.json").read_text(encoding="utf-8"))["contents"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return earlier if isinstance(earlier, dict) else {}
 
 
 def claim_workdir(

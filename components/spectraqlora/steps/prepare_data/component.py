@@ -18,7 +18,7 @@ def prepare_data(
 
     Args:
         source: hub id, file, folder or s3:// address.
-        content: digest of the source's files, so that changed ones are not taken from the cache.
+        content: digest of the source's files, or the hub's commit, so that changed ones are not taken from the cache.
         data_settings: the `data` section.
         seed: of the split.
         outline: of the model, for its tokenizer.

@@ -17,7 +17,7 @@ def quantize_load(
 
     Args:
         base_model: hub id, folder or s3:// address.
-        content: digest of the folder, local or not, so that changed files are not taken from the cache.
+        content: digest of the model's files, or the hub's commit, so that another model is not taken from the cache.
         model_settings: the `model` section.
         four_bit: 4-bit model with tokenizer and manifest.
         outline: the model's configs, tokenizer and list of matrices, without weights.
