@@ -117,6 +117,8 @@ class Study:
         """Train one arm once; the result as one line of `runs.jsonl`."""
         from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
         from spectraqlora.steps.select_layers.select import Inputs, select
+        from spectraqlora.steps.train.request import Inputs as TrainInputs
+        from spectraqlora.steps.train.request import TrainRequest
         from spectraqlora.steps.train.training import train
 
         from tests.measured import write_measurement
@@ -133,18 +135,16 @@ class Study:
                 write_measurement(quantized, data, settings, seed, measurement, (arm.method,))
                 inputs = Inputs(self.work / "outline", self.work / "table", measurement)
                 select(arm.method, inputs, settings, seed, ranks)
-            log = train(
-                quantized,
-                data,
-                ranks,
-                TrainSettings(
+            request = TrainRequest(
+                TrainInputs(quantized, data, ranks),
+                adapter,
+                seed,
+                train=TrainSettings(
                     max_steps=self.steps, batch_size=self.batch_size, learning_rate=rate, evaluations=1
                 ),
-                EvaluateSettings(batch_size=32),
-                seed,
-                1,
-                adapter,
+                evaluate=EvaluateSettings(batch_size=32),
             )
+            log = train(request)
         return {
             "arm": arm.name,
             "rate": rate,

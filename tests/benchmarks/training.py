@@ -174,7 +174,7 @@ def run_peer(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, float]:
-    """The train step's own code, timed by its progress calls."""
+    """The train step's own code, timed by the points of its loss curve."""
     from datasets import Dataset
     from spectraqlora.artifacts import FourBitModel
     from spectraqlora.methods.catalogue import method
@@ -182,7 +182,8 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
     from spectraqlora.signals.scores import weight_scores
     from spectraqlora.snr.table import read_table
-    from spectraqlora.steps.train import training
+    from spectraqlora.steps.train.request import Inputs, TrainRequest
+    from spectraqlora.steps.train.training import fit
 
     manifest = FourBitModel.read(folder / "quantized")
     settings = SelectSettings(rank=16, percent=side.get("percent", 100))
@@ -202,16 +203,16 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
         evaluations=1,
         gradient_checkpointing=side.get("recompute", "auto"),
     )
-    training.fit(
-        model,
-        ranks,
-        data,
-        plan,
-        EvaluateSettings(batch_size=1),
-        0,
-        training.span(ranks, plan, 1),
-        on_step=lambda _: meter.tick(),
+    inputs = Inputs(folder / "quantized", data, folder / "rank_map")
+    request = TrainRequest(
+        inputs, folder / "adapter", seed=0, train=plan, evaluate=EvaluateSettings(batch_size=1)
     )
+
+    def tick(curve: str, step: int, value: float) -> None:
+        if curve == "train_loss":
+            meter.tick()
+
+    fit(model, ranks, request, on_metric=tick)
     return {**meter.result(), "trainable": trainable}
 
 

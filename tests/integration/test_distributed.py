@@ -131,13 +131,13 @@ def test_processes_share_a_steps_rows(
     batch_size: int, accumulation: int, processes: int, expected: tuple[int, int]
 ) -> None:
     settings = TrainSettings(batch_size=batch_size, gradient_accumulation=accumulation)
-    rows, passes = distributed.share(settings, processes)
+    rows, passes = distributed.split_batch(settings, processes)
     assert (rows, passes) == expected
     assert rows * passes * processes == batch_size * accumulation
 
 
 def test_rows_that_do_not_divide_are_refused() -> None:
     with pytest.raises(InputError, match=r"train\.batch_size: '3'.*a multiple of 2"):
-        distributed.share(TrainSettings(batch_size=3), 2)
+        distributed.split_batch(TrainSettings(batch_size=3), 2)
     with pytest.raises(InputError, match=r"train\.batch_size"):
-        distributed.share(TrainSettings(batch_size=2), 8)
+        distributed.split_batch(TrainSettings(batch_size=2), 8)

@@ -95,7 +95,7 @@ def test_twenty_kills_at_random_moments_change_nothing(
         time.sleep(noise.uniform(0, 1.0))
         if (
             not process.is_alive()
-        ):  # A fast machine: this training is done, and another one goes on being killed.
+        ):  # A fast machine: this training is done, and another one is killed from here on.
             assert process.exitcode == 0, log.read_text()
             same(output, tmp_path / "uninterrupted")
             shutil.rmtree(tmp_path / "kept", ignore_errors=True)
@@ -110,7 +110,7 @@ def test_twenty_kills_at_random_moments_change_nothing(
     last.start()
     last.join()
     assert last.exitcode == 0, log.read_text()
-    assert in_training >= KILLS / 2 and "going on from the checkpoint of step" in log.read_text()
+    assert in_training >= KILLS / 2 and "resuming from the checkpoint of step" in log.read_text()
     same(output, tmp_path / "uninterrupted")
     losses = TrainingLog.read(output).loss_curve
     assert len(losses) == 100 and losses[-1][0] == STEPS
@@ -150,10 +150,13 @@ def test_a_store_that_is_down_for_half_a_minute_costs_nothing(
         same(tmp_path / "adapter", tmp_path / "uninterrupted")
         (identity,) = folders_below(parse_address(destination))
         found = folders_below(parse_address(destination).child(identity))
-        assert {name[:14] for name, whole in found.items() if whole} == {"step-000000038", "step-000000040"}
+        assert {name[:14] for name, complete in found.items() if complete} == {
+            "step-000000038",
+            "step-000000040",
+        }
 
 
-def test_a_stopped_run_goes_on_in_the_middle_of_its_training(
+def test_a_stopped_run_resumes_in_the_middle_of_its_training(
     tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
     """Ended by SIGTERM, which leaves time for a checkpoint, then by SIGKILL, then not at all."""
@@ -190,10 +193,10 @@ def test_a_stopped_run_goes_on_in_the_middle_of_its_training(
         if number == signal.SIGTERM:
             assert before % 50, "a checkpoint of its own, outside the interval"
             stopped = before
-    assert f"going on from the checkpoint of step {stopped}\n" in (workdir / "run.log").read_text()
+    assert f"resuming from the checkpoint of step {stopped}\n" in (workdir / "run.log").read_text()
     done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("going on from the checkpoint of step", (workdir / "run.log").read_text())) == 2
+    assert len(re.findall("resuming from the checkpoint of step", (workdir / "run.log").read_text())) == 2
 
 
 SEVERAL = """
@@ -218,7 +221,7 @@ run_train(
 """
 
 
-def test_several_processes_go_on_together(quantized: Path, prepared: Path, tmp_path: Path) -> None:
+def test_several_processes_resume_together(quantized: Path, prepared: Path, tmp_path: Path) -> None:
     rank_map(quantized, {Q0: 4, DOWN: 4}).write(tmp_path / "ranks")
 
     def start(name: str) -> subprocess.Popen[str]:
@@ -232,9 +235,9 @@ def test_several_processes_go_on_together(quantized: Path, prepared: Path, tmp_p
             start_new_session=True,
         )
 
-    whole = start("whole")
-    printed, _ = whole.communicate(timeout=900)
-    assert whole.returncode == 0, printed
+    uninterrupted = start("uninterrupted")
+    printed, _ = uninterrupted.communicate(timeout=900)
+    assert uninterrupted.returncode == 0, printed
     cut = start("cut")
     while not [p for p in (tmp_path / "cut-kept").glob("*/step-*") if not p.suffix]:
         assert cut.poll() is None, cut.communicate()[0]
@@ -244,6 +247,6 @@ def test_several_processes_go_on_together(quantized: Path, prepared: Path, tmp_p
     last = start("cut")
     printed, _ = last.communicate(timeout=900)
     assert last.returncode == 0, printed
-    assert "going on from the checkpoint of step" in printed
-    same(tmp_path / "cut", tmp_path / "whole")
+    assert "resuming from the checkpoint of step" in printed
+    same(tmp_path / "cut", tmp_path / "uninterrupted")
     assert TrainingLog.read(tmp_path / "cut").processes == 2

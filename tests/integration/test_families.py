@@ -31,6 +31,8 @@ from spectraqlora.steps.register.register import register
 from spectraqlora.steps.select_layers.select import Inputs as Selection
 from spectraqlora.steps.select_layers.select import select
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
+from spectraqlora.steps.train.request import Inputs as TrainInputs
+from spectraqlora.steps.train.request import TrainRequest
 from spectraqlora.steps.train.training import train
 from spectraqlora.tracking.registered_model import load_model
 from spectraqlora.tracking.registry import Registry
@@ -224,7 +226,8 @@ def _branch(
             work / method / f"ranks{number + 1}",
             work / method / f"carried{number}",
         )
-        train(quantized, data, ranks, train_, EVALUATE, 1, 2, adapter, carried)
+        request = TrainRequest(TrainInputs(quantized, data, ranks, carried), adapter, 1, 2, train_, EVALUATE)
+        train(request)
         inputs = Trained(quantized, data, ranks, adapter, table, measurement, previous)
         result = re_evaluate(inputs, outputs, sections, number, 2, 1)
         carried, previous = outputs.next_adapter, outputs.evaluation

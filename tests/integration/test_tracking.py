@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from spectraqlora.artifacts import PreparedRows, RankMap, TrainingLog
 from spectraqlora.errors import InputError
-from spectraqlora.settings import EvaluateSettings, SelectSettings, TrackingSettings, TrainSettings
+from spectraqlora.settings import SelectSettings, TrackingSettings, TrainSettings
 from spectraqlora.tracking import live as live_metrics
 from spectraqlora.tracking.live import LiveMetrics
 from spectraqlora.tracking.runs import Tracker
@@ -108,6 +108,7 @@ def test_training_goes_on_while_the_server_is_away_and_the_curves_arrive_whole(
 ) -> None:
     from spectraqlora.artifacts import FourBitModel
     from spectraqlora.methods.catalogue import method
+    from spectraqlora.steps.train.request import Inputs, TrainRequest
     from spectraqlora.steps.train.training import train
 
     monkeypatch.setattr(live_metrics, "SEND_SECONDS", 0.1)
@@ -131,11 +132,9 @@ def test_training_goes_on_while_the_server_is_away_and_the_curves_arrive_whole(
                         time.sleep(0.05)
                     server.start()
 
-            log = train(
-                quantized, prepared, tmp_path / "ranks",
-                TrainSettings(max_steps=24, evaluations=4), EvaluateSettings(accuracy_rows=0), 1, 1,
-                tmp_path / "adapter", on_metric=watched,
-            )  # fmt: skip
+            inputs = Inputs(quantized, prepared, tmp_path / "ranks")
+            plan = TrainSettings(max_steps=24, evaluations=4)
+            log = train(TrainRequest(inputs, tmp_path / "adapter", seed=1, train=plan), on_metric=watched)
         for name, points in (("train_loss", log.loss_curve), ("eval_loss_curve", log.eval_curve)):
             assert _history(tracker, run_id, name) == sorted(points)
         assert any(key.startswith("system/") for key in tracker.client.get_run(run_id).data.metrics)

@@ -1,4 +1,4 @@
-"""Training goes on from its newest checkpoint that is whole, as if nothing had happened."""
+"""Training resumes from its newest checkpoint that is complete, as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError, Stopped
 from spectraqlora.models import adapters
-from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
+from spectraqlora.settings import CheckpointSettings, TrainSettings
+from spectraqlora.steps.train.request import Inputs, TrainRequest
 from spectraqlora.steps.train.training import train
 
 from tests.s3 import BUCKET, SECRET_KEY, Fault, Proxy, Request, Server, environment
@@ -57,11 +58,10 @@ def trained(
     checkpoint: CheckpointSettings | None = None,
     settings: TrainSettings = SETTINGS,
 ) -> TrainingLog:
-    """One training; without a `checkpoint` section it keeps every second step beside its output."""
+    """One training; without a `checkpoint` section it keeps every second step next to its output."""
     checkpoint = checkpoint or CheckpointSettings(folder=f"{output}-kept", every_steps=2)
-    return train(
-        quantized, prepared, ranks, settings, EvaluateSettings(), 3, 1, output, checkpoint=checkpoint
-    )
+    inputs = Inputs(quantized, prepared, ranks)
+    return train(TrainRequest(inputs, output, seed=3, train=settings, checkpoint=checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(
+def test_a_killed_training_resumes_from_its_checkpoint(
     quantized: Path,
     prepared: Path,
     ranks: Path,
@@ -128,7 +128,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     process.wait()
     assert not output.exists()
     trained(quantized, prepared, ranks, output)
-    assert "going on from the checkpoint of step" in capsys.readouterr().out
+    assert "resuming from the checkpoint of step" in capsys.readouterr().out
     same(output, uninterrupted)
     assert [path.name[:14] for path in kept(output)] == ["step-000000006", "step-000000008"], "older ones go"
     # The step's outputs were lost on the way: the last checkpoint has it all.
@@ -146,7 +146,7 @@ def test_sigterm_ends_a_training_after_a_checkpoint(
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "a retry goes on from there" in printed
+    assert "a retry resumes from there" in printed
     assert not output.exists()
     stopped_at = int(printed.rpartition("stopped after step ")[2].split()[0])
     manifest = json.loads((kept(output)[-1] / "manifest.json").read_text())
@@ -166,7 +166,7 @@ def test_sigterm_ends_a_training_after_a_checkpoint(
     ],
     ids=["tensors cut", "tensors changed", "numbers cut", "no manifest", "manifest cut"],
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     damage: Callable[[Path], None],
     stopped: Path,
     quantized: Path,
@@ -182,8 +182,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage(newer)
     trained(quantized, prepared, ranks, output)
     printed = capsys.readouterr().out
-    assert f"WARNING: checkpoint {newer.name} is passed over" in printed
-    assert "going on from the checkpoint of step 4" in printed
+    assert f"WARNING: checkpoint {newer.name} is skipped" in printed
+    assert "resuming from the checkpoint of step 4" in printed
     same(output, uninterrupted)
     assert older not in kept(output) and newer not in kept(output)
 
@@ -222,7 +222,7 @@ def test_a_training_of_other_inputs_starts_anew(
 ) -> None:
     settings = SETTINGS.model_copy(update={"learning_rate": 1e-4})
     trained(quantized, prepared, ranks, tmp_path / "a", CheckpointSettings(folder=str(stopped)), settings)
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
 
 
 def test_nothing_that_runs_code_is_read(stopped: Path) -> None:
@@ -249,7 +249,7 @@ def stored(server: Server, prefix: str) -> list[Path]:
     return sorted(path.parent for path in (server.folder / BUCKET / prefix).glob("*/step-*/_manifest.json"))
 
 
-def test_a_pod_on_an_empty_disk_goes_on_from_the_store(
+def test_a_pod_on_an_empty_disk_resumes_from_the_store(
     server: Server,
     quantized: Path,
     prepared: Path,
@@ -282,14 +282,14 @@ def test_a_pod_on_an_empty_disk_goes_on_from_the_store(
         point_at(monkeypatch, proxy.endpoint)
         trained(quantized, prepared, ranks, tmp_path / "second", checkpoint)
     printed = capsys.readouterr().out
-    assert f"WARNING: checkpoint {before[-1].name} is passed over" in printed
-    assert f"going on from the checkpoint of step {int(before[-2].name[5:14])}\n" in printed
+    assert f"WARNING: checkpoint {before[-1].name} is skipped" in printed
+    assert f"resuming from the checkpoint of step {int(before[-2].name[5:14])}\n" in printed
     same(tmp_path / "second", uninterrupted)
     after = stored(server, "pods")
     assert len(after) == 3 and after[-1].name.startswith("step-000000008") and before[-1] not in after
 
 
-def test_a_wrong_secret_is_told_before_the_training(
+def test_a_wrong_secret_is_reported_before_the_training(
     server: Server,
     quantized: Path,
     prepared: Path,

@@ -12,7 +12,8 @@ from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.optimizers import check_optimizer
-from spectraqlora.settings import EvaluateSettings, TrainSettings
+from spectraqlora.settings import TrainSettings
+from spectraqlora.steps.train.request import Inputs, TrainRequest
 from spectraqlora.steps.train.training import train
 
 from tests.unit.test_adapters import DOWN, Q0, rank_map
@@ -20,20 +21,10 @@ from tests.unit.test_adapters import DOWN, Q0, rank_map
 
 def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path) -> None:
     rank_map(quantized, {Q0: 4, DOWN: 4}).write(tmp_path / "ranks")
+    inputs = Inputs(quantized, prepared, tmp_path / "ranks")
     settings, logs = TrainSettings(max_steps=6, evaluations=3), []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        logs.append(
-            train(
-                quantized,
-                prepared,
-                tmp_path / "ranks",
-                settings,
-                EvaluateSettings(),
-                seed,
-                1,
-                tmp_path / name,
-            )
-        )
+        logs.append(train(TrainRequest(inputs, tmp_path / name, seed, train=settings)))
     first, second = (adapters.read_adapter_weights(tmp_path / name) for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert logs[0].loss_curve == logs[1].loss_curve != logs[2].loss_curve

@@ -10,6 +10,8 @@ import torch
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
 from spectraqlora.runtime.console import warn
 
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name of a saved adapter's weights."""
 _ADAPTER = "default"
 _MATRICES = ("lora_A", "lora_B")
 _MAGNITUDE = "lora_magnitude_vector"
@@ -190,7 +192,7 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     return {
         key.removeprefix("base_model.model.").removesuffix(".weight"): weight.float()
-        for key, weight in load_file(folder / "adapter_model.safetensors").items()
+        for key, weight in load_file(folder / WEIGHTS).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Being stopped by a signal: noted when it comes, acted on where the work can be taken up again."""
+"""Being stopped by a signal: recorded when it comes, acted on where the work can be resumed later."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Callable[[], int]]:
-    """Inside, SIGTERM and SIGINT are only noted; yields what tells the number that came, 0 for none.
+    """Inside, SIGTERM and SIGINT are only recorded; yields what returns the number that came, 0 for none.
 
     Kubernetes sends SIGTERM and, by default, 30 seconds later SIGKILL. Outside a process's main thread
-    signals cannot be caught, and none is ever noted.
+    signals cannot be caught, and none is ever recorded.
     """
     came = 0
 

@@ -29,9 +29,9 @@ def check(settings: Settings, base: Place, source: Place) -> None:
         Registry(settings.tracking).versions()
     _check_destinations(settings)
     if settings.train.processes > 1:
-        from spectraqlora.steps.train.distributed import share
+        from spectraqlora.steps.train.distributed import split_batch
 
-        share(settings.train, settings.train.processes)
+        split_batch(settings.train, settings.train.processes)
     with quiet():
         check_source(source, settings.data)
     _check_base_model(settings, base)

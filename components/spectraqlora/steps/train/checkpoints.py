@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, and found again by whoever trains the same thing.
+"""Training checkpoints: written completely or not at all, and taken up by whoever trains the same thing.
 
 A training is known by its identity, the digest of everything it depends on. Its checkpoints are folders
 
@@ -9,7 +9,7 @@ A training is known by its identity, the digest of everything it depends on. Its
 
 and, where there is an address, the same folders published below it. The last part of the name is the writer's
 own: a pod that was given up and still runs never writes where its successor does. Checksums are verified
-before anything is read; what is cut short or damaged is passed over for the checkpoint before it.
+before anything is read; a checkpoint that is cut short or damaged is skipped for the one before it.
 """
 
 from __future__ import annotations
@@ -30,48 +30,43 @@ from safetensors.torch import load_file, save_file
 from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, PreparedRows, RankMap, TrainingCheckpoint
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest, write_text
-from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrainSettings
+from spectraqlora.models.adapters import WEIGHTS
+from spectraqlora.runtime.console import say, warn
+from spectraqlora.settings import CheckpointSettings
 from spectraqlora.steps.train import distributed
+from spectraqlora.steps.train.request import TrainRequest
 from spectraqlora.steps.train.state import Snapshot
 
 if TYPE_CHECKING:
     from spectraqlora.storage import Address, Connection
 
-FORMAT = 1
+FORMAT = 2
 _TENSORS, _FACTS = "state.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{9})-[0-9a-f]{8}")
 _UNFINISHED = ".partial"
 
 
-def identity(
-    quantized: Path,
-    data: Path,
-    ranks_folder: Path,
-    previous: Path | None,
-    settings: TrainSettings,
-    evaluation: EvaluateSettings,
-    seed: int,
-    rounds: int,
-) -> str:
+def identity(request: TrainRequest) -> str:
     """Digest of everything that decides how a training goes, its method and round among them."""
-    base = FourBitModel.read(quantized)
+    inputs = request.inputs
+    base = FourBitModel.read(inputs.four_bit)
     files = {
-        "ranks": ranks_folder / RankMap.filename(),
-        "gradient init": ranks_folder / GRADIENT_INIT,
-        **({"previous": previous / "adapter_model.safetensors"} if previous else {}),
+        "rank map": inputs.rank_map / RankMap.filename(),
+        "gradient init": inputs.rank_map / GRADIENT_INIT,
+        **({"start": inputs.start / WEIGHTS} if inputs.start else {}),
     }
     parts = {
         "format": FORMAT,
-        # Where the base was found says nothing about what it is.
+        # Where the base came from says nothing about what it is.
         "base": base.model_dump(
             mode="json", include={"base_digest", "compute_dtype", "quant_type", "double_quant"}
         ),
-        "data": PreparedRows.read(data).digest,
+        "rows": PreparedRows.read(inputs.rows).digest,
         **{name: file_digest(path) for name, path in files.items() if path.exists()},
-        "settings": settings.model_dump(mode="json"),
-        "evaluation": evaluation.batch_size,
-        "seed": seed,
-        "rounds": rounds,
+        "train": request.train.model_dump(mode="json"),
+        "evaluation": request.evaluate.batch_size,
+        "seed": request.seed,
+        "rounds": request.rounds,
         "processes": distributed.world_size(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -94,7 +89,7 @@ class Checkpoints:
         self._folder = Path(settings.folder or scratch) / name
         self._writer = os.urandom(4).hex()
         self._written = time.monotonic()
-        self._passed_over: set[str] = set()
+        self._damaged: set[str] = set()
         self._address: Address | None = None
         if settings.destination and distributed.is_main():
             from spectraqlora.storage import Connection, parse_address
@@ -109,18 +104,18 @@ class Checkpoints:
         return by_time or (steps > 0 and step % steps == 0)
 
     def newest(self) -> Snapshot | None:
-        """The newest checkpoint that is whole and right, from this machine or from the address.
+        """The newest checkpoint that is complete and right, from this machine or from the address.
 
         Raises:
-            InputError: a store that cannot be asked. Damaged checkpoints are passed over with a warning.
+            InputError: a store that cannot be asked. Damaged checkpoints are skipped with a warning.
         """
-        found = self._newest() if distributed.is_main() else None
-        path = distributed.told(str(found[0]) if found else "")
-        if not distributed.is_main():
-            return self._read(Path(path)) if path else None
-        return found[1] if found else None
+        folder, snapshot = self._newest() if distributed.is_main() else (None, None)
+        path = distributed.broadcast_text(str(folder or ""))
+        if not distributed.is_main() and path:
+            return self._read(Path(path))
+        return snapshot
 
-    def _newest(self) -> tuple[Path, Snapshot] | None:
+    def _newest(self) -> tuple[Path, Snapshot] | tuple[None, None]:
         local, remote = self._local(), self._remote()
         for name in sorted(local | remote, reverse=True):
             for fetched in (False, True):
@@ -131,30 +126,30 @@ class Checkpoints:
                         self._fetch(name)
                     snapshot = self._read(self._folder / name)
                 except _Damaged as fault:
-                    print(f"WARNING: checkpoint {name} is passed over: {fault}", flush=True)
+                    warn(f"checkpoint {name} is skipped: {fault}")
                     shutil.rmtree(self._folder / name, ignore_errors=True)
                     continue
-                print(f"going on from the checkpoint of step {snapshot.facts['course']['step']}", flush=True)
+                say(f"resuming from the checkpoint of step {snapshot.facts['progress']['step']}")
                 return self._folder / name, snapshot
-            self._passed_over.add(name)
-        return None
+            self._damaged.add(name)
+        return None, None
 
     def write(self, snapshot: Snapshot) -> None:
         """Keep a snapshot, and remove those that are no longer needed; the first process does it for all.
 
-        A full disk or a store that is away costs the checkpoint and not the training: it is told in a
-        warning, and the checkpoints before stay.
+        A full disk or a store that is away costs the checkpoint and not the training: a warning says so, and
+        the checkpoints before stay.
         """
         if not distributed.is_main():
             return
-        step = int(snapshot.facts["course"]["step"])
+        step = int(snapshot.facts["progress"]["step"])
         name = f"step-{step:09}-{self._writer}"
         self._written = time.monotonic()
         try:
             self._write(name, step, snapshot)
         except (OSError, SafetensorError) as fault:
             reason = fault.strerror if isinstance(fault, OSError) else fault
-            print(f"WARNING: no checkpoint of step {step}: {self._folder}: {reason}", flush=True)
+            warn(f"no checkpoint of step {step}: {self._folder}: {reason}")
             return
         finally:
             shutil.rmtree(self._folder / (name + _UNFINISHED), ignore_errors=True)
@@ -166,7 +161,7 @@ class Checkpoints:
                 upload_folder(self._folder / name, self._address.child(name), self._connection)
                 self._prune_remote(self._address)
             except InputError as fault:
-                print(f"WARNING: the checkpoint of step {step} stays on this machine: {fault}", flush=True)
+                warn(f"the checkpoint of step {step} stays on this machine: {fault}")
         self._written = time.monotonic()
 
     def _write(self, name: str, step: int, snapshot: Snapshot) -> None:
@@ -203,8 +198,8 @@ class Checkpoints:
             return set()
         from spectraqlora.storage import folders_below
 
-        found = folders_below(self._address, self._connection)
-        return {name for name, whole in found.items() if whole and _NAME.fullmatch(name)}
+        published = folders_below(self._address, self._connection)
+        return {name for name, complete in published.items() if complete and _NAME.fullmatch(name)}
 
     def _fetch(self, name: str) -> None:
         from spectraqlora.storage import ObjectDamaged, ObjectMissing, download_folder
@@ -216,7 +211,7 @@ class Checkpoints:
             raise _Damaged(str(fault)) from None
 
     def _kept(self, names: set[str]) -> set[str]:
-        return set(sorted(names - self._passed_over, reverse=True)[: self._settings.keep])
+        return set(sorted(names - self._damaged, reverse=True)[: self._settings.keep])
 
     def _prune_local(self) -> None:
         kept = self._kept(self._local())
@@ -231,7 +226,7 @@ class Checkpoints:
         oldest = min(kept, default="")
         for name in folders_below(address, self._connection):
             # Unfinished ones may be another writer's that is under way, unless they are old.
-            if _NAME.fullmatch(name) and name not in kept and (name < oldest or name in self._passed_over):
+            if _NAME.fullmatch(name) and name not in kept and (name < oldest or name in self._damaged):
                 with contextlib.suppress(InputError):  # A writer need not have the permission to delete.
                     remove_folder(address.child(name), self._connection)
 

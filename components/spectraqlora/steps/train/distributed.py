@@ -1,7 +1,7 @@
 """Training in several processes on one machine: launching them, sharing the rows, sharding the base.
 
-Adapters are small: every process holds them whole, and DistributedDataParallel averages their gradients. The
-frozen base is whole in every process too, or, with `train.parallel=fsdp`, its blocks are sharded with FSDP2
+Adapters are small: every process holds all of them, and DistributedDataParallel averages their gradients. The
+frozen base is complete in every process too, or, with `train.parallel=fsdp`, its blocks are sharded with FSDP2
 (`fully_shard`): a process holds its share of each block's packed 4-bit weights and gathers a block just for
 the time of its forward or backward pass. The weights are packed in the compute type
 (`bnb_4bit_quant_storage`), which is what lets FSDP shard them. Leaving the adapters out of the shards keeps
@@ -10,14 +10,13 @@ them plain tensors: modules that share a pair, groups of learning rates and savi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
@@ -29,11 +28,14 @@ from spectraqlora.scoring.head_loss import HeadLoss
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from spectraqlora.steps.train.request import TrainRequest
+
 _BLOCK = re.compile(r"^(?:(?!\.\d+\.).)*\.\d+$")
 """Module paths that end with their first number: the outermost numbered blocks."""
 
 
-def processes(settings: TrainSettings) -> int:
+def process_count(settings: TrainSettings) -> int:
     """How many processes train: as asked for, else one per GPU, else one.
 
     Raises:
@@ -50,14 +52,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def rank() -> int:
+def process_index() -> int:
     """This process's number among them, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes and reports."""
-    return rank() == 0
+    return process_index() == 0
 
 
 def launched() -> bool:
@@ -65,7 +67,7 @@ def launched() -> bool:
     return dist.is_torchelastic_launched()
 
 
-def share(settings: TrainSettings, count: int) -> tuple[int, int]:
+def split_batch(settings: TrainSettings, count: int) -> tuple[int, int]:
     """(rows per forward pass of one process, forward passes per step) so that a step's rows stay the same.
 
     Processes first take over accumulation's passes, then divide the rows of a pass.
@@ -84,8 +86,8 @@ def share(settings: TrainSettings, count: int) -> tuple[int, int]:
     return rows, settings.gradient_accumulation // passes
 
 
-def launch(count: int, arguments: dict[str, Any]) -> None:
-    """Call `spectraqlora.steps.train.step.run` with the same arguments in `count` processes of `train.worker`.
+def launch(count: int, request: TrainRequest) -> None:
+    """Train a request in `count` processes of `spectraqlora.steps.train.worker`.
 
     Exits with a worker's code where one fails; what went wrong is on the screen by then.
     """
@@ -97,9 +99,7 @@ def launch(count: int, arguments: dict[str, Any]) -> None:
     os.environ[OWN] = str(threads_per_process(count))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "request.json"
-        # Of artifacts the path is all that matters.
-        text = json.dumps(arguments, default=lambda artifact: {"path": artifact.path})
-        path.write_text(text, encoding="utf-8")
+        request.write(path)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -119,11 +119,11 @@ def launch(count: int, arguments: dict[str, Any]) -> None:
             code = error.get_first_failure()[1].exitcode
             sys.exit(code if code > 0 else 1)
         except SignalException as error:
-            # The processes were sent it too, and have ended after a checkpoint.
+            # The workers received it too, and have ended after a checkpoint.
             sys.exit(128 + error.sigval)
 
 
-def start() -> None:
+def join() -> None:
     """Join the other processes: NCCL between GPUs, gloo between CPUs."""
     from accelerate import PartialState
 
@@ -140,16 +140,16 @@ def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 def shard_base(model: Any) -> None:
     """Shard the frozen weights of a PEFT model's blocks over all processes, in place.
 
-    Embeddings, head and adapters stay whole. A model loaded on the CPU reaches the GPU block by block.
+    Embeddings, head and adapters are not sharded. A model loaded on the CPU reaches the GPU block by block.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device(), (world_size(),))
-    found = blocks(model)
-    of_blocks = {parameter for block in found for parameter in block.parameters()}
+    sharded = blocks(model)
+    of_blocks = {parameter for block in sharded for parameter in block.parameters()}
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}
-    for block in found:
+    for block in sharded:
         block.to(device())
         fully_shard(block, mesh=mesh, ignored_params=adapters)
     model.to(device())
@@ -189,37 +189,37 @@ def mean_loss(model: Any, rows: Any, batch_size: int, head: HeadLoss) -> float:
     count = world_size()
     if count == 1:
         return score(model, rows, batch_size, head).loss
-    places = range(rank(), -(-len(rows) // count) * count, count)
-    found = score(model, rows.select([place % len(rows) for place in places]), batch_size, head)
+    places = range(process_index(), -(-len(rows) // count) * count, count)
+    scored = score(model, rows.select([place % len(rows) for place in places]), batch_size, head)
     own = sum(place < len(rows) for place in places)
     sums = torch.tensor(
-        [sum(found.losses[:own]), float(sum(found.tokens[:own]))], dtype=torch.float64, device=device()
+        [sum(scored.losses[:own]), float(sum(scored.tokens[:own]))], dtype=torch.float64, device=device()
     )
     dist.all_reduce(sums)
     return float(sums[0] / sums[1])
 
 
-def highest(value: int) -> int:
+def all_max(value: int) -> int:
     """The largest of all processes' values."""
     if world_size() == 1:
         return value
-    found = torch.tensor(value, device=device())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(value, device=device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every process's tensor of this name, in the order of their numbers; all of one shape."""
+def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor, in the order of their numbers; all of one shape."""
     if world_size() == 1:
         return [tensor]
     own = tensor.to(device())
-    found = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(found, own)
-    return found
+    tensors = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(tensors, own)
+    return tensors
 
 
-def told(text: str) -> str:
-    """What the first process says, in every process."""
+def broadcast_text(text: str) -> str:
+    """The first process's text, in every process."""
     if world_size() == 1:
         return text
     message = [text]

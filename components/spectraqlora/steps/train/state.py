@@ -18,8 +18,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
-class Course:
-    """What a training has been through.
+class TrainingProgress:
+    """What a training has done so far.
 
     Args:
         step: optimizer steps done in this round.
@@ -63,13 +63,13 @@ class Snapshot:
     facts: dict[str, Any]
 
 
-def capture(model: Any, optimizer: Any, schedule: Any, course: Course) -> Snapshot:
-    """Copies of every trained parameter, optimizer, schedule, random state and course.
+def capture(model: Any, optimizer: Any, schedule: Any, progress: TrainingProgress) -> Snapshot:
+    """Copies of every trained parameter, optimizer, schedule, random state and progress.
 
     Several processes take part together; parameters and optimizer are the same in all, random states are not.
     """
     tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    tensors |= {f"best.{name}": weight for name, weight in course.best.items()}
+    tensors |= {f"best.{name}": weight for name, weight in progress.best.items()}
     entries = optimizer.state_dict()
     scalars: dict[str, dict[str, Any]] = {}
     for index, entry in entries["state"].items():
@@ -78,23 +78,24 @@ def capture(model: Any, optimizer: Any, schedule: Any, course: Course) -> Snapsh
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    tensors["course.losses"] = torch.tensor(course.losses, dtype=torch.float64)
+    tensors["progress.losses"] = torch.tensor(progress.losses, dtype=torch.float64)
     # Dropout is all that draws while training runs; it draws from torch's generators.
     for kind, own in _random().items():
-        tensors |= {f"random.{kind}.{rank}": state for rank, state in enumerate(distributed.gathered(own))}
+        states = distributed.all_gather(own)
+        tensors |= {f"random.{kind}.{index}": state for index, state in enumerate(states)}
     rates = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
     facts = {
         "optimizer": {"scalars": scalars, "groups": entries["param_groups"]},
         "schedule": rates,
-        "course": {
-            name: getattr(course, name)
+        "progress": {
+            name: getattr(progress, name)
             for name in ("step", "evals", "best_loss", "seconds", "tokens", "peak_memory_bytes")
         },
     }
     return Snapshot({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, facts)
 
 
-def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> Course:
+def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> TrainingProgress:
     """Put parameters, optimizer and schedule back; `restore_random` does the rest when training starts."""
     tensors, facts = snapshot.tensors, snapshot.facts
     trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
@@ -109,20 +110,20 @@ def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> Co
         state.setdefault(int(index), {}).update(scalars)
     optimizer.load_state_dict({"state": state, "param_groups": facts["optimizer"]["groups"]})
     schedule.load_state_dict({**schedule.state_dict(), **facts["schedule"]})
-    course = facts["course"]
-    return Course(
-        **{**course, "evals": [(step, loss) for step, loss in course["evals"]]},
-        losses=tensors["course.losses"].tolist(),
+    numbers = facts["progress"]
+    return TrainingProgress(
+        **{**numbers, "evals": [(step, loss) for step, loss in numbers["evals"]]},
+        losses=tensors["progress.losses"].tolist(),
         best=_below("best.", tensors),
     )
 
 
 def restore_random(snapshot: Snapshot) -> None:
     """Put the random state back; everything that draws before the first step must have drawn."""
-    rank = distributed.rank()
-    torch.set_rng_state(snapshot.tensors[f"random.cpu.{rank}"])
-    if torch.cuda.is_available() and f"random.cuda.{rank}" in snapshot.tensors:
-        torch.cuda.set_rng_state(snapshot.tensors[f"random.cuda.{rank}"])
+    index = distributed.process_index()
+    torch.set_rng_state(snapshot.tensors[f"random.cpu.{index}"])
+    if torch.cuda.is_available() and f"random.cuda.{index}" in snapshot.tensors:
+        torch.cuda.set_rng_state(snapshot.tensors[f"random.cuda.{index}"])
 
 
 def _random() -> Tensors:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import PreparedRows, RankMap, TrainingLog
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrackingSettings, TrainSettings
-
-ADAPTER = "adapter_model.safetensors"
-"""PEFT's name of an adapter's weights; where training starts from the base there is none."""
 
 
 @step
@@ -31,56 +26,43 @@ def run(
     previous: Any = None,
     start: Any = None,
 ) -> None:
-    arguments = dict(locals())
     from spectraqlora.models.optimizers import check_optimizer
     from spectraqlora.steps.train import distributed
-    from spectraqlora.steps.train.training import nothing_left, train
-    from spectraqlora.tracking.live import LiveMetrics
-    from spectraqlora.tracking.runs import Tracker
+    from spectraqlora.steps.train.request import Inputs, TrainRequest
+    from spectraqlora.steps.train.tracked import train_tracked
 
     # KFP hands every number over as a float; the sections give them their types back.
-    section, scoring = TrainSettings(**train_settings), EvaluateSettings(**evaluate_settings)
-    ranks = RankMap.read(rank_map.path)
-    check_optimizer(section.optimizer)
-    count = distributed.processes(section)
-    distributed.share(section, count)
-    begin = start.path if start is not None and (Path(start.path) / ADAPTER).exists() else None
-    if count > 1 and not distributed.launched() and not nothing_left(ranks):
-        distributed.launch(count, arguments)
-        return
-    work = functools.partial(
-        train,
-        Path(four_bit.path),
-        Path(rows.path),
-        Path(rank_map.path),
-        section,
-        scoring,
-        seed,
-        rounds,
-        previous=Path(previous.path) if previous is not None else None,
-        start=Path(begin) if begin is not None else None,
+    request = TrainRequest(
+        inputs=Inputs(
+            four_bit=Path(four_bit.path),
+            rows=Path(rows.path),
+            rank_map=Path(rank_map.path),
+            start=_start(previous, start),
+        ),
+        output=Path(adapter.path),
+        seed=seed,
+        rounds=rounds,
+        train=TrainSettings(**train_settings),
+        evaluate=EvaluateSettings(**evaluate_settings),
         checkpoint=CheckpointSettings(**checkpoint_settings),
+        tracking=TrackingSettings(**tracking_settings),
+        run_key=run_key,
     )
-    if not distributed.is_main():
-        work(output=Path(adapter.path))
-        return
-    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "train")
-    branch = tracker.branch_run(ranks.method)
-    tracker.log_params(
-        branch,
-        {
-            "method": ranks.method,
-            "seed": seed,
-            "train": section.model_dump(),
-            "evaluate": scoring.model_dump(),
-        },
-    )
-    tracker.log_data(branch, PreparedRows.read(rows.path))
-    with LiveMetrics(tracker, branch, (ranks.round - 1) * section.max_steps) as live:
-        log: TrainingLog = work(output=output_folder(adapter), on_metric=live)
+    check_optimizer(request.train.optimizer)
+    processes = distributed.process_count(request.train)
+    distributed.split_batch(request.train, processes)
+    if distributed.is_main():
+        output_folder(adapter)
+    if processes > 1 and not distributed.launched():
+        distributed.launch(processes, request)
+    else:
+        train_tracked(request)
 
-    def send() -> None:
-        tracker.log_training(branch, log, section.max_steps)
-        tracker.log_file(branch, Path(rank_map.path) / RankMap.filename(), f"round-{log.round}")
 
-    tracker.retry_while_away(send, "what training logged")
+def _start(previous: Any, start: Any) -> Path | None:
+    """The adapter of the round before, else the one given to start from; one without weights is none."""
+    from spectraqlora.models.adapters import WEIGHTS
+
+    if previous is not None:
+        return Path(previous.path)
+    return Path(start.path) if start is not None and (Path(start.path) / WEIGHTS).exists() else None
