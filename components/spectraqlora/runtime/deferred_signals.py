@@ -17,14 +17,14 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
     """
     came = 0
 
-    def note(number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         nonlocal came
         came = number
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: came
     finally:
