@@ -17,8 +17,8 @@ def register(registry: Registry, *, loss: float, rows: str = "rows", **tags: Any
     from mlflow.exceptions import MlflowException
 
     client = registry.client
-    found = client.get_experiment_by_name(registry.settings.experiment)
-    experiment = found.experiment_id if found else client.create_experiment(registry.settings.experiment)
+    known = client.get_experiment_by_name(registry.settings.experiment)
+    experiment = known.experiment_id if known else client.create_experiment(registry.settings.experiment)
     run = client.create_run(experiment).info.run_id
     try:
         client.create_registered_model(registry.name)

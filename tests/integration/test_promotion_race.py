@@ -49,7 +49,7 @@ def test_promotions_at_once_leave_one_champion_the_best_one(mlflow_server: Mlflo
     ]
     for process in promoting:
         process.start()
-    found = [outcomes.get(timeout=300) for _ in promoting]
+    results = [outcomes.get(timeout=300) for _ in promoting]
     for process in promoting:
         process.join()
 
@@ -62,8 +62,8 @@ def test_promotions_at_once_leave_one_champion_the_best_one(mlflow_server: Mlflo
         assert losses[after.version] < losses[before.version], "each was better than that one"
     aliases = {alias: v.number for v in models.versions() for alias in v.aliases}
     assert aliases[CHAMPION] == best and aliases[PREVIOUS] == history[-1].before
-    promoted = {outcome.version for outcome in found if outcome.promoted}
+    promoted = {outcome.version for outcome in results if outcome.promoted}
     assert promoted == {entry.version for entry in history[1:]}
-    for outcome in found:
+    for outcome in results:
         assert outcome.version in promoted or losses[outcome.against] <= losses[outcome.version]
         assert models.version(outcome.version).tags["promotion.decision"] == outcome.decision

@@ -63,18 +63,18 @@ def test_the_champion_generates_text_with_mlflow_alone(
     assert _gate(uri, "speaker", version).run().promoted
     subprocess.run([sys.executable, "-c", LOAD, uri, "speaker"], check=True, timeout=300)
     registry = Registry(TrackingSettings(uri=uri, registered_model="speaker"))
-    found = registry.version("champion")
+    champion = registry.version("champion")
     for tag in ("eval_digest", "merged_digest", "base_digest", "data_digest", "tokenizer_digest"):
-        assert found.tags[tag]
-    assert found.run_id == Tracker(TrackingSettings(uri=uri), "run-1").pipeline_run()
-    folder = download_model(registry.settings, found, tmp_path)
+        assert champion.tags[tag]
+    assert champion.run_id == Tracker(TrackingSettings(uri=uri), "run-1").pipeline_run()
+    folder = download_model(registry.settings, champion, tmp_path)
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    whole = sum(path.stat().st_size for path in (exported / "merged").rglob("*.safetensors"))
-    assert (size < 0.5 * whole) == (form == "adapter"), "the adapter form refers to the base"
-    rows, answers = read_held_out(registry.download(found, EVAL_ROWS, tmp_path))
+    merged_size = sum(path.stat().st_size for path in (exported / "merged").rglob("*.safetensors"))
+    assert (size < 0.5 * merged_size) == (form == "adapter"), "the adapter form refers to the base"
+    rows, answers = read_held_out(registry.download(champion, EVAL_ROWS, tmp_path))
     again = rescore(*load_model(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
     assert again["merged_eval_loss"] > 0 and "accuracy" in again
-    adapter = registry.download(found, ADAPTER, tmp_path)
+    adapter = registry.download(champion, ADAPTER, tmp_path)
     assert (adapter / "adapter_model.safetensors").exists() and (adapter / "rank_map.json").exists()
 
 

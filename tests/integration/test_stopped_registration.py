@@ -1,4 +1,4 @@
-"""A register step that is stopped at any of its requests: its retry leaves one version, whole and with its alias."""
+"""A register step that is stopped at any of its requests: its retry leaves one complete version with its alias."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from spectraqlora.tracking.registered_model import download_model, load_model
 from spectraqlora.tracking.registry import ADAPTER, CHALLENGER, COMPLETING_TAG, EVAL_ROWS, Registry, Version
 from spectraqlora.tracking.runs import Tracker
 
+from tests.mlflow_server import MlflowServer
 from tests.stopped import run_until_request
 
 pytestmark = pytest.mark.e2e
@@ -109,3 +110,16 @@ def test_a_half_tagged_version_is_nobodys_candidate_until_its_own_retry_complete
     completed, newer = registry.version(number), registry.version(other)
     assert completed.tags == undisturbed.tags
     assert newer.aliases == (CHALLENGER,) and completed.aliases == (), "the newer one stays the challenger"
+
+
+def test_a_server_registers_a_model_once_however_often_it_is_asked(
+    inputs: Inputs, undisturbed: Version, tmp_path: Path
+) -> None:
+    with MlflowServer(tmp_path) as server:
+        settings = TrackingSettings(uri=server.uri, registered_model="once")
+        numbers = [register(Tracker(settings, "run-1", "register"), inputs, ORIGIN)[1] for _ in range(2)]
+        registry = Registry(settings)
+        (version,) = registry.versions()
+        assert numbers == [version.number] * 2
+        assert version.tags == undisturbed.tags and version.aliases == (CHALLENGER,)
+        assert len(_logged(registry, version.run_id)) == 1

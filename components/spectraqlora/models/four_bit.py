@@ -19,7 +19,7 @@ def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool =
     Args:
         source: folder of safetensors.
         dtype: compute type, and type of what stays unquantized.
-        trust_remote_code: let code beside the model run.
+        trust_remote_code: let code next to the model run.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
 

@@ -139,7 +139,7 @@ class _FusedAttention(torch.autograd.Function):
         # Kernels write tokens before heads: the transposed result needs no copy.
         out = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
         normaliser = query.new_empty(rows, heads, tokens, dtype=torch.float32)
-        # A mask of booleans is turned into numbers for every layer anew.
+        # A mask of booleans becomes numbers in every layer.
         kept = mask if mask is None or mask.dtype == query.dtype else mask.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, normaliser, kept)
         return out

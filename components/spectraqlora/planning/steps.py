@@ -1,6 +1,6 @@
 """How much memory every step takes, from a model's config and the settings alone.
 
-With a GPU the figures are allocations on it, and what its host needs beside; without one all of it is main memory.
+With a GPU the figures are allocations on it, and what its host needs in addition; without one all of it is main memory.
 Steps that keep no model in memory and measure nothing (prepare-data, compare, register, promote) are not planned.
 """
 
@@ -43,7 +43,7 @@ class StepMemory:
     device: int
     """On the GPU where there is one, else in main memory."""
     host: int
-    """In main memory beside a GPU."""
+    """In main memory, where a GPU holds the rest."""
     largest: str
     """What takes most of it."""
 
@@ -77,7 +77,7 @@ class _Run:
         return CUDA_PROCESS_BYTES if self.cuda else 0
 
     def peak(self, step: str, method: str, parts: Mapping[str, int], host: int = 0) -> StepMemory:
-        """A step that computes: the sum of its parts on the GPU and `host` beside it, or all in one memory."""
+        """A step that computes: the sum of its parts on the GPU and `host` in main memory, or all in one memory."""
         idle = 0 if self.cuda else PROCESS_BYTES
         return StepMemory(
             step,

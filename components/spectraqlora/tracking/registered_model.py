@@ -40,7 +40,7 @@ def log_model(
         settings: the `tracking` section.
         run_id: run that keeps the model.
         exported: artifact of merge-export.
-        trust: let code beside the model run.
+        trust: let code next to the model run.
         example: a prompt as the model was trained on it.
         tags: of the logged model; they say what it is.
 
@@ -166,7 +166,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
 
 
 def _without_own_code(folder: Path) -> Path:
-    """The folder; refused where loading its model would run code that is beside it."""
+    """The folder; refused where loading its model would run code that comes with it."""
     if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise InputError(
             "registered model",

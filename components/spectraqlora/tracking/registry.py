@@ -172,11 +172,11 @@ class Registry:
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                     raise
                 raise InputError(
-                    f"{self.name} version {version.number}", folder, "these artifacts beside its run"
+                    f"{self.name} version {version.number}", folder, "these artifacts of its run"
                 ) from None
 
     def champion_adapter(self, target: Path) -> tuple[Version, Path] | None:
-        """The champion and its adapter, rank map beside it; None where there is no champion or no adapter."""
+        """The champion and its adapter with the rank map; None where there is no champion or no adapter."""
         champion = self.by_alias(CHAMPION)
         if champion is None:
             return None

@@ -101,7 +101,7 @@ class Tracker:
         return chosen
 
     def pipeline_run(self) -> str:
-        """Id of the run that stands for the pipeline run."""
+        """Id of the MLflow run of the pipeline run."""
         from mlflow.exceptions import MlflowException
 
         if _PARENT in self._runs:

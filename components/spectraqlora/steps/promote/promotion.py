@@ -101,7 +101,7 @@ class Promotion:
         )
 
     def _outcome_of(self, entry: LedgerEntry) -> Outcome:
-        """What an entry of the ledger stands for, with the numbers that were compared for it."""
+        """What was decided for an entry of the ledger, with the numbers that were compared for it."""
         number, before = self.challenger.number, entry.before
         if entry.kind == "forced":
             return Outcome(number, entry.kind, entry.reason, before, "not at all", {}, {})
