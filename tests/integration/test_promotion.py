@@ -12,7 +12,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.steps.promote.promotion import Outcome, Promotion, rollback
 from spectraqlora.tracking.ledger import Ledger
-from spectraqlora.tracking.registry import CHAMPION, PREVIOUS, Registry
+from spectraqlora.tracking.registry import CHAMPION, COMPLETING_TAG, OWN_TAG, PREVIOUS, Registry
 from spectraqlora_pipelines.cli import app
 from typer.testing import CliRunner, Result
 
@@ -107,6 +107,41 @@ def test_a_promotion_that_died_before_it_set_the_alias_is_completed_by_the_next(
     done = promote(models, third)
     assert not done.promoted and done.against == second
     assert aliases(models)[CHAMPION] == second
+
+
+def test_a_promotion_that_was_stopped_before_its_record_is_completed_by_its_retry(models: Registry) -> None:
+    first, second = register(models, loss=3.0), register(models, loss=1.0)
+    promote(models, first)
+    assert Ledger(models)._append(2, second, first, "promoted", "stopped here")
+    retry = promote(models, second)
+    assert (retry.decision, retry.reason, retry.against) == ("promoted", "stopped here", first)
+    assert retry.challenger["merged_eval_loss"] == 1.0 and retry.champion["merged_eval_loss"] == 3.0
+    assert aliases(models)[CHAMPION] == second and aliases(models)[PREVIOUS] == first
+    tags = models.version(second).tags
+    assert tags["promotion.decision"] == "promoted" and tags["promotion.champion.merged_eval_loss"] == "3"
+    assert promote(models, second).decision == "is champion"
+
+
+def test_a_rollback_that_was_stopped_is_completed_and_not_done_twice(models: Registry) -> None:
+    versions = [register(models, loss=loss) for loss in (3.0, 2.0, 1.0)]
+    for version in versions:
+        promote(models, version)
+    assert Ledger(models)._append(4, versions[1], versions[2], "rolled back", "slow")
+    assert rollback(models, "once more").reason == "slow"
+    assert aliases(models)[CHAMPION] == versions[1]
+    assert models.version(versions[2]).tags["promotion.decision"] == "rolled back from"
+    assert rollback(models, "slow too").version == versions[0], "the next one is one of its own"
+
+
+def test_a_version_that_its_register_step_did_not_complete_is_no_candidate(models: Registry) -> None:
+    first, half = register(models, loss=3.0), register(models, loss=1.0)
+    models.client.delete_model_version_tag(models.name, str(half), COMPLETING_TAG)
+    assert [version.number for version in models.versions()] == [first]
+    for which in (half, "challenger"):
+        with pytest.raises(InputError, match="expected a complete version; the register step of run"):
+            models.version(which)
+    models.client.delete_model_version_tag(models.name, str(half), OWN_TAG)
+    assert models.version(half).complete, "what others registered is taken as it is"
 
 
 def test_an_alias_set_by_hand_is_taken_as_it_is(models: Registry) -> None:
