@@ -16,7 +16,7 @@ from spectraqlora.steps.promote.promotion import Promotion
 from spectraqlora.steps.promote.rescore import guard_perplexity, rescore
 from spectraqlora.steps.register.register import Inputs, register
 from spectraqlora.tracking.registered_model import download_model, load_model
-from spectraqlora.tracking.registry import ADAPTER, EVAL_ROWS, Registry
+from spectraqlora.tracking.registry import ADAPTER, HELD_OUT, Registry
 from spectraqlora.tracking.runs import Tracker
 
 pytestmark = pytest.mark.e2e
@@ -71,7 +71,7 @@ def test_the_champion_generates_text_with_mlflow_alone(
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     merged_size = sum(path.stat().st_size for path in (exported / "merged").rglob("*.safetensors"))
     assert (size < 0.5 * merged_size) == (form == "adapter"), "the adapter form refers to the base"
-    rows, answers = read_held_out(registry.download(champion, EVAL_ROWS, tmp_path))
+    rows, answers = read_held_out(registry.download(champion, HELD_OUT, tmp_path))
     again = rescore(*load_model(folder), rows, answers, EvaluateSettings(accuracy_rows=2))
     assert again["merged_eval_loss"] > 0 and "accuracy" in again
     adapter = registry.download(champion, ADAPTER, tmp_path)
@@ -98,7 +98,7 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     outcome = _gate(uri, "again", second).run(dry_run=True)
     assert "again" in outcome.scored
     registry = Registry(TrackingSettings(uri=uri, registered_model="again"))
-    rows, answers = read_held_out(registry.download(registry.version(second), EVAL_ROWS, tmp_path / "rows"))
+    rows, answers = read_held_out(registry.download(registry.version(second), HELD_OUT, tmp_path / "rows"))
     for version, numbers in ((second, outcome.challenger), (first, outcome.champion)):
         folder = download_model(registry.settings, registry.version(version), tmp_path / str(version))
         model, tokenizer = load_model(folder)

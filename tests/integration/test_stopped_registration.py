@@ -12,7 +12,7 @@ from spectraqlora.settings import TrackingSettings
 from spectraqlora.steps.detect_changes.changes import SOURCE_DIGEST
 from spectraqlora.steps.register.register import Inputs, register
 from spectraqlora.tracking.registered_model import download_model, load_model
-from spectraqlora.tracking.registry import ADAPTER, CHALLENGER, COMPLETING_TAG, EVAL_ROWS, Registry, Version
+from spectraqlora.tracking.registry import ADAPTER, CHALLENGER, COMPLETING_TAG, HELD_OUT, Registry, Version
 from spectraqlora.tracking.runs import Tracker
 
 from tests.mlflow_server import MlflowServer
@@ -86,7 +86,7 @@ def test_a_stop_at_any_request_and_a_retry_leave_one_complete_version(
         assert version.tags == undisturbed.tags and version.metrics == undisturbed.metrics, request
         (model,) = _logged(registry, version.run_id)
         assert model.status == "READY", request
-        for name, file in ((EVAL_ROWS, "rows.parquet"), (ADAPTER, "adapter_model.safetensors")):
+        for name, file in ((HELD_OUT, "rows.parquet"), (ADAPTER, "adapter_model.safetensors")):
             assert (registry.download(version, name, folder) / file).exists()
         assert (download_model(registry.settings, version, folder) / "MLmodel").exists()
     assert without > 10 and with_one > 2, "it was stopped before the version was there, and after"

@@ -13,8 +13,8 @@ from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.server import connect, explain_errors
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-EVAL_ROWS, ADAPTER = "eval_rows", "adapter"
-"""Folders among the artifacts of a version's run: the rows it was scored on, its adapter with rank map."""
+HELD_OUT, ADAPTER = "eval_rows", "adapter"
+"""Folders among the artifacts of a version's run: the held-out rows it was scored on, its adapter with rank map."""
 DECISION = "promotion."
 """Prefix of a version's tags that hold the gate's last decision on it."""
 OWN_TAG, COMPLETING_TAG = "run_key", "merged_eval_loss"

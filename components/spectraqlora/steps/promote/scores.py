@@ -8,7 +8,7 @@ from pathlib import Path
 from spectraqlora.runtime.console import say
 from spectraqlora.scoring.held_out import read_held_out
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
-from spectraqlora.tracking.registry import EVAL_ROWS, Registry, Version
+from spectraqlora.tracking.registry import HELD_OUT, Registry, Version
 
 
 class Scores:
@@ -67,7 +67,7 @@ class Scores:
             target = Path(scratch)
             model, tokenizer = load_model(download_model(self._registry.settings, version, target))
             if rows:
-                kept = self._registry.download(self._challenger, EVAL_ROWS, target)
+                kept = self._registry.download(self._challenger, HELD_OUT, target)
                 scored, answers = read_held_out(kept)
                 self._on_rows[version.number] = rescore(model, tokenizer, scored, answers, self._evaluate)
             if settings.guard_data and version.number not in self._guard:

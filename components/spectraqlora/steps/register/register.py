@@ -20,7 +20,7 @@ from spectraqlora.tracking.registry import (
     ADAPTER,
     CHALLENGER,
     COMPLETING_TAG,
-    EVAL_ROWS,
+    HELD_OUT,
     OWN_TAG,
     Registry,
 )
@@ -87,9 +87,9 @@ def _keep_beside(tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any) 
     """Keep the held-out rows and the adapter with its rank map in the run; (digest of the rows, a prompt)."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        digest = write_held_out(inputs.rows, folder / EVAL_ROWS)
-        tracker.log_folder(run_id, folder / EVAL_ROWS, EVAL_ROWS)
-        example = _example(folder / EVAL_ROWS, tokenizer)
+        digest = write_held_out(inputs.rows, folder / HELD_OUT)
+        tracker.log_folder(run_id, folder / HELD_OUT, HELD_OUT)
+        example = _example(folder / HELD_OUT, tokenizer)
         Evaluation.read(inputs.winner).rounds[-1].rank_map.write(folder / "rank_map")
         tracker.log_folder(run_id, inputs.winner / "adapter", ADAPTER)
         tracker.log_folder(run_id, folder / "rank_map", ADAPTER)
