@@ -158,6 +158,36 @@ def step_images() -> str:
     return table(("image", "steps"), ((f"`{name}`", ", ".join(inside)) for name, inside in images().items()))
 
 
+def sizes() -> str:
+    """GPU memory of the steps for common model sizes, GiB, as `spectraqlora plan` computes it.
+
+    Default settings but for rows of 2,048 tokens, 4 at a time, and 1 calibration row at a time.
+    """
+    from spectraqlora.planning.shape import ModelShape, config_of
+    from spectraqlora.planning.steps import plan
+
+    settings = parse(
+        {
+            "data": {"max_length": 2048},
+            "train": {"batch_size": 4, "gradient_accumulation": 2},
+            "evaluate": {"batch_size": 4},
+            "select": {"calibration_rows": 1},
+        }
+    )
+    others = ("measure-base", "re-evaluate", "merge-export")
+    rows = []
+    for name in ("7B", "13B", "65B", "70B"):
+        shape = ModelShape(config_of(name), 2)
+        needs = plan(shape, settings, cuda=True).steps
+        taken = [
+            max(s.device for s in needs if s.method == m and s.step == "train") for m in settings.methods
+        ]
+        taken += [max(s.device for s in needs if s.step == other) for other in others]
+        rows.append((name, *(f"{size / 2**30:.0f}" for size in (shape.weight_bytes, *taken))))
+    head = ("model", "4-bit weights", *(f"train ({method})" for method in settings.methods), *others)
+    return table(head, rows)
+
+
 def step(name: str) -> str:
     """A step's README, from its component."""
     function = command_line.component(name)
@@ -327,6 +357,7 @@ GENERATED: dict[str, Callable[..., str]] = {
     "steps": steps,
     "step": step,
     "images": step_images,
+    "sizes": sizes,
 }
 """What a marker may name."""
 

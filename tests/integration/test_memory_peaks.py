@@ -122,11 +122,3 @@ def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_p
     planned = sum(calibration(shape, settings, cuda=False).values())
     print(f"calibration: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert abs(planned / measured - 1) <= TOLERANCE
-
-
-def test_the_readmes_table_of_sizes_is_the_formulas() -> None:
-    from tests.benchmarks.sizes import table
-
-    assert table() in (Path(__file__).resolve().parents[2] / "charts/spectraqlora/README.md").read_text(), (
-        "python -m tests.benchmarks.sizes"
-    )
