@@ -223,10 +223,11 @@ class TrainingCheckpoint(_Manifest):
 
 
 class TrainingLog(_Manifest):
-    """What training did: curves, cost and the count of trained parameters."""
+    """What training did, and with what: settings, curves, cost and the count of trained parameters."""
 
     method: str
     round: int
+    settings: dict[str, Any] = Field(description="the section train")
     trainable_parameters: int
     train_seconds: float
     train_tokens: int

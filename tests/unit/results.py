@@ -22,6 +22,7 @@ def evaluation(method: str, losses: list[float], parameters: int, **changes: Any
     log = TrainingLog(
         method=method,
         round=1,
+        settings={"max_steps": 2},
         trainable_parameters=parameters,
         train_seconds=2.0,
         train_tokens=100,

@@ -37,8 +37,8 @@ EVALUATE = EvaluateSettings(accuracy_rows=2, max_new_tokens=4, update_energy=1.0
 SELECT = SelectSettings(signal="spectrum", rank=4, rank_high=4, rank_low=2, calibration_batches=2)
 SECTIONS = Sections(EVALUATE, SELECT, SnrSettings())
 LOG = TrainingLog(
-    method="alors", round=1, trainable_parameters=1, train_seconds=1.0, train_tokens=1, train_tokens_per_second=1.0,
-    peak_memory_bytes=1, best_eval_loss=1.0, loss_curve=[], eval_curve=[],
+    method="alors", round=1, settings={"max_steps": 2}, trainable_parameters=1, train_seconds=1.0, train_tokens=1,
+    train_tokens_per_second=1.0, peak_memory_bytes=1, best_eval_loss=1.0, loss_curve=[], eval_curve=[],
 )  # fmt: skip
 
 

@@ -90,7 +90,12 @@ def test_the_page_shows_every_part(page: str) -> None:
     assert re.sub(r"\s+", " ", page).count("2 candidates in 1 groups; 2 modules share an update") == 1
     assert "∞" in page
     assert page.count("<svg") == 5
-    for key, value in (("select.rank", "4"), ("select.budget", "0.5"), ("snr.source", "original")):
+    for key, value in (
+        ("select.rank", "4"),
+        ("select.budget", "0.5"),
+        ("snr.source", "original"),
+        ("train.max_steps", "2"),
+    ):
         assert f"<tr><th>{key}</th><td><code>{value}</code></td></tr>" in page
     assert "b" * 64 in page and "d" * 64 in page
 

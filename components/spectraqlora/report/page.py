@@ -55,7 +55,7 @@ def render_report(
             pictures={name: Markup(svg) for name, svg in drawn.items()},
             similarity=similarity,
             sharing=sum(len(g) for g in similarity.groups if len(g) > 1) if similarity else 0,
-            settings=list(_flat(best.settings)),
+            settings=list(_flat({**best.settings, "train": best.rounds[-1].training.settings})),
             version=__version__,
         )
     )

@@ -157,7 +157,7 @@ def fit(
             )
             _train_silently(trainer)
     adapters.restore(model, progress.best)
-    return _log(rank_map, adapters.trainable_parameters(model), progress)
+    return _log(request, rank_map, adapters.trainable_parameters(model), progress)
 
 
 def _on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -199,10 +199,13 @@ def _train_silently(trainer: Any) -> None:
     trainer.train()
 
 
-def _log(rank_map: RankMap, trainable_parameters: int, progress: TrainingProgress) -> TrainingLog:
+def _log(
+    request: TrainRequest, rank_map: RankMap, trainable_parameters: int, progress: TrainingProgress
+) -> TrainingLog:
     return TrainingLog(
         method=rank_map.method,
         round=rank_map.round,
+        settings=request.train.model_dump(mode="json"),
         trainable_parameters=trainable_parameters,
         train_seconds=progress.seconds,
         train_tokens=progress.tokens,
