@@ -253,7 +253,7 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def _leaderboard(summary: dict[str, Any]) -> Table:
-    table = Table(title="Leaderboard: eval loss and perplexity, exact answers, trained parameters, cost")
+    table = Table(title="Leaderboard: eval loss, perplexity, exact answers, trained parameters, cost")
     for column in ("method", "loss", "ppl", "exact", "trained", "sec", "tok/s", "MiB"):
         table.add_column(column, justify="left" if column == "method" else "right")
 
