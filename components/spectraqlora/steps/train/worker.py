@@ -15,6 +15,7 @@ def main() -> None:
     """Train as the step would, together with the other processes; only the first one prints its progress."""
     from torch import distributed
 
+    from spectraqlora.runtime.console import say
     from spectraqlora.runtime.step import step
     from spectraqlora.steps.train.distributed import is_main, join
     from spectraqlora.steps.train.request import TrainRequest
@@ -28,7 +29,8 @@ def main() -> None:
             step(train_tracked)(request)
     except SystemExit:
         # The line that says why; the first process may be stopped before it can print the same.
-        print(*printed.getvalue().splitlines()[-1:], flush=True)
+        for line in printed.getvalue().splitlines()[-1:]:
+            say(line)
         raise
     distributed.destroy_process_group()
 
