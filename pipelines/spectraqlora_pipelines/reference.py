@@ -11,10 +11,12 @@ README gets one.
 
 from __future__ import annotations
 
+import ast
 import functools
 import graphlib
 import json
 import re
+import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,7 +34,8 @@ from spectraqlora_pipelines.cluster.values import reference as values_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "spectraqlora"
-STEPS = ROOT / "components" / "spectraqlora" / "steps"
+PACKAGE = ROOT / "components" / "spectraqlora"
+STEPS = PACKAGE / "steps"
 Sources = dict[str, set[str]]
 """By input artifact: the outputs it comes from, as `step.output`."""
 _SECTION = "_settings"
@@ -138,6 +141,30 @@ def methods(folder: str) -> str:
 def method_file(name: str) -> str:
     """Name of the file that holds a method."""
     return f"{type(METHODS[name]).__module__.rpartition('.')[2]}.py"
+
+
+def packages() -> str:
+    """The packages and modules of spectraqlora in the order of the layers contract, as their docstrings say."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in contracts["contracts"] if contract["type"] == "layers")
+    rows = []
+    for level in layers:
+        for name in level.split(" | "):
+            _, _, inside = name.partition("spectraqlora.")
+            if inside:
+                rows.append(_package(inside))
+    return table(("package", "what it holds"), rows)
+
+
+def _package(name: str) -> tuple[str, str]:
+    module = PACKAGE / f"{name}.py"
+    if not module.exists():
+        module = PACKAGE / name / "__init__.py"
+    meaning = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    readme = PACKAGE / name / "README.md"
+    shown = f"`{name}`" if module.name == "__init__.py" else f"`{module.name}`"
+    linked = f"[{shown}]({name}/README.md)" if readme.exists() else shown
+    return linked, meaning.partition("\n\n")[0].replace("\n", " ").rstrip(".")
 
 
 def steps(folder: str) -> str:
@@ -354,6 +381,7 @@ GENERATED: dict[str, Callable[..., str]] = {
     "cluster-values": cluster_values,
     "chart-values": chart_values,
     "methods": methods,
+    "packages": packages,
     "steps": steps,
     "step": step,
     "images": step_images,

@@ -1,17 +1,20 @@
 """The READMEs: what code can write is as code writes it, links lead somewhere, and a reader finds the way in one hop."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import METHODS
 from spectraqlora.runtime import command_line
 from spectraqlora.runtime.images import step_names
 from spectraqlora.settings import reference as settings_reference
 from spectraqlora_pipelines import reference
+from spectraqlora_pipelines.cli.app import app
 
 ROOT = reference.ROOT
 README = ROOT / "README.md"
@@ -151,3 +154,31 @@ def test_every_setting_has_its_row() -> None:
     text = (ROOT / "pipelines" / "README.md").read_text(encoding="utf-8")
     for key, default, meaning in settings_reference():
         assert f"| `{key}` | `{default}` | {meaning} |" in text
+
+
+def _commands(path: Path) -> Iterator[list[str]]:
+    """The words of every `spectraqlora …` in a document's code, lines that go on joined."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    code = [line for line in text.splitlines() if line.startswith("    ")]
+    code += re.findall(r"`([^`\n]+)`", text)
+    for line in code:
+        command = line.strip().partition(" #")[0]
+        if command.startswith("spectraqlora "):
+            yield shlex.split(command.replace("…", "x"), comments=True)[1:]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_that_a_document_shows_exists_with_its_options(path: Path) -> None:
+    for words in _commands(path):
+        command: Any = typer.main.get_command(app)
+        rest = list(words)
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            name = rest.pop(0)
+            known = command.commands
+            if name not in known and getattr(command, "invoke_without_command", False):
+                break
+            assert name in known, f"{path}: spectraqlora {' '.join(words)}"
+            command = known[name]
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in rest if word.startswith("--")}
+        assert given <= options, f"{path}: spectraqlora {' '.join(words)}: {given - options}"

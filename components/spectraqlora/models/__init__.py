@@ -1,1 +1,1 @@
-"""Models: loading, their linear modules and tensors, adapters."""
+"""Models: loading, 4-bit packing, families, matrices and tensors, adapters; the only place that knows PEFT."""

@@ -1,1 +1,1 @@
-"""How much memory every step takes."""
+"""How much memory every step takes, before anything runs."""

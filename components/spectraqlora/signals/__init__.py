@@ -1,1 +1,1 @@
-"""What ranks modules: the weights' signal, the task's gradients."""
+"""What orders modules: the weights' signal, the task's gradients."""

@@ -1,4 +1,4 @@
-"""The only module that talks to object storage: folders and files at s3:// addresses."""
+"""All that talks to object storage: folders and files at s3:// addresses."""
 
 from spectraqlora.storage.address import Address, parse_address
 from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing

@@ -1,1 +1,1 @@
-"""MLflow: runs, live metrics, the model registry."""
+"""All that talks to MLflow: runs, live metrics, the model registry."""
