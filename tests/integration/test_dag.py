@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from spectraqlora.files import folder_digest
+from spectraqlora.places import base_digest
+
+from tests.hub import Hub
 
 METHODS = ("qlora", "hybrid", "alors", "sgm")
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,6 +285,34 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
     assert words in refused.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.e2e
+def test_one_hub_name_is_the_base_and_the_data_of_a_run(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "work"
+    with Hub() as hub:
+        base = hub.publish("models", "legacy/tiny", tiny_model)
+        data = hub.publish("datasets", "legacy/tiny", tiny_rows.parent)
+        done = subprocess.run(
+            [
+                *CLI, "run", "--base-model", "tiny", "--data", "tiny", "--workdir", str(workdir),
+                "--methods", "qlora", "--max-steps", "2", "--set", "evaluate.accuracy_rows=0",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, **hub.environment(tmp_path / "home")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        weights = [name for name in hub.fetched if name.endswith(".safetensors")]
+        assert weights == [f"{base}/model.safetensors"], "fetched once, by its commit"
+    assert json.loads((workdir / "run.json").read_text())["contents"] == {"base_model": base, "data": data}
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["base"]["model"], summary["data"]["source"]) == ("tiny", "tiny")
+    assert summary["base"]["digest"] == base_digest(tiny_model)
 
 
 @pytest.mark.e2e
