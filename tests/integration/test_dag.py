@@ -139,14 +139,14 @@ def test_the_digests_of_a_run_are_those_of_its_files(finished: list[str], tiny_m
 def base_measured(workdir: Path) -> tuple[int, list[str]]:
     """How often a run scored the base, and the methods for which it measured the base's gradients, each time."""
     log = (workdir / "run.log").read_text()
-    scored = re.findall("^scoring the base model on .*$", log, re.M)
-    return len(scored), re.findall("^measuring the base model's gradients, once for (.*)$", log, re.M)
+    scored = re.findall("^ *scoring the base model on .*$", log, re.M)
+    return len(scored), re.findall("^ *measuring the base model's gradients, once for (.*)$", log, re.M)
 
 
 def test_four_branches_share_one_measurement_of_the_base(finished: list[str]) -> None:
     workdir = _workdir(finished)
     assert base_measured(workdir) == (1, ["hybrid, alors, sgm"])
-    again = re.findall("^measuring the task's gradients with .*$", (workdir / "run.log").read_text(), re.M)
+    again = re.findall("^ *measuring the task's gradients with .*$", (workdir / "run.log").read_text(), re.M)
     assert len(again) == 2, "of hybrid and alors after round 1, for whose adapters a round follows"
     outputs = json.loads((workdir / "outputs.json").read_text())["steps"]
     nobodys = {

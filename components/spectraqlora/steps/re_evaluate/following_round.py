@@ -54,13 +54,15 @@ def write_following_round(
     carried, errors = carry_over(trained.weights, current, following, seed)
     following = following.model_copy(update={"changes": _with_errors(following.changes, errors)})
     following.write(outputs.next_rank_map)
-    if following.modules == current.modules:
+    moves = following.modules != current.modules
+    note = f"{len(following.changes)} matrices move" if moves else "nothing moves"
+    say(f"round {following.round} of {current.method}: {note}")
+    if not moves:
         shutil.copytree(inputs.adapter, outputs.next_adapter, dirs_exist_ok=True)
     else:
         fitted = adapters.attach(model.unload(), following, start=carried)
         adapters.save(fitted, outputs.next_adapter, trained.manifest.source)
         trained.log.write(outputs.next_adapter)
-    say(f"round {following.round} of {current.method}: {len(following.changes)} notes on what moves")
     return following.changes
 
 
