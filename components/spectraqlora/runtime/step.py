@@ -42,8 +42,13 @@ def _end_with_launcher() -> None:
 
 
 def step(function: Callable[P, R]) -> Callable[P, R]:
+    integers = {name for name, kind in function.__annotations__.items() if kind in (int, "int")}
+
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A KFP backend may hand whole numbers over as floats; a section's fields see to that themselves.
+        for name in integers & kwargs.keys():
+            kwargs[name] = int(kwargs[name])  # type: ignore[call-overload]
         silence_libraries()
         bound_threads()
         _end_with_launcher()

@@ -1,18 +1,16 @@
 """What each step of a compiled pipeline is handed: what its component's signature names, from the step that makes it."""
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import yaml
 from spectraqlora.methods import catalogue as methods
 from spectraqlora.runtime import command_line
 from spectraqlora.settings import parse
-from spectraqlora_pipelines.dags.catalogue import Dag, compile_dag, steps
+from spectraqlora_pipelines.dags.catalogue import Dag, steps
+
+from tests.unit.compiled_dag import Compiled, compiled_from
 
 READS_WEIGHTS = {"measure-base", "train", "re-evaluate", "merge-export"}
 """The steps that load the 4-bit model. All others get its outline, or nothing of it."""
@@ -42,72 +40,10 @@ PIPELINES: dict[str, tuple[Dag, dict[str, Any]]] = {
 }
 
 
-class Task(NamedTuple):
-    """A step's task: its name for people, and for every artifact input the output that it is."""
-
-    step: str
-    name: str
-    reads: dict[str, str]
-    parameters: dict[str, Any]
-
-
-class Compiled:
-    """A compiled pipeline, its nested ones opened."""
-
-    def __init__(self, document: dict[str, Any]) -> None:
-        self.components = document["components"]
-        self.executors = document["deploymentSpec"]["executors"]
-        self.root = document["root"]["dag"]
-
-    def tasks(self) -> list[Task]:
-        return list(self._tasks(self.root, {}))
-
-    def _tasks(self, dag: dict[str, Any], given: dict[str, str]) -> Iterator[Task]:
-        for task in dag["tasks"].values():
-            component = self.components[task["componentRef"]["name"]]
-            inputs = task.get("inputs", {})
-            reads = {
-                name: self._source(dag, given, place) for name, place in inputs.get("artifacts", {}).items()
-            }
-            if "dag" in component:
-                yield from self._tasks(component["dag"], reads)
-            else:
-                parameters = {
-                    name: value["runtimeValue"]["constant"]
-                    for name, value in inputs.get("parameters", {}).items()
-                    if "runtimeValue" in value
-                }
-                yield Task(self._step(component), task["taskInfo"]["name"], reads, parameters)
-
-    def _step(self, component: dict[str, Any]) -> str:
-        arguments = self.executors[component["executorLabel"]]["container"]["args"]
-        return str(arguments[arguments.index("--function_to_execute") + 1]).replace("_", "-")
-
-    def _source(self, dag: dict[str, Any], given: dict[str, str], place: dict[str, Any]) -> str:
-        if "componentInputArtifact" in place:
-            return given[place["componentInputArtifact"]]
-        output = place["taskOutputArtifact"]
-        return self._output(dag, output["producerTask"], output["outputArtifactKey"])
-
-    def _output(self, dag: dict[str, Any], task: str, key: str) -> str:
-        component = self.components[dag["tasks"][task]["componentRef"]["name"]]
-        if "dag" not in component:
-            return f"{self._step(component)}.{key}"
-        (selector,) = component["dag"]["outputs"]["artifacts"][key]["artifactSelectors"]
-        return self._output(component["dag"], selector["producerSubtask"], selector["outputArtifactKey"])
-
-
 @cache
 def compiled(name: str) -> Compiled:
     kind, values = PIPELINES[name]
     return compiled_from(kind, values)
-
-
-def compiled_from(kind: Dag, values: dict[str, Any]) -> Compiled:
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "pipeline.yaml"
-        compile_dag(path, kind, parse(values))
-        return Compiled(next(yaml.safe_load_all(path.read_text())))
 
 
 def signature(step: str) -> tuple[set[str], set[str]]:
