@@ -234,6 +234,7 @@ class TrainingLog(_Manifest):
     train_tokens_per_second: float
     peak_memory_bytes: int = Field(description="of one process, the highest")
     processes: int = 1
+    seed: int | None = Field(None, description="of reading order, dropout and fresh adapters")
     best_eval_loss: float
     loss_curve: list[tuple[int, float]]
     eval_curve: list[tuple[int, float]]

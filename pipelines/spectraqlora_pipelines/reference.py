@@ -259,8 +259,6 @@ def _kind(option: command_line.Option) -> str:
 def _default(option: command_line.Option) -> str:
     if option.name.endswith(_SECTION):
         return "the section's"
-    if option.name == "run_key":
-        return "a new one"
     return "required" if option.required else f"`{json.dumps(option.default)}`"
 
 

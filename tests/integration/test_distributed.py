@@ -25,7 +25,6 @@ def _train(
     output = work / f"adapter-{processes}"
     plan = TrainSettings(max_steps=4, evaluations=2, processes=processes, **settings)
     run_train(
-        run_key="key",
         rounds=1,
         train_settings=plan.model_dump(),
         evaluate_settings=EvaluateSettings(batch_size=2).model_dump(),

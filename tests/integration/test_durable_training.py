@@ -207,7 +207,6 @@ from spectraqlora.steps.train.step import run as run_train
 *folders, uri, kept = sys.argv[1:]
 names = "four_bit", "rows", "rank_map", "adapter"
 run_train(
-    run_key="run",
     rounds=1,
     train_settings={
         "max_steps": 30, "batch_size": 4, "lora_dropout": 0.2, "processes": 2, "evaluations": 3,

@@ -74,7 +74,7 @@ def test_submit_uploads_a_version_once_and_starts_runs_with_the_settings_files_a
     assert [run["runtime_config"]["parameters"]["train"]["max_steps"] for run in runs] == [9, 7]
     given = runs[1]["runtime_config"]["parameters"]
     assert given["base_model"] == "Qwen/Qwen3-0.6B" and given["source"] == "s3://bucket/rows.jsonl"
-    assert "run_key" not in given, "KFP puts its own run id there"
+    assert "run_key" not in given, "the run's id is its pods' label, and in no cache key"
     assert runs[0]["run_id"] in first.output
     (experiment,) = server.state.experiments.values()
     assert experiment["display_name"] == "nightly"

@@ -77,7 +77,7 @@ def test_kfps_own_schema_knows_every_field(full: Path) -> None:
 
 def test_the_sdk_loads_it_back_with_its_parameters_and_platform(full: Path) -> None:
     loaded = components.load_component_from_file(str(full))
-    assert {"base_model", "run_key", "select", "train", "tracking"} <= loaded.component_spec.inputs.keys()
+    assert {"base_model", "seed", "select", "train", "tracking"} <= loaded.component_spec.inputs.keys()
     executors = loaded.platform_spec.platforms["kubernetes"].deployment_spec.executors
     assert executors["exec-train"]["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
 
@@ -218,7 +218,7 @@ def test_the_very_same_file_runs_on_this_machine(
     }
     loaded = components.load_component_from_file(str(full))
     arguments = {name: value for name, value in sections.items() if name in loaded.component_spec.inputs}
-    arguments |= {"base_model": str(tiny_model), "source": str(tiny_rows), "run_key": "same-file", "seed": 1}
+    arguments |= {"base_model": str(tiny_model), "source": str(tiny_rows), "seed": 1}
     probe = f"""
 import json
 from kfp import components, local

@@ -28,6 +28,7 @@ def evaluation(method: str, losses: list[float], parameters: int, **changes: Any
         train_tokens=100,
         train_tokens_per_second=50.0,
         peak_memory_bytes=2**20,
+        seed=7,
         best_eval_loss=sum(losses) / len(losses),
         loss_curve=[(1, 3.0), (2, 2.0)],
         eval_curve=[(2, sum(losses) / len(losses))],

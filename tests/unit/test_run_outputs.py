@@ -56,7 +56,9 @@ def run(workdir: Path, text: str, extra: str) -> tuple[RunOutputs, list[str]]:
     workdir.mkdir(exist_ok=True)
     started: list[str] = []
     given = {"text": text, "extra": extra}
-    return run_locally(pipeline, given, workdir, None, started.append, lambda *told: None), started
+    return run_locally(
+        pipeline, given, "key of the run", workdir, None, started.append, lambda *told: None
+    ), started
 
 
 def test_two_runs_in_one_workdir_each_report_their_own_though_the_first_ones_files_are_newer(
@@ -72,6 +74,29 @@ def test_two_runs_in_one_workdir_each_report_their_own_though_the_first_ones_fil
     assert second.path("last", "final").read_text() == "b2"
     assert (second.path("train (hybrid, round 1)", "made") / "text").read_text() == "b"
     assert first.path("last", "final").read_text() == "a1"
+
+
+def test_steps_know_the_key_of_their_run_and_take_from_the_cache_what_another_run_made(
+    tmp_path: Path,
+) -> None:
+    @dsl.component(install_kfp_package=False)
+    def say_key() -> str:
+        import os
+
+        return os.environ["SPECTRAQLORA_RUN_KEY"]
+
+    @dsl.pipeline
+    def asked():
+        say_key()
+
+    for key in ("first", "second"):
+        run_locally(asked, {}, key, tmp_path, None, lambda name: None, lambda *progress: None)
+        (said,) = {
+            json.loads(path.read_text())["parameterValues"]["Output"]
+            for path in tmp_path.rglob("executor_output.json")
+        }
+        assert said == "first", "the second run takes it from the cache"
+    assert "SPECTRAQLORA_RUN_KEY" not in os.environ
 
 
 def test_what_comes_from_the_cache_is_an_output_of_the_run_that_took_it(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -27,7 +26,6 @@ _DEFAULTS: dict[str, Any] = {
     "content": "",
     "round": 1,
     "rounds": 1,
-    "run_key": f"by-hand-{uuid.uuid4().hex[:8]}",
     "seed": Settings().seed,
 }
 """What a parameter without default is worth where a step runs alone."""

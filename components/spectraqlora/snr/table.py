@@ -13,7 +13,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json
 
-FILENAME = "snr.parquet"
+FILENAME, HEATMAP = "snr.parquet", "heatmap.png"
 COLUMNS = [
     "module",
     "layer",
@@ -39,7 +39,7 @@ def write_table(table: pd.DataFrame, folder: Path) -> None:
     table.to_parquet(partial)
     partial.replace(folder / FILENAME)
     write_text(folder / "spectrum.json", spectrum_json(table))
-    _heatmap(table, folder / "heatmap.png")
+    _heatmap(table, folder / HEATMAP)
 
 
 def read_table(folder: Path) -> pd.DataFrame:

@@ -227,6 +227,16 @@ class Tracker:
         with explain_errors(self.settings):
             self.client.log_artifacts(run_id, str(path), folder)
 
+    def has_files(self, run_id: str, folder: str) -> bool:
+        """Whether the run keeps artifacts in a folder of this name."""
+        with explain_errors(self.settings):
+            return bool(self.client.list_artifacts(run_id, folder))
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """A run's tags."""
+        with explain_errors(self.settings):
+            return dict(self.client.get_run(run_id).data.tags)
+
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         """Set tags of a run."""
         from mlflow.entities import RunTag

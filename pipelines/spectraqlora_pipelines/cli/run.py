@@ -80,12 +80,13 @@ def run(
     workdir = workdir.absolute()
     contents = _check(settings, base, source, workdir, kind)
     arguments = catalogue.arguments(kind, settings, base.text, source.text, contents)
-    arguments |= _kept_in(workdir, settings, arguments, contents)
+    arguments |= _kept_in(workdir, arguments)
     access = _host_access(settings, workdir, [base, source], network) if network else None
     with _RunBars(catalogue.steps(kind, settings)) as shown:
         outputs = run_locally(
             catalogue.dag(kind, settings, Placement(retries=0)),
             arguments,
+            catalogue.run_key(workdir, settings, contents),
             workdir,
             access,
             shown.on_task,
@@ -177,16 +178,11 @@ def _check(settings: Settings, base: Place, source: Place, workdir: Path, kind: 
     return contents
 
 
-def _kept_in(
-    workdir: Path, settings: Settings, arguments: dict[str, Any], contents: dict[str, str]
-) -> dict[str, Any]:
+def _kept_in(workdir: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that keep runs and checkpoints in the workdir, where settings name no other place."""
-    from spectraqlora_pipelines.dags.catalogue import run_key
-
     tracking, checkpoint = arguments["tracking"], arguments["checkpoint"]
     # Checkpoints are below the root that every runner's steps see.
     return {
-        "run_key": run_key(workdir, settings, contents),
         "tracking": {**tracking, "uri": tracking["uri"] or f"sqlite:///{workdir}/mlflow.db"},
         "checkpoint": {
             **checkpoint,

@@ -32,7 +32,6 @@ def ablation_pipeline(
         source: str = DEFAULTS["data"]["source"],
         source_content: str = "",
         table_content: str = "",
-        run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         seed: int = DEFAULTS["seed"],
         model: dict = DEFAULTS["model"],
         data: dict = DEFAULTS["data"],

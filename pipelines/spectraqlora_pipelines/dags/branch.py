@@ -35,7 +35,6 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
     @dsl.pipeline(name=f"branch-{name}", description=f"select-layers, train and re-evaluate for {name}")
     def branch(
         method: str,
-        run_key: str,
         seed: int,
         snr_settings: dict,
         select_settings: dict,
@@ -67,7 +66,6 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
         evaluated: Any = None
         for number in range(1, unrolled(name, rounds) + 1):
             trained = train(
-                run_key=run_key,
                 round=number,
                 rounds=rounds,
                 train_settings=train_settings,
@@ -83,7 +81,6 @@ def branch_of(name: str, rounds: int, place: Placement, from_champion: bool = Fa
             place(trained, f"train ({name}, round {number})")
             before = {"previous": evaluated.outputs["evaluation"]} if evaluated else {}
             evaluated = re_evaluate(
-                run_key=run_key,
                 round=number,
                 rounds=rounds,
                 evaluate_settings=evaluate_settings,

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl
+from spectraqlora.runtime import run_key
 from spectraqlora.runtime.threads import CPUS
 
 from spectraqlora_pipelines.cluster.fields import seconds, whole_cores
 from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, StepValues, image_name
+
+RUN_ID = "metadata.labels['pipeline/runid']"
+"""Where KFP writes the id of a run on each of its pods."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,11 @@ class Placement:
 
     def __call__(self, task: Any, name: str) -> Any:
         """Name the task for people and give it its step's retries, caching, resources and environment."""
+        from kfp import kubernetes
+
         task.set_display_name(name)
+        # Not a parameter: those are part of the cache's key.
+        kubernetes.use_field_path_as_env(task, env_name=run_key.VARIABLE, field_path=RUN_ID)
         step = task.component_spec.name.replace("_", "-")
         if self.values is not None:
             return _place(task, self.values.step(step))

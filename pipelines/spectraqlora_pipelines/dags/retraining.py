@@ -37,7 +37,6 @@ def retraining_pipeline(
         source: str = DEFAULTS["data"]["source"],
         table_content: str = "",
         recipe: str = "",
-        run_key: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         seed: int = DEFAULTS["seed"],
         model: dict = DEFAULTS["model"],
         data: dict = DEFAULTS["data"],

@@ -32,7 +32,7 @@ def shared_steps(
         place: names and places the tasks.
         snr_source: `original`, or `quantized`, where alone snr-analyze is given the 4-bit model.
     """
-    run_key, seed, evaluate, tracking = (given[name] for name in ("run_key", "seed", "evaluate", "tracking"))
+    seed, evaluate, tracking = (given[name] for name in ("seed", "evaluate", "tracking"))
     quantized = quantize_load(
         base_model=given["base_model"], content=given["base_content"], model_settings=given["model"]
     )
@@ -66,7 +66,6 @@ def shared_steps(
     for method, branch in branches.items():
         outcome = branch(
             method=method,
-            run_key=run_key,
             seed=seed,
             snr_settings=given["snr"],
             select_settings=given["select"],
@@ -83,9 +82,7 @@ def shared_steps(
         outcome.set_display_name(f"branch: {method}")
         results[method] = outcome.outputs["evaluation"]
         results[f"{method}_adapter"] = outcome.outputs["adapter"]
-    compared = compare(
-        run_key=run_key, tracking_settings=tracking, outline=outline, rows=rows, table=table, **results
-    )
+    compared = compare(tracking_settings=tracking, outline=outline, rows=rows, table=table, **results)
     place(compared, "compare")
     winner = compared.outputs["winner"]
     exported = merge_export(
@@ -97,12 +94,12 @@ def shared_steps(
     )
     place(exported, "merge-export")
     registered = register(
-        run_key=run_key,
         tracking_settings=tracking,
         origin=origin,
         rows=rows,
         winner=winner,
         exported=exported.outputs["exported"],
+        leaderboard=compared.outputs["leaderboard"],
     )
     place(registered, "register")
     promoted = promote_step(

@@ -23,6 +23,7 @@ from docker.types import DeviceRequest, Mount
 from requests.exceptions import RequestException
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place, file_place
+from spectraqlora.runtime import run_key
 from spectraqlora.runtime.images import image_reference, images
 from spectraqlora.runtime.threads import CPUS, threads_per_process
 from spectraqlora.settings import Settings
@@ -36,7 +37,7 @@ GRACE_S = 30
 _PASSED_PREFIXES = ("AWS_", "MLFLOW_", "HF_")
 _PASSED_NAMES = (
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-    "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "OMP_NUM_THREADS",
+    "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "OMP_NUM_THREADS", run_key.VARIABLE,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from spectraqlora.errors import InputError
+from spectraqlora.runtime import run_key
 from spectraqlora.runtime.console import ERROR, PROGRESS
 from spectraqlora.runtime.step import LAUNCHER_PID
 
@@ -52,6 +53,19 @@ def _steps_end_with_us() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         del os.environ[LAUNCHER_PID]
+
+
+@contextlib.contextmanager
+def _steps_know(key: str) -> Iterator[None]:
+    """The run's key stands in the environment that steps inherit."""
+    before = os.environ.get(run_key.VARIABLE)
+    os.environ[run_key.VARIABLE] = key
+    try:
+        yield
+    finally:
+        del os.environ[run_key.VARIABLE]
+        if before is not None:
+            os.environ[run_key.VARIABLE] = before
 
 
 class StepFailed(Exception):
@@ -112,6 +126,7 @@ def _captured(lines: _Lines) -> Iterator[None]:
 def run_locally(
     pipeline: Any,
     arguments: dict[str, Any],
+    key: str,
     workdir: Path,
     access: HostAccess | None,
     on_task: Callable[[str], None],
@@ -122,6 +137,7 @@ def run_locally(
     Args:
         pipeline: the DAG.
         arguments: of the pipeline.
+        key: of the run, by which its steps find one run in MLflow.
         workdir: where everything of the run is kept; absolute.
         access: what step containers share with this machine; None runs steps as processes.
         on_task: called with every step's display name when it starts, or is taken from the cache.
@@ -155,7 +171,7 @@ def run_locally(
     try:
         in_containers = replace_kfps(access) if access else contextlib.nullcontext()
         with (
-            _steps_end_with_us(), in_containers, recorded(outputs, on_task), _captured(lines),
+            _steps_end_with_us(), _steps_know(key), in_containers, recorded(outputs, on_task), _captured(lines),
             warnings.catch_warnings(action="ignore"),
         ):  # fmt: skip
             pipeline(**arguments)

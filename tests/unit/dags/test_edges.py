@@ -25,6 +25,7 @@ MADE_BY = {
     "previous": {"re-evaluate.next_adapter", "re-evaluate.evaluation"},
     "start": {"start-point.start_adapter"},
     "winner": {"compare.winner"},
+    "leaderboard": {"compare.leaderboard"},
     "exported": {"merge-export.exported"},
     "registered": {"register.registered"},
     **{name: {"re-evaluate.evaluation"} for name in methods.names()},

@@ -13,7 +13,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.report import plots
 from spectraqlora.report.page import render_report
-from spectraqlora.snr.table import read_table
+from spectraqlora.snr.table import FILENAME, HEATMAP, read_table
 from spectraqlora.steps.compare.leaderboard import order_by_loss, winning_method
 
 
@@ -41,7 +41,7 @@ def compare(inputs: Inputs, leaderboard: Path, winner: Path, report: Path) -> Co
 
     Args:
         inputs: what is read.
-        leaderboard: folder for `leaderboard.json`, the plots and each branch's evaluation.
+        leaderboard: folder for `leaderboard.json`, the plots, the SNR table and each branch's evaluation.
         winner: folder for the winner's `adapter/` and evaluation.
         report: the HTML page, a file.
 
@@ -66,6 +66,9 @@ def compare(inputs: Inputs, leaderboard: Path, winner: Path, report: Path) -> Co
     table = read_table(inputs.table)
     pictures = plots.draw(best_first, table, result.winner)
     plots.write_plots(pictures, leaderboard / "plots")
+    (leaderboard / "snr").mkdir()
+    for name in (FILENAME, HEATMAP):
+        shutil.copy(inputs.table / name, leaderboard / "snr")
     outline, rows = ModelOutline.read(inputs.outline), PreparedRows.read(inputs.rows)
     write_text(report, render_report(best_first, table, outline, rows, result.winner, pictures))
     return result

@@ -9,7 +9,6 @@ from spectraqlora.runtime.component import component
 
 @component(image="light")
 def compare(
-    run_key: str,
     tracking_settings: dict,
     outline: dsl.Input[dsl.Artifact],
     rows: dsl.Input[dsl.Dataset],
@@ -31,7 +30,6 @@ def compare(
     """Order the branches by their loss on the same held-out rows and pass the winner's adapter on.
 
     Args:
-        run_key: identifies the pipeline run in MLflow.
         tracking_settings: the `tracking` section.
         outline: of the base model, for the report.
         rows: prepared rows, for the report.
@@ -53,7 +51,6 @@ def compare(
     from spectraqlora.steps.compare.step import run
 
     run(
-        run_key=run_key,
         tracking_settings=tracking_settings,
         outline=outline,
         rows=rows,

@@ -9,7 +9,6 @@ from spectraqlora.runtime.component import component
 
 @component(image="re-evaluate")
 def re_evaluate(
-    run_key: str,
     round: int,
     rounds: int,
     evaluate_settings: dict,
@@ -34,7 +33,6 @@ def re_evaluate(
     then hold only a file `none.txt` that says so.
 
     Args:
-        run_key: identifies the pipeline run in MLflow.
         round: this round, from 1.
         rounds: all rounds of the branch.
         evaluate_settings: the `evaluate` section.
@@ -56,7 +54,6 @@ def re_evaluate(
     from spectraqlora.steps.re_evaluate.step import run
 
     run(
-        run_key=run_key,
         round=round,
         rounds=rounds,
         evaluate_settings=evaluate_settings,

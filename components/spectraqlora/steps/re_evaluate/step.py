@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora.artifacts import RankMap
+from spectraqlora.runtime.run_key import run_key
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings, TrackingSettings
 
@@ -13,7 +14,6 @@ from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings,
 @step
 def run(
     *,
-    run_key: str,
     round: int,
     rounds: int,
     evaluate_settings: dict[str, Any],
@@ -47,7 +47,7 @@ def run(
     sections = Sections(
         EvaluateSettings(**evaluate_settings), SelectSettings(**select_settings), SnrSettings(**snr_settings)
     )
-    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "re-evaluate")
+    tracker = Tracker(TrackingSettings(**tracking_settings), run_key(), "re-evaluate")
     branch = tracker.branch_run(RankMap.read(inputs.rank_map).method)
     outputs = Outputs(output_folder(evaluation), output_folder(next_rank_map), output_folder(next_adapter))
     result = re_evaluate(inputs, outputs, sections, round, rounds, seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from spectraqlora.artifacts import PreparedRows
 from spectraqlora.files import write_text
+from spectraqlora.runtime.run_key import run_key
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import TrackingSettings
 
@@ -15,19 +16,23 @@ from spectraqlora.settings import TrackingSettings
 @step
 def run(
     *,
-    run_key: str,
     tracking_settings: dict[str, Any],
     origin: dict[str, str],
     rows: Any,
     winner: Any,
     exported: Any,
+    leaderboard: Any,
     registered: Any,
 ) -> None:
     from spectraqlora.steps.register.register import Inputs, register
+    from spectraqlora.tracking.results import log_results, results_logged
     from spectraqlora.tracking.runs import Tracker
 
     inputs = Inputs(rows=Path(rows.path), winner=Path(winner.path), exported=Path(exported.path))
-    tracker = Tracker(TrackingSettings(**tracking_settings), run_key, "register")
+    tracker = Tracker(TrackingSettings(**tracking_settings), run_key(), "register")
+    if not results_logged(tracker):
+        # Steps that were taken from the cache sent nothing to this run.
+        log_results(tracker, Path(leaderboard.path), inputs.rows)
     name, version = register(tracker, inputs, origin)
     run = tracker.pipeline_run()
     tracker.log_data(run, PreparedRows.read(inputs.rows))

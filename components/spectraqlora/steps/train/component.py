@@ -9,7 +9,6 @@ from spectraqlora.runtime.component import component
 
 @component(image="train")
 def train(
-    run_key: str,
     round: int,
     rounds: int,
     train_settings: dict,
@@ -27,7 +26,6 @@ def train(
     """Train the rank map's adapters on the frozen 4-bit model.
 
     Args:
-        run_key: identifies the pipeline run in MLflow.
         round: this round, from 1.
         rounds: all rounds of the branch.
         train_settings: the `train` section.
@@ -45,7 +43,6 @@ def train(
     from spectraqlora.steps.train.step import run
 
     run(
-        run_key=run_key,
         rounds=rounds,
         train_settings=train_settings,
         evaluate_settings=evaluate_settings,

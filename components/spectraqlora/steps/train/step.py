@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from spectraqlora.runtime.run_key import run_key
 from spectraqlora.runtime.step import output_folder, step
 from spectraqlora.settings import CheckpointSettings, EvaluateSettings, TrackingSettings, TrainSettings
 
@@ -12,7 +13,6 @@ from spectraqlora.settings import CheckpointSettings, EvaluateSettings, Tracking
 @step
 def run(
     *,
-    run_key: str,
     rounds: int,
     train_settings: dict[str, Any],
     evaluate_settings: dict[str, Any],
@@ -46,7 +46,7 @@ def run(
         evaluate=EvaluateSettings(**evaluate_settings),
         checkpoint=CheckpointSettings(**checkpoint_settings),
         tracking=TrackingSettings(**tracking_settings),
-        run_key=run_key,
+        run_key=run_key(),
     )
     check_optimizer(request.train.optimizer)
     processes = distributed.process_count(request.train)

@@ -212,6 +212,7 @@ def _log(
         train_tokens_per_second=progress.tokens / progress.seconds,
         peak_memory_bytes=distributed.all_max(max(progress.peak_memory_bytes, peak_memory_bytes())),
         processes=distributed.world_size(),
+        seed=request.seed,
         best_eval_loss=progress.best_loss,
         loss_curve=progress.curve(),
         eval_curve=progress.evals,

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from spectraqlora.artifacts import Evaluation, ModelOutline
+from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.runtime import command_line
+from spectraqlora.settings import TrackingSettings
 from spectraqlora.snr.table import COLUMNS, write_table
 from spectraqlora.steps.compare.comparison import Inputs, compare
+from spectraqlora.tracking.results import log_results, results_logged
+from spectraqlora.tracking.runs import Tracker
 
 from tests.unit.results import evaluation
 
@@ -64,6 +67,41 @@ def test_the_step_writes_the_report_where_an_earlier_attempt_left_one(inputs: In
         ],
     )
     assert "hybrid" in (tmp_path / "report.html").read_text()
+
+
+def test_results_that_cached_steps_did_not_send_come_from_the_leaderboard_alone(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another pipeline run took train, re-evaluate and compare from the cache: its register step sends all of it."""
+    compare(inputs, tmp_path / "board", tmp_path / "winner", tmp_path / "report")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    settings = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    runs = [
+        Tracker(settings, f"0b1f2c3d-0000-4000-8000-00000000000{number}", "register") for number in (1, 2)
+    ]
+    for tracker in runs:
+        assert not results_logged(tracker)
+        log_results(tracker, tmp_path / "board", inputs.rows)
+        log_results(tracker, tmp_path / "board", inputs.rows)
+        assert results_logged(tracker)
+    assert runs[0].pipeline_run() != runs[1].pipeline_run()
+
+    tracker = runs[1]
+    parent = tracker.client.get_run(tracker.pipeline_run())
+    assert parent.data.tags["kfp.run_id"] == runs[1].run_key and parent.data.tags["winner"] == "hybrid"
+    assert parent.data.metrics == {"qlora_eval_loss": 2.0, "hybrid_eval_loss": pytest.approx(3.5 / 3)}
+    kept = {file.path for file in tracker.client.list_artifacts(parent.info.run_id)}
+    assert kept == {"leaderboard.json", "plots", "snr"}
+    branch = tracker.client.get_run(tracker.branch_run("qlora"))
+    assert branch.info.status == "FINISHED"
+    assert branch.data.params["train.max_steps"] == "2" and branch.data.params["seed"] == "7"
+    assert branch.data.metrics["perplexity"] == 7.4
+    curve = tracker.client.get_metric_history(branch.info.run_id, "train_loss")
+    assert sorted((point.step, point.value) for point in curve) == [(1, 3.0), (2, 2.0)]
+    (data,) = branch.inputs.dataset_inputs
+    assert data.dataset.digest == PreparedRows.read(inputs.rows).digest[:36]
+    kept = {file.path for file in tracker.client.list_artifacts(branch.info.run_id)}
+    assert kept == {"evaluation", "round-1"}
 
 
 def test_a_branch_in_the_place_of_another_is_refused(inputs: Inputs, tmp_path: Path) -> None:
