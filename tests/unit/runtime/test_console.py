@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from spectraqlora.runtime.console import Progress, fail, quiet, say, warn
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_every_kind_of_line_has_its_own_beginning_and_goes_to_standard_output(

@@ -10,7 +10,7 @@ from spectraqlora.runtime.images import step_names
 from spectraqlora_pipelines.cluster.fields import exceeds, seconds
 from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, read_values, reference
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def values(text: str, folder: Path) -> ClusterValues:
