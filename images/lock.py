@@ -2,7 +2,7 @@
 
 Run by `make lock`. Bounds come from pyproject.toml; each image's lock lists what it adds to the base it stands
 on. PyPI's torch for Linux brings the CUDA libraries; the CPU wheel is published on TORCH_INDEX instead, or
-lies in a folder that pip's find-links names.
+is in a folder that pip's find-links names.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def compile_(*arguments: str | Path) -> str:
 
 def names(text: str) -> list[str]:
     """Names of the packages in a requirements text, in order."""
-    found = (_NAME.match(line) for line in text.splitlines())
-    return [match[1].lower() for match in found if match]
+    matches = (_NAME.match(line) for line in text.splitlines())
+    return [match[1].lower() for match in matches if match]
 
 
 def bounds() -> str:

@@ -131,7 +131,7 @@ class BaseMeasurement(_Manifest):
         return {name: value for name, value in values.items() if value is not None}
 
     def check_origin(self, base_digest: str, rows_digest: str = "") -> None:
-        """Refuse a measurement of another base model or, where their digest is given, of other rows."""
+        """Refuse a measurement of another base model or, where their digest is given, of other rows (InputError)."""
         for name, own, wanted in (
             ("base_digest", self.base_digest, base_digest),
             ("rows_digest", self.rows_digest, rows_digest or self.rows_digest),
@@ -203,9 +203,11 @@ class RankMap(_Manifest):
         return entry.alpha / (entry.rank**0.5 if stabilised else entry.rank)
 
     def active(self) -> list[ModuleRank]:
+        """The modules with an adapter, in the order of the model; those of tier `frozen` are among them."""
         return [m for m in self.modules if m.rank > 0]
 
     def check_base(self, base_digest: str) -> None:
+        """Refuse a rank map that was made from another base model (InputError)."""
         if self.base_digest != base_digest:
             raise InputError(
                 "rank map base_digest",

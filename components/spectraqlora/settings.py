@@ -198,7 +198,7 @@ class TrainSettings(_Section):
         0, ge=0, description="Training processes; 0 is one per GPU, or one where there is none"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="With several processes: the 4-bit base whole in each, or its blocks sharded"
+        "ddp", description="With several processes: the 4-bit base complete in each, or its blocks sharded"
     )
 
 

@@ -17,7 +17,7 @@ from tests.unit.results import evaluation
 
 def version(number: int, source: str, settings: str = "recipe", *aliases: str, **tags: str) -> Version:
     known = {"source_digest": source, "recipe_digest": settings, **tags}
-    return Version("model", number, "run", known, aliases, 0)
+    return Version("model", number, "run", known, aliases)
 
 
 def test_without_a_champion_there_is_something_to_train() -> None:

@@ -17,7 +17,7 @@ effective rank as in Roy and Vetterli (2007).
 
 Later rounds: tiers follow the signal measured with the trained adapters; a module that falls to low keeps its adapter,
 frozen. Where the tier stays, the update (alpha/r)·B·A decides, by the number k of its leading directions that hold
-`evaluate.energy` of its squared norm: k = r doubles the rank (up to twice `rank_high` and the matrix's smaller side),
+`evaluate.update_energy` of its squared norm: k = r doubles the rank (up to twice `rank_high` and the matrix's smaller side),
 k ≤ r / 2 lowers it to k. With a budget, all ranks are scaled down where the moves went above it.
 """
 

@@ -1,6 +1,6 @@
 """All methods by name. Whatever differs between methods is asked here: no other package names one.
 
-A new method is a file beside this one, an entry in `METHODS`, and its two parameters in the compare step's interface.
+A new method is a file next to this one, an entry in `METHODS`, and its two parameters in the compare step's interface.
 """
 
 from __future__ import annotations

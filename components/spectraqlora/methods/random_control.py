@@ -2,7 +2,7 @@
 
 Every module gets a uniform random number as its score, drawn in the model's order from the seed; the rest is hybrid's
 selection: per type the best floor(count · percent / 100) get LoRA of rank r. A selection by signal that does not beat
-this one has found nothing.
+this one says nothing for its signal.
 
 Source: the control of selection studies; Spectrum (arXiv 2406.06623) for the count per type.
 

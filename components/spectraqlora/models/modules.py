@@ -34,7 +34,7 @@ def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    found = []
+    modules = []
     for name, module in model.named_modules():
         identity = module_identity(name)
         if identity is None:
@@ -46,7 +46,7 @@ def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
             in_features, out_features = (int(side) for side in module.weight.shape)
         else:
             continue
-        found.append(
+        modules.append(
             LinearModule(
                 module=name,
                 type=identity[1],
@@ -57,11 +57,19 @@ def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
                 transposed=Conv1D in (type(module), getattr(module, "source_cls", None)),
             )
         )
-    return found
+    return modules
 
 
-def model_outline(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
-    """Linear modules of a model from its config alone: no weights are read (meta device)."""
+def modules_by_config(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
+    """The modules that may get an adapter, from a model's config alone: no weights are read (meta device).
+
+    Args:
+        folder: with the model's config.
+        trust_remote_code: let code next to the model run.
+
+    Raises:
+        InputError: it is no language model that generates text, or nothing in it can get an adapter.
+    """
     import torch
     from transformers import AutoConfig
 

@@ -55,7 +55,7 @@ class _Shard:
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
-                "safetensors object", where, "a whole safetensors file; its header is cut short"
+                "safetensors object", where, "a complete safetensors file; its header is cut short"
             ) from None
         self.data = 8 + length
         if reader.size != self.data + end:

@@ -30,7 +30,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            "safetensors file", path, "a whole safetensors file; its header is cut short"
+            "safetensors file", path, "a complete safetensors file; its header is cut short"
         ) from None
     if size != 8 + length + end:
         raise InputError("safetensors file", path, f"{8 + length + end} bytes; it is truncated at {size}")
@@ -103,7 +103,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
 
 
 _PACKED_STATE = ".quant_state.bitsandbytes__"
-"""Beside a packed 4-bit tensor lies its shape and type, under the tensor's name, this and nf4 or fp4."""
+"""Shape and type of a packed 4-bit tensor are next to it, under the tensor's name, this and nf4 or fp4."""
 
 
 class Tensors(ABC):

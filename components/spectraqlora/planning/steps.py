@@ -28,7 +28,7 @@ PROCESS_BYTES = 900 * 2**20
 CUDA_PROCESS_BYTES = 3 * GIB
 """The same where CUDA's libraries are loaded."""
 _SCAN_BYTES = 600 * 2**20
-"""Of the SNR scan, besides six times its largest matrix (see snr.scan)."""
+"""Of the SNR scan, in addition to six times its largest matrix (see snr.scan)."""
 _SHARD_BYTES = 50 * 10**9
 """Most that transformers writes into one file, and holds in main memory for it."""
 

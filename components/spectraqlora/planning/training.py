@@ -84,19 +84,19 @@ def surrogate_map(name: str, shape: ModelShape, settings: Settings) -> RankMap:
     return method(name).first_ranks(shape.modules, scores, settings.select, settings.seed, {})
 
 
-def training(shape: ModelShape, ranks: RankMap, settings: Settings, cuda: bool) -> TrainingMemory:
+def training(shape: ModelShape, rank_map: RankMap, settings: Settings, cuda: bool) -> TrainingMemory:
     """Memory of training a rank map's adapters with batches of full rows.
 
     Args:
         shape: of the base model.
-        ranks: which modules get an adapter, and of which rank.
+        rank_map: which modules get an adapter, and of which rank.
         settings: of the run.
         cuda: whether a GPU trains.
     """
     from spectraqlora.models import adapters
     from spectraqlora.models.activations import every_nth
 
-    model = adapters.attach(shape.build(), ranks, settings.train.lora_dropout)
+    model = adapters.attach(shape.build(), rank_map, settings.train.lora_dropout)
     rows, tokens = settings.train.batch_size, shape.row_tokens(settings)
     kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
     count = adapters.trainable_parameters(model)

@@ -79,7 +79,7 @@ def _share(value: float | None) -> str:
 
 
 def _change(value: float, reference: float) -> str:
-    """How far a value lies from its reference, as a signed share of it."""
+    """How far a value is from its reference, as a signed share of it."""
     return f"{value / reference - 1:+.1%}" if reference else "–"
 
 

@@ -1,4 +1,4 @@
-"""The user's cache: what can be made again, and would take long."""
+"""The user's cache: what can be recomputed, and takes long."""
 
 from __future__ import annotations
 

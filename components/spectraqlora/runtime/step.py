@@ -42,6 +42,11 @@ def _end_with_launcher() -> None:
 
 
 def step(function: Callable[P, R]) -> Callable[P, R]:
+    """A step's function with its threads bounded, its libraries silent, and its errors turned into exit codes.
+
+    Exits with 2 after one line for an `InputError` and for a full disk, and with a signal's own code where the work
+    was stopped by one; every other error passes with its traceback.
+    """
     integers = {name for name, kind in function.__annotations__.items() if kind in (int, "int")}
 
     @functools.wraps(function)

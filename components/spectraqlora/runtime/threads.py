@@ -167,7 +167,7 @@ class Neighbours:
         self._own = path.name
 
     def others(self) -> int:
-        """How many steps there are beside this one."""
+        """How many steps run next to this one."""
         if not self._own:
             return 0
         return sum(self._is_live(path) for path in self._folder.glob("*.step") if path.name != self._own)

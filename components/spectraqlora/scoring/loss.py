@@ -32,6 +32,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), finite for every loss."""
         return math.exp(min(self.loss, 700.0))
 
 

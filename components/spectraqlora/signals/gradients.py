@@ -203,7 +203,7 @@ def sketch_gradients(
 
 
 def write_sketches(sketches: Mapping[str, GradientSketch], folder: Path) -> None:
-    """Write sketches beside a measurement; reading them gives the same numbers to the last bit."""
+    """Write `sketches.safetensors` into a folder; reading it gives the same numbers, bit by bit."""
     tensors = {f"{name}.{_RANGE}": s.range_sketch.contiguous() for name, s in sketches.items()}
     tensors |= {f"{name}.{_TWO_SIDED}": s.sketch.contiguous() for name, s in sketches.items()}
     numbers = json.dumps({name: s.gradient_snr for name, s in sketches.items()})

@@ -1,4 +1,4 @@
-"""What ranks modules: the weights' own signal, the task's, or both."""
+"""What orders modules: the weights' own signal, the task's, or both."""
 
 from __future__ import annotations
 

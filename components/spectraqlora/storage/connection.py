@@ -1,4 +1,4 @@
-"""The connection to an S3-compatible store: retries, ranged reads, and faults told in one line.
+"""The connection to an S3-compatible store: retries, ranged reads, and faults in one line.
 
 Endpoint, region, credentials and certificates come from where every AWS client looks for them:
 `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
@@ -33,7 +33,7 @@ _FIELD = "s3 address"
 _STEADY = "an object that does not change while it is read"
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile's"
 _NEEDED = {
-    "get_object": "s3:GetObject, and s3:ListBucket to be told what is missing",
+    "get_object": "s3:GetObject, and s3:ListBucket to learn what is missing",
     "head_object": "s3:GetObject",
     "list_objects_v2": "s3:ListBucket",
     "list_multipart_uploads": "s3:ListBucketMultipartUploads",

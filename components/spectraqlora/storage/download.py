@@ -1,6 +1,6 @@
 """Folders and files from object storage to disk: in parallel, resumable, checked.
 
-A killed download goes on where it was. Beside every unfinished file lies a journal: its first line says which
+A killed download resumes where it was. Next to every unfinished file is a journal: its first line says which
 content is being fetched and in parts of which size, and every further line is the number of a part that is
 on disk. Another content under the same name starts over. Parts count as finished without fsync: after a power
 cut a journal may promise more than the disk holds, which the SHA-256 at the end finds.

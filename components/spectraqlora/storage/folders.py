@@ -12,7 +12,7 @@ this manifest names: it sees the old folder or the new one, never half of one an
 is an ordinary folder for every other S3 client.
 
 The version before the current one stays, for readers that still hold its manifest; older ones are removed
-when a new one is published, and so are uploads that were begun and left alone for over a day. Several
+when a new one is published, and so are uploads that were started and left alone for over a day. Several
 readers may read while one writer publishes; two writers at one address are not coordinated.
 
 A folder without `_manifest.json` was put there by somebody else: its files are the objects below the prefix,
@@ -103,15 +103,15 @@ def read_bytes(connection: Connection, address: Address, limit: int = 64 << 20) 
         ObjectMissing: there is none.
         InputError: it is larger, or cannot be read.
     """
-    found = find_file(connection, address)
-    if found.size > limit:
-        raise InputError("s3 address", address, f"an object of at most {limit} bytes; it has {found.size}")
-    content = bytearray(found.size)
+    file = find_file(connection, address)
+    if file.size > limit:
+        raise InputError("s3 address", address, f"an object of at most {limit} bytes; it has {file.size}")
+    content = bytearray(file.size)
 
     def keep(offset: int, chunk: bytes) -> None:
         content[offset : offset + len(chunk)] = chunk
 
-    connection.read_range(address, 0, found.size, keep, found.etag)
+    connection.read_range(address, 0, file.size, keep, file.etag)
     return bytes(content)
 
 
@@ -284,12 +284,12 @@ def single_file(connection: Connection, address: Address) -> StoredFile | None:
 
 def folders_below(address: Address, connection: Connection | None = None) -> dict[str, bool]:
     """Names of the folders right below an address, and whether each was published as a whole."""
-    found: dict[str, bool] = {}
+    complete: dict[str, bool] = {}
     for name, _ in objects_below(connection or Connection(), address):
         folder, slash, rest = name.partition("/")
         if slash:
-            found[folder] = found.get(folder, False) or rest == MANIFEST
-    return found
+            complete[folder] = complete.get(folder, False) or rest == MANIFEST
+    return complete
 
 
 def remove_folder(address: Address, connection: Connection | None = None) -> None:
@@ -309,7 +309,7 @@ def remove_folder(address: Address, connection: Connection | None = None) -> Non
 
 
 def open_uploads(connection: Connection, address: Address, prefix: str) -> list[dict[str, Any]]:
-    """Uploads that were begun and not completed, at most the first thousand."""
+    """Uploads that were started and not completed, at most the first thousand."""
     try:
         page = connection.call("list_multipart_uploads", address, Prefix=prefix)
     except ObjectMissing:  # Some stores answer so where there are none.

@@ -30,7 +30,7 @@ class Meter:
 
 
 def run_all(jobs: Sequence[Callable[[], None]], workers: int) -> None:
-    """Run every job, in order, on at most `workers` threads; the first fault stops what has not begun."""
+    """Run every job, in order, on at most `workers` threads; the first fault stops what has not started."""
     if not jobs:
         return
     with ThreadPoolExecutor(min(workers, len(jobs)), "storage") as pool:

@@ -1,8 +1,8 @@
 """Folders and files from disk to object storage: in parallel, resumable, published as a whole.
 
-How a published folder looks, and why a reader never sees half of one, is told in `folders`.
+How a published folder looks, and why a reader never sees half of one, is described in `folders`.
 
-A killed upload goes on where it was: the same content goes to the same keys, so files that are there with the
+A killed upload resumes where it was: the same content goes to the same keys, so files that are there with the
 size and SHA-256 they should have are skipped, and of a file that was under way the parts that arrived are.
 """
 
@@ -109,7 +109,7 @@ class _Sending:
         return [functools.partial(self._send, part, len(parts), meter) for part in missing]
 
     def _take_up(self, meter: Meter) -> None:
-        """Go on with an upload that was begun, if its parts are this file's; else begin one."""
+        """Resume an upload that was started, if its parts are this file's; else start one."""
         for upload in open_uploads(self._connection, self._target, self._target.key):
             if upload["Key"] != self._target.key:
                 continue
@@ -132,8 +132,8 @@ class _Sending:
             self._upload = reply["UploadId"]
 
     def _matching(self, upload: str, meter: Meter) -> bool:
-        """Note which parts of an upload hold this file's bytes; False where one holds others."""
-        found: dict[int, str] = {}
+        """Record which parts of an upload hold this file's bytes; False where one holds others."""
+        tags: dict[int, str] = {}
         marker: dict[str, int] = {}
         while True:
             page = self._connection.call(
@@ -147,12 +147,12 @@ class _Sending:
                 # Encrypted buckets have ETags of their own making: such parts are sent again.
                 if hashlib.md5(content, usedforsecurity=False).hexdigest() != tag.strip('"'):
                     return False
-                found[part] = tag
+                tags[part] = tag
             if not page.get("IsTruncated"):
                 break
             marker = {"PartNumberMarker": int(page["NextPartNumberMarker"])}
-        self._tags = found
-        meter.add(sum(min(self._part, self._entry.size - part * self._part) for part in found))
+        self._tags = tags
+        meter.add(sum(min(self._part, self._entry.size - part * self._part) for part in tags))
         return True
 
     def _send(self, part: int, count: int, meter: Meter) -> None:
@@ -208,7 +208,7 @@ def _hash(path: Path) -> FileEntry:
 def _local_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError("folder to upload", folder, "an existing folder")
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if BOOKKEEPING in relative.parts or not path.is_file():
@@ -216,10 +216,10 @@ def _local_files(folder: Path) -> dict[str, Path]:
         name = relative.as_posix()
         if not is_plain_name(name):
             raise InputError("file to upload", path, "a name without backslash and line break")
-        found[name] = path
-    if not found:
+        files[name] = path
+    if not files:
         raise InputError("folder to upload", folder, "a folder with files in it")
-    return found
+    return files
 
 
 def upload_folder(folder: Path, address: Address, connection: Connection | None = None) -> str:
@@ -236,7 +236,7 @@ def upload_folder(folder: Path, address: Address, connection: Connection | None 
     """
     connection = connection or Connection()
     paths = _local_files(folder)
-    # The first request comes before the hashing: a wrong secret is told at once.
+    # The first request comes before the hashing: a wrong secret is reported at once.
     current = read_manifest(connection, address)
     with ThreadPoolExecutor(min(4, connection.workers), "hash") as pool:
         entries = dict(zip(paths, pool.map(_hash, paths.values()), strict=True))
@@ -274,7 +274,7 @@ def upload_folder(folder: Path, address: Address, connection: Connection | None 
 def _remove_old(
     connection: Connection, address: Address, manifest: FolderManifest, replaced: str | None, now: datetime
 ) -> None:
-    """Remove the version before the previous one, and uploads that nobody went on with for a day."""
+    """Remove the version before the previous one, and uploads that nobody resumed for a day."""
     start = address.below + VERSION_PREFIX
     page = connection.call("list_objects_v2", address, Prefix=start, Delimiter="/")
     for common in page.get("CommonPrefixes", []):
@@ -304,8 +304,8 @@ def upload_file(path: Path, address: Address, connection: Connection | None = No
     connection = connection or Connection()
     entry = _hash(path)
     page = connection.call("list_objects_v2", address, Prefix=address.key, MaxKeys=1)
-    stored = {found["Key"]: int(found["Size"]) for found in page.get("Contents", [])}
-    # An upload begun under this key may have been announced with another content's SHA-256, even where its
+    stored = {listed["Key"]: int(listed["Size"]) for listed in page.get("Contents", [])}
+    # An upload started under this key may have been announced with another content's SHA-256, even where its
     # first parts are alike; only a version's keys stand for one content.
     sending = _Sending(connection, path, entry, address, stored.get(address.key), by_part=False)
     _send_all(connection, [sending], f"uploading {address}", entry.size)

@@ -31,7 +31,6 @@ class Version:
     run_id: str
     tags: dict[str, str]
     aliases: tuple[str, ...]
-    created_ms: int
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -93,7 +92,6 @@ class Registry:
                 entry.run_id,
                 dict(entry.tags),
                 tuple(sorted(names.get(int(entry.version), []))),
-                entry.creation_timestamp,
             )
             for entry in entries
         ]

@@ -210,8 +210,8 @@ class Tracker:
     def log_evaluation(self, run_id: str, evaluation: Evaluation, metrics: dict[str, float]) -> None:
         """Log what an evaluation holds of its branch: all rounds' curves, numbers and digests."""
         with explain_errors(self.settings):
-            settings = self.client.get_run(run_id).data.params
-        max_steps = int(settings.get("train.max_steps", 0))
+            params = self.client.get_run(run_id).data.params
+        max_steps = int(params.get("train.max_steps", 0))
         for part in evaluation.rounds:
             self.log_training(run_id, part.training, max_steps)
         self.log_metrics(run_id, metrics)

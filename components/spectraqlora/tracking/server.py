@@ -1,4 +1,4 @@
-"""Connecting to MLflow, and telling apart a server that is away from one that says no."""
+"""Connecting to MLflow, and its errors: a server that is away is another matter than one that refuses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def connect(settings: TrackingSettings) -> Any:
 
 @contextlib.contextmanager
 def explain_errors(settings: TrackingSettings) -> Iterator[None]:
-    """MLflow's explain_errors of who we are become one line; silence becomes `ServerAway`."""
+    """Inside, MLflow's refusals become one line, and a server that does not answer `ServerAway`.
+
+    Raises:
+        InputError: the server refuses the credentials, the address that it is asked by, or the user.
+        ServerAway: it does not answer, or answers that it cannot now.
+    """
     from mlflow.exceptions import MlflowException
 
     try:

@@ -67,9 +67,9 @@ def _check_base_model(settings: Settings, base: Place) -> None:
 def _check_fit(settings: Settings, folder: Path) -> None:
     """Refuse ranks and tables that do not fit the model; its config alone is read."""
     from spectraqlora.methods.catalogue import method
-    from spectraqlora.models.modules import model_outline
+    from spectraqlora.models.modules import modules_by_config
 
-    modules = model_outline(folder, settings.model.trust_remote_code)
+    modules = modules_by_config(folder, settings.model.trust_remote_code)
     for name in settings.methods:
         method(name).check(modules, settings.select)
     if settings.snr.table:

@@ -30,9 +30,9 @@ def run(
     tracker.pipeline_run()
     given = {method: pair for method, pair in branches.items() if pair[0] is not None}
     inputs = Inputs(
-        Path(outline.path),
-        Path(rows.path),
-        Path(table.path),
+        outline=Path(outline.path),
+        rows=Path(rows.path),
+        table=Path(table.path),
         evaluations={method: Path(evaluation.path) for method, (evaluation, _) in given.items()},
         adapters={
             method: Path(adapter.path) for method, (_, adapter) in given.items() if adapter is not None

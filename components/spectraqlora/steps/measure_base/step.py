@@ -23,7 +23,7 @@ def run(
     from spectraqlora.steps.measure_base.measure import Inputs, measure_base
 
     result = measure_base(
-        Inputs(Path(four_bit.path), Path(rows.path)),
+        Inputs(four_bit=Path(four_bit.path), rows=Path(rows.path)),
         [name.strip() for name in methods.split(",")],
         SelectSettings(**select_settings),
         EvaluateSettings(**evaluate_settings),

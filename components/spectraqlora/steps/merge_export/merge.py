@@ -35,6 +35,7 @@ class Inputs:
 
     @property
     def adapter(self) -> Path:
+        """The winner's adapter."""
         return self.winner / "adapter"
 
 

@@ -22,7 +22,7 @@ def run(
     from spectraqlora.steps.merge_export.merge import Inputs, merge_export
 
     result = merge_export(
-        Inputs(Path(four_bit.path), Path(rows.path), Path(winner.path)),
+        Inputs(four_bit=Path(four_bit.path), rows=Path(rows.path), winner=Path(winner.path)),
         EvaluateSettings(**evaluate_settings),
         output_folder(exported),
         ExportSettings(**export_settings),

@@ -20,7 +20,7 @@ _OF_THE_ROWS = frozenset(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a promotion: the decision, whom it was made against, and how the numbers were got."""
+    """What came of a promotion: the decision, whom it was made against, and where the numbers are from."""
 
     version: int
     decision: str

@@ -50,20 +50,20 @@ def write_following_round(
     scores = module_scores(select, modules, table, sketches)
     if select.needs_gradients:
         scores = floor_scores(scores, current)
-    following = moving(current.method).next_ranks(current, modules, scores, spectra, select)
-    carried, errors = carry_over(trained.weights, current, following, seed)
-    following = following.model_copy(update={"changes": _with_errors(following.changes, errors)})
-    following.write(outputs.next_rank_map)
-    moves = following.modules != current.modules
-    note = f"{len(following.changes)} matrices move" if moves else "nothing moves"
-    say(f"round {following.round} of {current.method}: {note}")
+    next_map = moving(current.method).next_ranks(current, modules, scores, spectra, select)
+    carried, errors = carry_over(trained.weights, current, next_map, seed)
+    next_map = next_map.model_copy(update={"changes": _with_errors(next_map.changes, errors)})
+    next_map.write(outputs.next_rank_map)
+    moves = next_map.modules != current.modules
+    note = f"{len(next_map.changes)} matrices move" if moves else "nothing moves"
+    say(f"round {next_map.round} of {current.method}: {note}")
     if not moves:
         shutil.copytree(inputs.adapter, outputs.next_adapter, dirs_exist_ok=True)
     else:
-        fitted = adapters.attach(model.unload(), following, start=carried)
+        fitted = adapters.attach(model.unload(), next_map, start=carried)
         adapters.save(fitted, outputs.next_adapter, trained.manifest.source)
         trained.log.write(outputs.next_adapter)
-    return following.changes
+    return next_map.changes
 
 
 def floor_scores(scores: Scores, rank_map: RankMap) -> Scores:

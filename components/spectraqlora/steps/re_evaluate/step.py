@@ -45,11 +45,17 @@ def run(
         previous=Path(previous.path) if previous is not None else None,
     )
     sections = Sections(
-        EvaluateSettings(**evaluate_settings), SelectSettings(**select_settings), SnrSettings(**snr_settings)
+        evaluate=EvaluateSettings(**evaluate_settings),
+        select=SelectSettings(**select_settings),
+        snr=SnrSettings(**snr_settings),
     )
     tracker = Tracker(TrackingSettings(**tracking_settings), run_key(), "re-evaluate")
     branch = tracker.branch_run(RankMap.read(inputs.rank_map).method)
-    outputs = Outputs(output_folder(evaluation), output_folder(next_rank_map), output_folder(next_adapter))
+    outputs = Outputs(
+        evaluation=output_folder(evaluation),
+        next_rank_map=output_folder(next_rank_map),
+        next_adapter=output_folder(next_adapter),
+    )
     result = re_evaluate(inputs, outputs, sections, round, rounds, seed)
     metrics = result.headline()
     for name, value in metrics.items():

@@ -41,7 +41,7 @@ class Inputs:
 def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[str, int]:
     """Log the exported model to the pipeline's run and register it; (model name, version).
 
-    Beside the model the run keeps the adapter with its rank map and the rows it was scored on: what a later
+    Next to the model the run keeps the adapter with its rank map and the rows it was scored on: what a later
     champion is compared on and may start from. A stop at any request leaves either no version or one that a
     retry finds by its run and digest and completes: a run never registers the same model twice, and the alias
     `challenger` is the last thing that is written.
@@ -50,6 +50,9 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
         tracker: of the pipeline run.
         inputs: the step's folders.
         origin: further tags, which say what the model was trained on and with which settings.
+
+    Raises:
+        InputError: an input is malformed, or the server does not answer or refuses.
     """
     settings, run_id = tracker.settings, tracker.pipeline_run()
     registry = Registry(settings)
@@ -63,7 +66,7 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
     else:
         trust = MergedModel.read(inputs.exported).trust_remote_code
         tokenizer = load_tokenizer(inputs.exported / "merged", trust)
-        rows_digest, example = _keep_beside(tracker, run_id, inputs, tokenizer)
+        rows_digest, example = _keep_for_comparison(tracker, run_id, inputs, tokenizer)
         tags = {
             **identity,
             **_tags(tracker, inputs, origin),
@@ -83,7 +86,7 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
     return registry.name, number
 
 
-def _keep_beside(tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any) -> tuple[str, str]:
+def _keep_for_comparison(tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any) -> tuple[str, str]:
     """Keep the held-out rows and the adapter with its rank map in the run; (digest of the rows, a prompt)."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -34,8 +34,8 @@ def run(
         # Steps that were taken from the cache sent nothing to this run.
         log_results(tracker, Path(leaderboard.path), inputs.rows)
     name, version = register(tracker, inputs, origin)
-    run = tracker.pipeline_run()
-    tracker.log_data(run, PreparedRows.read(inputs.rows))
+    pipeline_run = tracker.pipeline_run()
+    tracker.log_data(pipeline_run, PreparedRows.read(inputs.rows))
     write_text(output_folder(registered) / "registered.json", json.dumps({"name": name, "version": version}))
     registered.metadata.update(name=name, version=version)
-    tracker.finish(run)
+    tracker.finish(pipeline_run)

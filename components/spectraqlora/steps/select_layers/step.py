@@ -22,6 +22,6 @@ def run(
 ) -> None:
     from spectraqlora.steps.select_layers.select import Inputs, select
 
-    inputs = Inputs(Path(outline.path), Path(table.path), Path(measurement.path))
+    inputs = Inputs(outline=Path(outline.path), table=Path(table.path), measurement=Path(measurement.path))
     result = select(method, inputs, SelectSettings(**select_settings), seed, output_folder(rank_map))
     rank_map.metadata.update(method=method, active=len(result.active()))

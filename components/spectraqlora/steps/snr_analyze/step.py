@@ -13,5 +13,7 @@ from spectraqlora.settings import SnrSettings
 def run(*, snr_settings: dict[str, Any], outline: Any, four_bit: Any, table: Any) -> None:
     from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
-    inputs = Inputs(Path(outline.path), Path(four_bit.path) if four_bit is not None else None)
+    inputs = Inputs(
+        outline=Path(outline.path), four_bit=Path(four_bit.path) if four_bit is not None else None
+    )
     analyze(inputs, SnrSettings(**snr_settings), output_folder(table))

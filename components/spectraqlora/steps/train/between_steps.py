@@ -29,14 +29,17 @@ class WorkClock:
         self.start()
 
     def start(self) -> None:
+        """Count from now on, without pauses so far."""
         self._began, self._paused = time.perf_counter(), 0.0
 
     @property
     def seconds(self) -> float:
+        """Seconds since the start, without the pauses that have ended."""
         return time.perf_counter() - self._began - self._paused
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
+        """Inside, time does not count."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began

@@ -55,10 +55,12 @@ class TrainRequest:
     run_key: str = ""
 
     def write(self, path: Path) -> None:
+        """Write the request as a JSON file."""
         write_text(path, _JSON.dump_json(self).decode())
 
     @classmethod
     def read(cls, path: Path) -> TrainRequest:
+        """The request that `write` wrote."""
         return _JSON.validate_json(path.read_bytes())
 
 

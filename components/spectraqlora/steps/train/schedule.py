@@ -22,6 +22,7 @@ class Span:
 
     @property
     def steps(self) -> int:
+        """How many the round trains."""
         return self.stop - self.start
 
 

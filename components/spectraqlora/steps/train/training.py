@@ -165,7 +165,7 @@ def _on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _arguments(request: TrainRequest, steps: int, scratch: str) -> Any:
-    """What `transformers.Trainer` is told: rows in the order given, every loss logged, nothing written."""
+    """What `transformers.Trainer` goes by: rows in the order given, every loss logged, nothing written."""
     from transformers import TrainingArguments
 
     rows, passes = distributed.split_batch(request.train, distributed.world_size())
