@@ -55,6 +55,11 @@ class _Manifest(BaseModel):
         except ValidationError as error:
             fault = error.errors()[0]
             key = ".".join(map(str, fault["loc"]))
+            if fault["type"] in ("missing", "extra_forbidden"):
+                wanted = "this field" if fault["type"] == "missing" else "no such field"
+                raise InputError(
+                    f"{kind} {key}", path, f"{wanted}; it is another artifact's, or malformed"
+                ) from None
             raise InputError(f"{kind} {key}", fault["input"], fault["msg"]) from None
 
 

@@ -46,6 +46,18 @@ def test_what_is_no_measurement_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", [FourBitModel, ModelOutline])
+def test_an_outline_and_a_4_bit_model_are_not_taken_for_each_other(
+    kind: type[ModelOutline], quantized: Path, outline: Path
+) -> None:
+    folder = outline if kind is FourBitModel else quantized
+    with pytest.raises(InputError) as refused:
+        kind.read(folder)
+    message = str(refused.value)
+    assert message.startswith(f"{kind.__name__} ") and "it is another artifact's, or malformed" in message
+    assert str(folder / "manifest.json") in message
+
+
 def test_an_outline_is_the_4_bit_model_without_its_weights(quantized: Path, outline: Path) -> None:
     names = {path.name for path in (outline / "model").iterdir()}
     assert names == {path.name for path in (quantized / "model").iterdir()} - {"model.safetensors"}

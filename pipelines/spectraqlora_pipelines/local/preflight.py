@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from spectraqlora import __version__
+from spectraqlora.artifacts import SCHEMA_VERSION
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.places import Place, file_place
@@ -174,12 +175,13 @@ def claim_workdir(
         pipeline: name of the DAG.
 
     Raises:
-        InputError: it holds a run of other settings or inputs, is a file, or its disk is full.
+        InputError: it holds a run of another version, other settings or inputs, is a file, or its disk is full.
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError("--workdir", workdir, "a folder")
     identity: dict[str, object] = {
         "version": __version__,
+        "artifacts": SCHEMA_VERSION,
         "settings": settings.model_dump(mode="json"),
         "contents": contents,
         "pipeline": pipeline,
@@ -190,6 +192,12 @@ def claim_workdir(
             before = json.loads(stored.read_text(encoding="utf-8"))
         except ValueError:
             raise InputError("--workdir", workdir, "a readable run.json") from None
+        if isinstance(before, dict) and before.get("artifacts", 1) != SCHEMA_VERSION:
+            raise InputError(
+                "--workdir",
+                workdir,
+                "a new folder; this one holds a run of another version, such as 0.1.0, to be made anew",
+            )
         if before != identity:
             raise InputError(
                 "--workdir", workdir, f"a new folder; this one holds a run of {_difference(before, identity)}"

@@ -48,6 +48,24 @@ def test_local_inputs_that_changed_are_another_run(tiny_model: Path, tiny_rows: 
         preflight.claim_workdir(workdir, settings, preflight.contents(settings, base, source, workdir))
 
 
+def test_a_workdir_of_0_1_0_is_refused_as_one_and_left_alone(tmp_path: Path) -> None:
+    settings = parse({})
+    # What 0.1.0 wrote: no version of its artifacts, and other settings.
+    document = {
+        "version": "0.1.0",
+        "settings": {"evaluate": {"energy": 0.95}},
+        "contents": {},
+        "pipeline": "ablation",
+    }
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(InputError) as refused:
+        preflight.claim_workdir(tmp_path, settings, {})
+    assert str(refused.value).endswith(
+        "expected a new folder; this one holds a run of another version, such as 0.1.0, to be made anew"
+    )
+    assert json.loads((tmp_path / "run.json").read_text()) == document
+
+
 def test_a_hub_id_keeps_the_commit_of_the_first_run_in_a_workdir(
     tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:

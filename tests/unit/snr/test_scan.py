@@ -279,3 +279,15 @@ def test_the_table_on_screen_is_complete_at_any_width(width: int) -> None:
         assert f" {module} " in line
         assert f"{row.snr:.4f}" in line
     assert ("threshold" in text) == (width == 120)
+
+
+def test_the_4_bit_weights_of_another_base_are_refused(
+    quantized: Path, outline: Path, tmp_path: Path
+) -> None:
+    document = json.loads((outline / "manifest.json").read_text()) | {"base_digest": "0" * 64}
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(
+        InputError, match=r"^four_bit base_digest: '\w{12}': expected 000000000000, the base model"
+    ):
+        analyze(Inputs(tmp_path, quantized), SnrSettings(source="quantized"), tmp_path / "table")
+    assert not (tmp_path / "table").exists()

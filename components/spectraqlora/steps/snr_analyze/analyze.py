@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectraqlora.artifacts import ModelOutline
+from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import original_tensors
 from spectraqlora.models.tensors import LocalTensors, Tensors
@@ -33,8 +33,8 @@ def analyze(inputs: Inputs, settings: SnrSettings, output: Path) -> None:
     Until the table is written, finished rows are in the user's cache: an interrupted scan resumes from them.
 
     Raises:
-        InputError: the 4-bit weights are to be measured, but are not among the inputs; or the original, or the
-            given table, is not there or is another one.
+        InputError: the 4-bit weights are to be measured, but are not among the inputs or another model's; or the
+            original, or the given table, is not there or is another one.
     """
     manifest = ModelOutline.read(inputs.outline)
     if settings.table:
@@ -57,6 +57,13 @@ def _checkpoint(inputs: Inputs, manifest: ModelOutline, settings: SnrSettings) -
             "snr.source",
             "quantized",
             "original, or a pipeline compiled with snr.source=quantized; this one hands snr-analyze no 4-bit weights",
+        )
+    packed = FourBitModel.read(inputs.four_bit)
+    if packed.base_digest != manifest.base_digest:
+        raise InputError(
+            "four_bit base_digest",
+            packed.base_digest[:12],
+            f"{manifest.base_digest[:12]}, the base model of the outline",
         )
     return LocalTensors(inputs.four_bit / "model")
 
