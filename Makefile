@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # A file's tests share what they start, so they stay in one process.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test e2e chart-test lint install images image-wheels lock golden docs clean
+.PHONY: demo test e2e chart-test lint install images image-wheels lock golden docs gpu-wheels gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -70,6 +70,23 @@ golden: install
 # Every generated table in the READMEs; a test compares.
 docs: install
 	$(BIN)/python -m spectraqlora_pipelines.reference
+
+# What a GPU machine without a network lacks, into build/gpu; SPECTRAQLORA_TEST_MODEL names a model to take along.
+gpu-wheels: install
+	$(BIN)/python -m tests.gpu.wheels
+
+# Correctness, speed and memory on a GPU, at most 8 minutes, with that machine's own Python. DEVICE=cpu SMALL=1: dry run.
+DEVICE ?= cuda
+GPU_PYTHON ?= python3
+GPU_CHECK = tests/gpu/check.py --device $(DEVICE) $(if $(SMALL),--small) $(if $(RESULTS),--results $(RESULTS))
+
+ifeq ($(DEVICE),cpu)
+gpu-check: install
+	$(BIN)/python $(GPU_CHECK)
+else
+gpu-check:
+	$(GPU_PYTHON) $(GPU_CHECK)
+endif
 
 clean:
 	rm -rf $(VENV) runs build
