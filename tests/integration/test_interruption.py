@@ -43,7 +43,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(
     stopped = _start_and_stop(arguments, number)
     if number == signal.SIGTERM:
         assert stopped.returncode == 130
-        assert stopped.stderr == "interrupted; run, and snr with --output, go on where they stopped\n"
+        assert stopped.stderr == "interrupted; run, and snr with --output, resume where they stopped\n"
     quantized = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("four_bit/manifest.json")}
     assert quantized
     done = spectraqlora(*arguments)
