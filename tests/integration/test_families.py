@@ -27,6 +27,7 @@ from spectraqlora.steps.prepare_data.prepare import prepare
 from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.re_evaluate.evaluate import Inputs as Trained
 from spectraqlora.steps.re_evaluate.evaluate import Outputs, Sections, re_evaluate
+from spectraqlora.steps.register.register import Inputs as Registration
 from spectraqlora.steps.register.register import register
 from spectraqlora.steps.select_layers.select import Inputs as Selection
 from spectraqlora.steps.select_layers.select import select
@@ -34,7 +35,7 @@ from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora.steps.train.request import Inputs as TrainInputs
 from spectraqlora.steps.train.request import TrainRequest
 from spectraqlora.steps.train.training import train
-from spectraqlora.tracking.registered_model import load_model
+from spectraqlora.tracking.registered_model import download_model, load_model
 from spectraqlora.tracking.registry import Registry
 from spectraqlora.tracking.runs import Tracker
 from spectraqlora_pipelines.dags.branch import unrolled
@@ -181,17 +182,13 @@ def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_truste
     assert _first_steps(trusted, tiny_rows, tmp_path).trust_remote_code
     merged = _merge("hybrid", _branch("hybrid", tmp_path), tmp_path)
     assert merged.trust_remote_code
-    exported = tmp_path / "exported"
+    inputs = Registration(rows=tmp_path / "data", winner=tmp_path / "winner", exported=tmp_path / "exported")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tags = {"merged_digest": "m", "base_digest": "b", "data_digest": "d"}
-    winner = tmp_path / "winner"
     for form in ("merged", "adapter"):
         tracking = TrackingSettings(uri=uri, registered_model=form, registered_form=form)
-        register(
-            Tracker(tracking, form), exported, winner, tmp_path / "data", tags, {"merged_eval_loss": 1.0}
-        )
+        register(Tracker(tracking, form), inputs, {})
         registry = Registry(tracking)
-        folder = registry.download_model(registry.version("challenger"), tmp_path / f"registered-{form}")
+        folder = download_model(tracking, registry.version("challenger"), tmp_path / f"registered-{form}")
         with pytest.raises(InputError, match="without code of its own"):
             load_model(folder)
 
