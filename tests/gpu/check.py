@@ -167,11 +167,11 @@ class Check:
             )
 
     def begin(self, process: subprocess.Popen[bytes], seconds: float) -> None:
-        """Let a process begin its part, and tell it how long it has."""
+        """Let a process begin its part, and tell it how long it has; it ends when this pipe does."""
         assert process.stdin
         with contextlib.suppress(BrokenPipeError):  # It has ended already: its code and its log say why.
             process.stdin.write(f"{seconds}\n".encode())
-            process.stdin.close()
+            process.stdin.flush()
 
     def run(self) -> bool:
         """All parts; whether each ended well."""

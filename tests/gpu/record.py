@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ class Part:
 def part(description: str | None) -> Iterator[Part]:
     """Read a part's arguments, and from standard input, once it may begin, the seconds that it has.
 
-    At its end, imports that the machine could not have made are refused.
+    The end of standard input is that of the check, and ends the part: nothing may hold the card after it. At the
+    part's own end, imports that the machine could not have made are refused.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True)
@@ -80,8 +82,16 @@ def part(description: str | None) -> Iterator[Part]:
     if not said:
         raise SystemExit("ended before it began")
     deadline = time.monotonic() + float(said)
+    threading.Thread(target=_end_with_the_check, daemon=True).start()
     yield Part(options.work, options.small, deadline, Record(options.record))
     check_imports()
+
+
+def _end_with_the_check() -> None:
+    # Unbuffered: a lock of sys.stdin's would be held when the interpreter ends.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def check_imports() -> None:

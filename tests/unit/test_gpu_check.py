@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ PARTS = {
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, Path]:
-    """A check of these parts that has ended: whether all ended well, and the folder of results."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> check.Check:
+    """A check of these parts."""
     for name, rest in PARTS.items():
         lines = ["import sys, time", "from tests.gpu.record import part", "with part(None) as given:"]
         lines += ["    given.record.add('rows', {'of': given.record.path.stem})", rest]
@@ -61,15 +62,12 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, Pat
     for name in ("scratch", "results"):
         (tmp_path / name).mkdir()
     options = argparse.Namespace(device="cpu", small=False, carried=tmp_path / "none")
-    run = check.Check(options, tmp_path / "scratch", tmp_path / "site", tmp_path / "results")
-    return run.run(), tmp_path / "results"
+    return check.Check(options, tmp_path / "scratch", tmp_path / "site", tmp_path / "results")
 
 
-def test_what_every_part_reached_stays_whether_it_ends_is_cut_off_or_fails(
-    finished: tuple[bool, Path],
-) -> None:
-    well, results = finished
-    assert not well
+def test_what_every_part_reached_stays_whether_it_ends_is_cut_off_or_fails(run: check.Check) -> None:
+    assert not run.run()
+    results = run.results
     content = json.loads((results / "results.json").read_text())
     assert {name: entry["outcome"] for name, entry in content["parts"].items()} == {
         "ends": "done", "lasts": "cut off", "fails": "failed with 1", "imports": "failed with 1",
@@ -78,6 +76,18 @@ def test_what_every_part_reached_stays_whether_it_ends_is_cut_off_or_fails(
     assert "no such card" in content["parts"]["fails"]["log"]
     assert "imported kfp" in content["parts"]["imports"]["log"]
     assert "| lasts | cut off | 3 |" in (results / "table.md").read_text()
+
+
+def test_a_part_ends_with_the_check_that_started_it(run: check.Check) -> None:
+    lasts = check.PARTS[0]
+    process = run.start(lasts, run.environment)
+    run.begin(process, 60)
+    deadline = time.monotonic() + 30
+    while not (run.scratch / "lasts.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None and process.stdin
+    process.stdin.close()
+    assert process.wait(timeout=30) == 1
 
 
 def _found(speed: float, memory: float, plan: float, scan: float) -> dict[str, Any]:
