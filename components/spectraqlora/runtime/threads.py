@@ -2,7 +2,7 @@
 
 Left alone, torch, MKL and the tokenizers each start a thread for every core that they see, whatever share of
 them is the step's. Where two steps do so on the same cores, the threads of one wait for each other while those of
-the other work: two trainings on 2 cores took 8 times as long as with one thread each
+the other work: two trainings on 2 cores took up to 11 times as long as one alone, and with one thread each 1.3 times
 (`python -m tests.benchmarks.threads`).
 
 The number of threads changes the order in which sums are taken, and so the last digits of losses and weights:

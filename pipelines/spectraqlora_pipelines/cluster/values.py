@@ -69,7 +69,11 @@ def _request_within_limit(part: Any) -> Any:
 
 
 class CpuValues(_Part):
-    request: Cpu | None = Field(None, description="CPU cores that the node must have free")
+    request: Cpu | None = Field(
+        None,
+        description="CPU cores that the node must have free; a step computes with as many threads, without a "
+        "request with as many as the limit",
+    )
     limit: Cpu | None = Field(None, description="CPU cores that the step may use at most")
 
     _ordered = model_validator(mode="after")(_request_within_limit)
