@@ -15,7 +15,7 @@ from spectraqlora.settings import EvaluateSettings, TrackingSettings, TrainSetti
 from spectraqlora.steps.train import distributed
 from spectraqlora.steps.train.step import run as run_train
 
-from tests.unit.test_adapters import DOWN, Q0, Q1, logits, randomize, rank_map
+from tests.unit.models.test_adapters import DOWN, Q0, Q1, logits, randomize, rank_map
 
 
 def _train(

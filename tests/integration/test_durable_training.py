@@ -23,8 +23,8 @@ from spectraqlora.storage import folders_below, parse_address
 
 from tests.integration.test_dag import CLI
 from tests.s3 import BUCKET, Server, environment
-from tests.unit.test_adapters import DOWN, Q0, Q1, rank_map
-from tests.unit.test_checkpoints import same, trained
+from tests.unit.models.test_adapters import DOWN, Q0, Q1, rank_map
+from tests.unit.steps.train.test_checkpoints import same, trained
 
 pytestmark = pytest.mark.e2e
 

@@ -141,8 +141,8 @@ def test_the_export_is_published(quantized: Path, prepared: Path, tmp_path: Path
     from spectraqlora.steps.merge_export.merge import Inputs as MergeInputs
     from spectraqlora.steps.merge_export.merge import merge_export
 
+    from tests.unit.models.test_adapters import Q0, randomize, rank_map
     from tests.unit.results import evaluation
-    from tests.unit.test_adapters import Q0, randomize, rank_map
 
     wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4}))
     randomize(wrapped)

@@ -14,8 +14,8 @@ from spectraqlora.models import adapters
 from spectraqlora.settings import CheckpointSettings, ModelSettings
 from spectraqlora.steps.quantize_load.quantize import quantize
 
-from tests.unit.test_adapters import DOWN, Q0, rank_map
-from tests.unit.test_checkpoints import trained
+from tests.unit.models.test_adapters import DOWN, Q0, rank_map
+from tests.unit.steps.train.test_checkpoints import trained
 
 
 def as_snapshot(model: Path, cache: Path, scale: float) -> Path:

@@ -12,7 +12,7 @@ from spectraqlora.scoring import head_loss
 from spectraqlora.scoring.head_loss import HeadLoss
 
 from tests.families import write_family
-from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
+from tests.unit.models.test_adapters import DOWN, Q0, randomize, rank_map
 
 
 def batch(model: Any) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from spectraqlora.steps.snr_analyze.analyze import Inputs as SnrInputs
 from spectraqlora.steps.snr_analyze.analyze import analyze
 
 from tests.measured import write_measurement
-from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
+from tests.unit.models.test_adapters import DOWN, Q0, randomize, rank_map
 
 EVALUATE = EvaluateSettings(accuracy_rows=2, max_new_tokens=4, update_energy=1.0)
 SELECT = SelectSettings(signal="spectrum", rank=4, rank_high=4, rank_low=2, calibration_batches=2)

@@ -23,7 +23,7 @@ from spectraqlora.steps.train.request import Inputs, TrainRequest
 from spectraqlora.steps.train.training import train
 
 from tests.s3 import BUCKET, SECRET_KEY, Fault, Proxy, Request, Server, environment
-from tests.unit.test_adapters import DOWN, Q0, rank_map
+from tests.unit.models.test_adapters import DOWN, Q0, rank_map
 
 STEPS = 8
 # Dropout draws from the random state, accumulation ends steps in the middle of the trainer's batches.
@@ -34,7 +34,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from spectraqlora.runtime.step import step
-from tests.unit.test_checkpoints import trained
+from tests.unit.steps.train.test_checkpoints import trained
 arguments = [Path(a) for a in sys.argv[1:5]]
 @step
 def run():

@@ -16,7 +16,7 @@ from spectraqlora.settings import TrainSettings
 from spectraqlora.steps.train.request import Inputs, TrainRequest
 from spectraqlora.steps.train.training import train
 
-from tests.unit.test_adapters import DOWN, Q0, rank_map
+from tests.unit.models.test_adapters import DOWN, Q0, rank_map
 
 
 def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path) -> None:

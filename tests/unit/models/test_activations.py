@@ -8,7 +8,7 @@ from spectraqlora.models import activations, adapters
 from spectraqlora.models.activations import recompute_blocks, recompute_elementwise
 from spectraqlora.models.loading import load_four_bit
 
-from tests.unit.test_adapters import DOWN, Q0, randomize, rank_map
+from tests.unit.models.test_adapters import DOWN, Q0, randomize, rank_map
 
 
 def _backward(model: torch.nn.Module) -> list[torch.Tensor]:
