@@ -63,6 +63,10 @@ print(bench.resident_peak() - meter.start)
 """
 
 
+FEW_WORDS = {**OPTIONS, "vocabulary": 2_000}
+"""So few that a block takes more than the logits."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -109,16 +113,21 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Pa
     assert abs(ratio - 1) <= TOLERANCE
 
 
-def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_peak(model: Path) -> None:
+@pytest.mark.parametrize(("options", "largest"), [(OPTIONS, "logits"), (FEW_WORDS, "recomputed block")])
+def test_the_plan_of_gradient_calibration_is_within_15_percent_of_the_measured_peak(
+    options: dict[str, int], largest: str, tmp_path: Path
+) -> None:
     from spectraqlora.planning.shape import ModelShape, config_of
     from spectraqlora.planning.steps import calibration
     from spectraqlora.settings import parse
 
-    rows, tokens = OPTIONS["batch"], OPTIONS["tokens"]
+    bench.make_model(tmp_path, Namespace(**options))
+    rows, tokens = options["batch"], options["tokens"]
     settings = parse({"select": {"calibration_rows": rows}, "data": {"max_length": tokens, "pack": True}})
     sizes = [str(rows), str(tokens), str(settings.select.sketch_size)]
-    measured = int(_last_line([CALIBRATION, str(model), *sizes]))
-    shape = ModelShape(config_of(str(model / "base")), 4)
-    planned = sum(calibration(shape, settings, cuda=False).values())
+    measured = int(_last_line([CALIBRATION, str(tmp_path), *sizes]))
+    parts = calibration(ModelShape(config_of(str(tmp_path / "base")), 4), settings, cuda=False)
+    planned = sum(parts.values())
     print(f"calibration: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
+    assert largest in parts
     assert abs(planned / measured - 1) <= TOLERANCE

@@ -235,22 +235,26 @@ def scoring(shape: ModelShape, settings: Settings) -> int:
 
 
 def calibration(shape: ModelShape, settings: Settings, cuda: bool) -> dict[str, int]:
-    """Gradients of every module, sketched: activations, the model's own loss, sketches (see signals.gradients)."""
+    """Gradients of every module, sketched: what takes memory at the peak (see signals.gradients).
+
+    The backward pass starts at the model's own loss, whose logits are gone when it runs the first block again.
+    """
     rows, tokens = settings.select.calibration_rows, shape.row_tokens(settings)
     side = settings.select.sketch_size
     sides = (m.in_features * min(side, m.out_features) for m in shape.modules)
     logits = 3 * FLOAT32 + (FLOAT32 if shape.dtype_bytes == 2 else 0)
+    kept, block = _watched(shape, rows, tokens, not settings.data.pack, cuda)
     return {
-        "activations": _watched(shape, rows, tokens, not settings.data.pack, cuda),
-        "logits": rows * tokens * shape.vocabulary * logits,
+        "activations": kept,
         "sketches": 2 * FLOAT32 * sum(sides),
         "working set": shape.working(rows * tokens),
+        **_largest({"logits": rows * tokens * shape.vocabulary * logits, "recomputed block": block}),
     }
 
 
 @lru_cache(maxsize=32)
-def _watched(shape: ModelShape, rows: int, tokens: int, padded: bool, cuda: bool) -> int:
-    """What a forward and backward pass keep in which every module's input and output gradient is watched."""
+def _watched(shape: ModelShape, rows: int, tokens: int, padded: bool, cuda: bool) -> tuple[int, int]:
+    """What a forward pass keeps whose modules' inputs are watched, and what the largest block adds on running again."""
     from spectraqlora.signals.gradients import watch
 
     model = shape.build()
@@ -259,4 +263,4 @@ def _watched(shape: ModelShape, rows: int, tokens: int, padded: bool, cuda: bool
     for name, module in model.named_modules():
         if name in modules:
             watch(module, lambda *_: None)
-    return sum(kept_activations(model, rows, tokens, padded, cuda).with_recomputation(1))
+    return kept_activations(model, rows, tokens, padded, cuda).with_recomputation(1)
