@@ -5,7 +5,7 @@ from typing import Any
 from kfp import dsl
 from spectraqlora.settings import Settings
 
-from spectraqlora_pipelines.dags.branch import branch_of
+from spectraqlora_pipelines.dags.branch import branch_of, unrolled
 from spectraqlora_pipelines.dags.placement import Placement
 from spectraqlora_pipelines.dags.shared_steps import shared_steps
 
@@ -19,7 +19,11 @@ def ablation_pipeline(
 
     `snr_source` is `original`, or `quantized`, where the SNR of the 4-bit weights can be measured.
     """
-    branches = {method: branch_of(method, rounds, place) for method in methods}
+    # Longest first: KFP renames what a nested pipeline brings (train, train-2) in the order of a hash table, and with
+    # a shorter branch before a longer one that order shows in the names, so that no two compilations are the same
+    # and nothing is found in a local run's cache.
+    in_order = sorted(methods, key=lambda method: -unrolled(method, rounds))
+    branches = {method: branch_of(method, rounds, place) for method in in_order}
 
     @dsl.pipeline(
         name="spectraqlora-ablation",
