@@ -14,6 +14,7 @@ from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows, Simil
 from spectraqlora.report.page import EXAMPLE_CHARACTERS, render_report
 from spectraqlora.report.plots import draw, write_plots
 from spectraqlora.snr.table import COLUMNS
+from spectraqlora.steps.compare.leaderboard import against_best, order_by_loss, winning_method
 
 from tests.unit.results import evaluation
 
@@ -70,9 +71,21 @@ def branches() -> list[Evaluation]:
     ]
 
 
+def _page(
+    branches: list[Evaluation],
+    winner: str = "sgm",
+    table: pd.DataFrame | None = None,
+    outline: ModelOutline | None = None,
+    rows: PreparedRows | None = None,
+    pictures: dict[str, str] | None = None,
+) -> str:
+    known = (_table() if table is None else table, outline or _outline(), rows or _rows())
+    return render_report(branches, *known, winner, against_best(branches), pictures)
+
+
 @pytest.fixture(scope="module")
 def page(branches: list[Evaluation]) -> str:
-    return render_report(branches, _table(), _outline(), _rows(), "sgm")
+    return _page(branches)
 
 
 def test_the_page_shows_every_part(page: str) -> None:
@@ -107,6 +120,33 @@ def test_the_leaderboard_has_a_row_for_the_base_and_marks_the_winner(page: str) 
     assert "1.5000 ± 0.1000" in board and "-62.5%" in board and "4.0000" in board
 
 
+def test_the_page_says_what_decided_the_ties_by_the_numbers_that_the_winner_was_chosen_by() -> None:
+    """A branch within noise and one beyond it, next to a control that is better than any that can win."""
+    losses = [2.0, 3.0, 1.0, 2.5, 1.5, 2.2]
+    worse = [x + 0.5 + 0.01 * i for i, x in enumerate(losses)]
+    chance = [x - 0.2 + 0.01 * i for i, x in enumerate(losses)]
+    branches = order_by_loss(
+        [
+            evaluation("qlora", losses, 20),
+            evaluation("hybrid", [2.4, 2.8, 1.3, 2.2, 1.9, 2.0], 10),
+            evaluation("alors", worse, 5),
+            evaluation("random", chance, 10),
+        ]
+    )
+    page = _page(branches, winning_method(branches))
+    board = re.sub(r"<[^>]+>", "|", page[page.index("<tbody>") : page.index("</tbody>")])
+    tests = against_best(branches)
+    assert {name for name, test in tests.items() if test.tied} == {"qlora", "hybrid"}
+    flat = re.sub(r"\s+", " ", board)
+    for name, test in tests.items():
+        shown = f"{test.difference:+.4f} ± {test.stderr:.4f}" + (", tied" if test.tied else "")
+        assert (f"|{shown}|" in flat) == (name != "qlora"), name
+    note = re.sub(r"\s+", " ", page)
+    assert "p ≥ 0.05; of those that are tied the one that trains the fewest parameters wins" in note
+    assert "random is a control, compared and never the winner" in note
+    assert "<b>hybrid</b> won" in page
+
+
 def test_the_data_block_says_what_was_trained_on_and_what_was_dropped_and_why(page: str) -> None:
     block = re.sub(r"\s+", " ", page[page.index("<h2>Data") : page.index("<h2>Loss")])
     assert "<code>faq.jsonl</code>, layout question-answer" in block
@@ -121,7 +161,7 @@ def test_an_example_marks_what_the_loss_counts_where_that_is_known(page: str) ->
 
 def test_plain_text_is_learned_from_end_to_end_and_a_long_one_is_cut(branches: list[Evaluation]) -> None:
     rows = _rows(layout="text", examples=["once upon a time", "x" * 9999], answers=[], dropped_empty=0)
-    page = render_report(branches, _table(), _outline(), rows, "sgm", draw(branches, _table(), "sgm"))
+    page = _page(branches, rows=rows, pictures=draw(branches, _table(), "sgm"))
     assert "<pre><mark>once upon a time</mark></pre>" in page
     assert f"<pre><mark>{'x' * EXAMPLE_CHARACTERS} …</mark></pre>" in page
 
@@ -153,7 +193,7 @@ def test_what_comes_from_models_data_and_settings_is_text_and_never_markup(
     )
     outline = _outline(source=MARKUP, revision=MARKUP, compute_dtype=MARKUP)
     moved[0].settings = {"snr": {"table": MARKUP}, MARKUP: {'"onload=': '"onload='}}
-    hostile = render_report(moved, _table(MARKUP), outline, rows, "sgm")
+    hostile = _page(moved, table=_table(MARKUP), outline=outline, rows=rows)
     before, after = _Elements(page), _Elements(hostile)
     assert after.names == before.names and after.attributes == before.attributes
     # Title, lead, base model and revision and type, data source and layout, two examples, a change, two settings.
@@ -171,8 +211,7 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
 
 
 def test_the_same_evaluations_give_the_same_page(branches: list[Evaluation], page: str) -> None:
-    again = render_report(branches, _table(), _outline(), _rows(), "sgm")
-    assert again == page
+    assert _page(branches) == page
 
 
 def test_the_pictures_are_files_too(branches: list[Evaluation], tmp_path: Path) -> None:

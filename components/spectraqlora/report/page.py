@@ -11,7 +11,9 @@ from markupsafe import Markup
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows
+from spectraqlora.methods.catalogue import method
 from spectraqlora.report import plots
+from spectraqlora.scoring.statistics import SIGNIFICANCE, PairedTest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +28,7 @@ def render_report(
     outline: ModelOutline,
     rows: PreparedRows,
     winner: str,
+    tests: Mapping[str, PairedTest],
     pictures: Mapping[str, str] | None = None,
 ) -> str:
     """The page: leaderboard, data, curves, SNR, where each method trained, similarity, cost, rounds, settings.
@@ -38,6 +41,7 @@ def render_report(
         outline: of the base model.
         rows: manifest of the prepared rows.
         winner: method name; one of the evaluations'.
+        tests: every method against the best, by name: what decided the ties.
         pictures: what `plots.draw` made of the same evaluations; drawn here where it is not given.
     """
     best = next(e for e in evaluations if e.method == winner)
@@ -49,6 +53,9 @@ def render_report(
         .render(
             evaluations=evaluations,
             best=best,
+            tests=tests,
+            significance=SIGNIFICANCE,
+            controls=[e.method for e in evaluations if method(e.method).control],
             outline=outline,
             rows=rows,
             examples=[_example(text, rows) for text in rows.examples],

@@ -234,7 +234,9 @@ class _RunBars:
 
 def _show(summary: dict[str, Any]) -> None:
     console.print(_leaderboard(summary))
-    line(f"* Winner: {summary['winner']}")
+    tied = [name for name, test in summary["against_best"].items() if test["tied"]]
+    why = f", of {len(tied)} that are tied ({', '.join(tied)})" if len(tied) > 1 else ""
+    line(f"* Winner: {summary['winner']}{why}")
     registered = summary["registered"]
     line(
         f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "

@@ -57,6 +57,7 @@ def collect(outputs: RunOutputs, more: dict[str, Any] | None = None) -> dict[str
         },
         "methods": {evaluation.method: _method_entry(evaluation) for evaluation in evaluations},
         "winner": board["winner"],
+        "against_best": board["against_best"],
         "merged_model": str(workdir / "merged"),
         "adapter": str(workdir / "adapter"),
         "merged_into": merged.merged_into,

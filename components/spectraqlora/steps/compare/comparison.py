@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows
@@ -14,7 +14,7 @@ from spectraqlora.files import write_text
 from spectraqlora.report import plots
 from spectraqlora.report.page import render_report
 from spectraqlora.snr.table import FILENAME, HEATMAP, read_table
-from spectraqlora.steps.compare.leaderboard import order_by_loss, winning_method
+from spectraqlora.steps.compare.leaderboard import against_best, order_by_loss, winning_method
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ def compare(inputs: Inputs, leaderboard: Path, winner: Path, report: Path) -> Co
     result = Comparison(best_first, winning_method(best_first))
     if result.winner not in inputs.adapters:
         raise InputError(f"{result.winner}_adapter", "nothing", "the adapter of the branch that won")
-    order = [e.method for e in best_first]
-    write_text(
-        leaderboard / "leaderboard.json", json.dumps({"winner": result.winner, "order": order}, indent=1)
-    )
+    tests = against_best(best_first)
+    board = {
+        "winner": result.winner,
+        "order": [e.method for e in best_first],
+        "against_best": {name: {**asdict(test), "tied": test.tied} for name, test in tests.items()},
+    }
+    write_text(leaderboard / "leaderboard.json", json.dumps(board, indent=1))
     for entry in best_first:
         entry.write(leaderboard / entry.method)
         if entry.method == result.winner:
@@ -70,7 +73,7 @@ def compare(inputs: Inputs, leaderboard: Path, winner: Path, report: Path) -> Co
     for name in (FILENAME, HEATMAP):
         shutil.copy(inputs.table / name, leaderboard / "snr")
     outline, rows = ModelOutline.read(inputs.outline), PreparedRows.read(inputs.rows)
-    write_text(report, render_report(best_first, table, outline, rows, result.winner, pictures))
+    write_text(report, render_report(best_first, table, outline, rows, result.winner, tests, pictures))
     return result
 
 

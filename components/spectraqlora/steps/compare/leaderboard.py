@@ -5,9 +5,7 @@ from __future__ import annotations
 from spectraqlora.artifacts import Evaluation
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import method
-from spectraqlora.scoring.statistics import difference_stderr
-
-TIE_STDERRS = 2.0
+from spectraqlora.scoring.statistics import PairedTest, paired_test
 
 
 def order_by_loss(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -31,18 +29,23 @@ def order_by_loss(evaluations: list[Evaluation]) -> list[Evaluation]:
     return sorted(evaluations, key=lambda e: e.eval_loss)
 
 
-def winning_method(evaluations: list[Evaluation]) -> str:
-    """The method with the lowest eval loss; ties within noise go to fewer trainable parameters.
+def against_best(evaluations: list[Evaluation]) -> dict[str, PairedTest]:
+    """Every branch against the one with the lowest loss that can win, by method: one paired test over the rows.
 
-    Two branches are tied where their losses differ by no more than `TIE_STDERRS` standard errors of that
-    difference, taken over the same rows. A control wins only where nothing else was run.
+    A control can win only where nothing else was run. Where a control's loss is lower its difference is below zero.
     """
-    ordered = order_by_loss([e for e in evaluations if not method(e.method).control] or evaluations)
-    best = ordered[0]
-    tied = [
-        e
-        for e in ordered
-        if e.eval_loss - best.eval_loss
-        <= TIE_STDERRS * difference_stderr(e.row_losses, best.row_losses, best.row_tokens)
-    ]
+    ordered = order_by_loss(evaluations)
+    best = next((e for e in ordered if not method(e.method).control), ordered[0])
+    return {e.method: paired_test(e.row_losses, best.row_losses, best.row_tokens) for e in ordered}
+
+
+def winning_method(evaluations: list[Evaluation]) -> str:
+    """The method that trains the fewest parameters among those tied with the lowest eval loss.
+
+    Tied are branches whose paired test against the best says that they do not differ (`against_best`); where
+    these train equally many parameters, the lower loss wins. A control wins only where nothing else was run.
+    """
+    tests = against_best(evaluations)
+    able = [e for e in evaluations if not method(e.method).control] or evaluations
+    tied = [e for e in able if tests[e.method].tied]
     return min(tied, key=lambda e: (e.trainable_parameters, e.eval_loss)).method

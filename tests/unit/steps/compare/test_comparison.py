@@ -45,7 +45,14 @@ def test_the_report_is_one_html_file_made_from_the_inputs_alone(inputs: Inputs, 
     assert all(method in page for method in LOSSES)
     assert ModelOutline.read(inputs.outline).base_digest in page
     assert result.winner == "hybrid" and [e.method for e in result.best_first] == ["hybrid", "qlora"]
-    assert json.loads((tmp_path / "board" / "leaderboard.json").read_text())["order"] == ["hybrid", "qlora"]
+    board = json.loads((tmp_path / "board" / "leaderboard.json").read_text())
+    assert board["order"] == ["hybrid", "qlora"]
+    # Gaps 1, 1 and 0.5: mean 5/6, standard error 1/6, t = 5 with two degrees of freedom.
+    assert board["against_best"]["qlora"] == {
+        "difference": pytest.approx(5 / 6), "stderr": pytest.approx(1 / 6), "p_value": pytest.approx(0.0377, abs=1e-4),
+        "tied": False,
+    }  # fmt: skip
+    assert board["against_best"]["hybrid"]["tied"]
     assert Evaluation.read(tmp_path / "winner").method == "hybrid"
     assert (tmp_path / "winner" / "adapter" / "adapter_model.safetensors").read_text() == "hybrid"
     assert len(list((tmp_path / "board" / "plots").glob("*.svg"))) >= 4

@@ -1,9 +1,10 @@
-"""The winner: lowest loss, ties within noise to fewer parameters, controls never."""
+"""The winner: lowest loss, ties by a paired test to fewer parameters, controls never."""
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 from spectraqlora.errors import InputError
-from spectraqlora.scoring.statistics import difference_stderr
-from spectraqlora.steps.compare.leaderboard import order_by_loss, winning_method
+from spectraqlora.steps.compare.leaderboard import against_best, order_by_loss, winning_method
 
 from tests.unit.results import evaluation
 
@@ -37,7 +38,44 @@ def test_branches_of_different_inputs_are_not_compared(digest: str) -> None:
         order_by_loss([evaluation("qlora", STEADY, 1), evaluation("hybrid", STEADY, 1, **{digest: "x" * 64})])
 
 
-def test_the_stderr_of_a_difference_by_hand() -> None:
-    # gaps 0, 2 over one token each: mean 1, squares 2, times 2 / (2 - 1), root 2, over 2 tokens.
-    assert difference_stderr([1.0, 3.0], [1.0, 1.0], [1, 1]) == pytest.approx(1.0)
-    assert difference_stderr([1.0, 3.0], [0.5, 2.5], [1, 1]) == pytest.approx(0.0)
+def test_the_winner_is_that_of_scipys_paired_test_on_random_rows() -> None:
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(200):
+        rows = int(generator.integers(2, 40))
+        best = generator.normal(3, 1, rows)
+        other = best + generator.normal(0.1, 0.3, rows)
+        first, second = (
+            evaluation(name, list(losses), parameters)
+            for name, losses, parameters in (("qlora", best, 20), ("hybrid", other, 10))
+        )
+        expected = (
+            "hybrid" if other.mean() < best.mean() or ttest_rel(other, best).pvalue >= 0.05 else "qlora"
+        )
+        assert winning_method([first, second]) == expected
+        outcomes.add(expected)
+    assert outcomes == {"qlora", "hybrid"}
+
+
+def test_of_those_that_are_tied_the_fewest_parameters_win_and_then_the_lower_loss() -> None:
+    branches = [
+        evaluation("qlora", STEADY, 30),
+        evaluation("hybrid", [2.5, 2.6, 1.5, 2.1, 1.6], 20),
+        evaluation("sgm", [2.5, 2.6, 1.5, 2.1, 1.5], 20),
+        evaluation("alors", [x + 1 for x in STEADY], 10),
+    ]
+    tests = against_best(branches)
+    assert [name for name, test in tests.items() if test.tied] == ["qlora", "sgm", "hybrid"]
+    assert winning_method(branches) == "sgm"
+    assert tests["qlora"].difference == 0
+
+
+def test_one_row_decides_nothing() -> None:
+    assert winning_method([evaluation("qlora", [1.0], 20), evaluation("hybrid", [2.0], 10)]) == "hybrid"
+
+
+def test_a_control_is_compared_with_the_best_that_can_win() -> None:
+    chance, real = evaluation("random", STEADY, 10), evaluation("hybrid", [x + 1 for x in STEADY], 10)
+    tests = against_best([chance, real])
+    assert tests["random"].difference == pytest.approx(-1) and not tests["random"].tied
+    assert winning_method([chance]) == "random"
