@@ -184,6 +184,7 @@ class RankMap(_Manifest):
     settings: dict[str, Any]
     modules: list[ModuleRank]
     changes: list[str] = Field(default_factory=list, description="what re-evaluation moved, in words")
+    budget: int = Field(0, ge=0, description="parameters that no round of the branch trains more than")
     similarity: Similarity | None = Field(None, exclude=True, description="what the groups were made from")
 
     @classmethod
@@ -210,6 +211,10 @@ class RankMap(_Manifest):
     def active(self) -> list[ModuleRank]:
         """The modules with an adapter, in the order of the model; those of tier `frozen` are among them."""
         return [m for m in self.modules if m.rank > 0]
+
+    def trained(self) -> list[ModuleRank]:
+        """The modules whose adapter is trained, in the order of the model."""
+        return [m for m in self.active() if m.tier != "frozen"]
 
     def check_base(self, base_digest: str) -> None:
         """Refuse a rank map that was made from another base model (InputError)."""

@@ -155,7 +155,9 @@ class SelectSettings(_Section):
     high_percent: float = Field(30.0, ge=0, le=100, description="alors: share of a type in the high tier")
     medium_percent: float = Field(40.0, ge=0, le=100, description="alors: share of a type in the medium tier")
     high_lr: float = Field(
-        1.5, gt=0, description="alors: high tier's learning rate relative to the medium tier's"
+        1.5,
+        gt=0,
+        description="alors: learning rate of the trained module with the strongest signal over that of the weakest",
     )
     similarity: float = Field(0.05, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
     gradient_init: Switch = Field(
@@ -192,7 +194,7 @@ class TrainSettings(_Section):
     gradient_checkpointing: Annotated[Literal["auto", "on", "some", "off"], BeforeValidator(_switch)] = Field(
         "auto",
         description="Recompute activations to save memory, of every block or, with some, of every second; "
-        "auto is on for CUDA devices only",
+        "auto is on for CUDA devices, and for alors everywhere",
     )
     processes: int = Field(
         0, ge=0, description="Training processes; 0 is one per GPU, or one where there is none"

@@ -34,6 +34,8 @@ class Method(Protocol):
     """Whether it is a control: shown in the comparison, never its winner."""
     moves: bool
     """Whether its rank map changes between rounds; where not, one round trains the steps of all. See `MovingMethod`."""
+    recomputes: bool
+    """Whether training recomputes activations where `train.gradient_checkpointing` is auto, on CPUs too."""
     colour: str
     """Of its lines and bars in the report, as #rrggbb."""
 

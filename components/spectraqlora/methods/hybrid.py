@@ -10,8 +10,10 @@ by signal get LoRA of rank r = `select.rank`, or of the rank that `select.budget
 Source: Spectrum's selection (arXiv 2406.06623), which trains the best share of every type in full, applied to QLoRA's
 adapters (arXiv 2305.14314).
 
-Later rounds: the signal is measured again with the trained adapters. A module that enters the top set gets a fresh
-adapter of the same rank whose B is 0, so that the function does not jump; one that leaves keeps its adapter, frozen.
+Later rounds: the signal is measured again with the trained adapters in place, of all modules at the same point: for the
+task's signal that is what is left to gain, of the modules that were trained and of those that were not. A module that
+enters the top set gets a fresh adapter of the same rank whose B is 0, so that the function does not jump; one that leaves
+keeps its adapter, frozen. Modules enter best first, while the round trains no more parameters than the first one may.
 """
 
 from __future__ import annotations
@@ -20,9 +22,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spectraqlora.artifacts import LinearModule, RankMap
-from spectraqlora.methods.ranks import check_rank, equal_ranks, first_map, next_map, top_percent
+from spectraqlora.methods.ranks import (
+    best_first,
+    branch_budget,
+    check_rank,
+    cost,
+    equal_ranks,
+    first_map,
+    next_map,
+    top_percent,
+)
 from spectraqlora.settings import SelectSettings
-from spectraqlora.signals.scores import Scores
+from spectraqlora.signals.scores import SIGNAL_WORDS, Scores
 
 if TYPE_CHECKING:
     from spectraqlora.methods.carry_over import UpdateSpectrum
@@ -38,6 +49,7 @@ class Hybrid:
     )
     control = False
     moves = True
+    recomputes = False
     colour = "#2f7ed8"
 
     def measures_gradients(self, select: SelectSettings) -> bool:
@@ -83,16 +95,31 @@ class Hybrid:
             select: the settings.
         """
         top = top_percent(modules, scores, select.percent, select.scope)
+        infos = {m.module: m for m in modules}
+        before = {m.module: m for m in current.trained()}
         rank = max(m.rank for m in current.modules)
-        entering = {"tier": "selected", "rank": rank, "alpha": rank * select.alpha_over_rank}
+        left = branch_budget(current, modules)
+        left -= sum(entry.rank * cost(infos[name]) for name, entry in before.items() if name in top)
+        entering: dict[str, int] = {}
+        candidates = [m for m in modules if m.module in top and m.module not in before]
+        for info in best_first(candidates, scores):
+            fitting = min(rank, info.in_features, info.out_features)
+            if fitting * cost(info) <= left:
+                entering[info.module] = fitting
+                left -= fitting * cost(info)
+        signal = SIGNAL_WORDS[select.signal]
         changes: list[str] = []
         ranks = []
         for entry in current.modules:
-            if entry.module in top and entry.tier != "selected":
-                changes.append(f"{entry.module}: enters the top set by its signal")
-                entry = entry.model_copy(update=entering)
-            elif entry.module not in top and entry.tier == "selected":
-                changes.append(f"{entry.module}: leaves the top set by its signal, its adapter stays frozen")
+            if entry.module in entering:
+                changes.append(f"{entry.module}: enters the top set by its {signal}")
+                fitting = entering[entry.module]
+                values = {"tier": "selected", "rank": fitting, "alpha": fitting * select.alpha_over_rank}
+                entry = entry.model_copy(update=values)
+            elif entry.module in before and entry.module not in top:
+                changes.append(
+                    f"{entry.module}: leaves the top set by its {signal}, its adapter stays frozen"
+                )
                 entry = entry.model_copy(update={"tier": "frozen"})
             ranks.append(entry)
         return next_map(current, ranks, changes)

@@ -35,6 +35,7 @@ class QLoRA:
     )
     control = False
     moves = False
+    recomputes = False
     colour = "#4c566a"
 
     def measures_gradients(self, select: SelectSettings) -> bool:

@@ -31,6 +31,7 @@ class RandomControl:
     summary = "a control: hybrid's share of the modules, drawn by chance; compared, never the winner"
     control = True
     moves = False
+    recomputes = False
     colour = "#a855a0"
 
     def measures_gradients(self, select: SelectSettings) -> bool:

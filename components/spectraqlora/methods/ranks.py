@@ -88,8 +88,23 @@ def budget_parameters(modules: list[LinearModule], select: SelectSettings) -> fl
     return select.budget * select.rank * sum(map(cost, modules))
 
 
+def trained_parameters(ranks: Sequence[ModuleRank], modules: list[LinearModule]) -> int:
+    """Parameters that a map's entries train: those of frozen adapters are none, a group's pair counts once."""
+    sides = {m.module: cost(m) for m in modules}
+    pairs = {r.module if r.group is None else r.group: r for r in ranks if r.tier != "frozen"}
+    return sum(r.rank * sides[r.module] for r in pairs.values())
+
+
+def branch_budget(current: RankMap, modules: list[LinearModule]) -> int:
+    """Parameters that the round after `current` may train: what the branch's first map says."""
+    return current.budget or trained_parameters(current.modules, modules)
+
+
 def allot(
-    wanted: dict[str, float], modules: list[LinearModule], budget: float, highest: int
+    wanted: Mapping[str, float],
+    modules: list[LinearModule],
+    budget: float,
+    highest: int | Mapping[str, int],
 ) -> dict[str, int]:
     """Whole ranks in proportion to `wanted` that together cost at most `budget` parameters.
 
@@ -97,12 +112,13 @@ def allot(
         wanted: relative rank per module, any positive scale.
         modules: shapes.
         budget: trainable parameters.
-        highest: no rank above it, nor above a matrix's smaller side.
+        highest: no rank above it, of all or of each module, nor above a matrix's smaller side.
 
     What the caps and the rounding leave over goes, one rank at a time, to those that are furthest behind.
     """
     members = [m for m in modules if wanted.get(m.module, 0.0) > 0]
-    caps = {m.module: min(highest, m.in_features, m.out_features) for m in members}
+    ceilings = dict.fromkeys(wanted, highest) if isinstance(highest, int) else highest
+    caps = {m.module: min(ceilings[m.module], m.in_features, m.out_features) for m in members}
 
     def at(scale: float) -> dict[str, int]:
         return {m.module: min(int(wanted[m.module] * scale), caps[m.module]) for m in members}
@@ -110,7 +126,7 @@ def allot(
     def spent(ranks: dict[str, int]) -> int:
         return sum(ranks[m.module] * cost(m) for m in members)
 
-    low, high = 0.0, highest / min(wanted[m.module] for m in members) if members else 0.0
+    low, high = 0.0, max((caps[m.module] / wanted[m.module] for m in members), default=0.0)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(at(middle)) <= budget else (low, middle)
@@ -225,6 +241,7 @@ def first_map(
         base_digest="",
         settings=select.model_dump(mode="json"),
         modules=balance_learning_rates(ranks, modules),
+        budget=int(budget_parameters(modules, select)) or trained_parameters(ranks, modules),
     )
 
 

@@ -38,6 +38,7 @@ class SGM:
     summary = "hybrid's selection, in which modules with similar gradients share one LoRA pair"
     control = False
     moves = False
+    recomputes = False
     colour = "#2a9d5c"
 
     def measures_gradients(self, select: SelectSettings) -> bool:

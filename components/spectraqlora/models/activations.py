@@ -73,10 +73,15 @@ def recompute_elementwise() -> Iterator[None]:
         yield
 
 
-def every_nth(choice: str, cuda: bool) -> int:
-    """Every how many blocks one runs again in the backward pass, by the name in the settings; 0 is none."""
+def every_nth(choice: str, auto: bool) -> int:
+    """Every how many blocks one runs again in the backward pass, by the name in the settings; 0 is none.
+
+    Args:
+        choice: the setting.
+        auto: whether `auto` is on.
+    """
     if choice == "auto":
-        choice = "on" if cuda else "off"
+        choice = "on" if auto else "off"
     return {"on": 1, "some": 2, "off": 0}[choice]
 
 

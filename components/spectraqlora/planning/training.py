@@ -100,7 +100,9 @@ def training(shape: ModelShape, rank_map: RankMap, settings: Settings, cuda: boo
     rows, tokens = settings.train.batch_size, shape.row_tokens(settings)
     kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
     count = adapters.trainable_parameters(model)
-    activations, block = kept.with_recomputation(every_nth(settings.train.gradient_checkpointing, cuda))
+    recomputing = cuda or method(rank_map.method).recomputes
+    every = every_nth(settings.train.gradient_checkpointing, recomputing)
+    activations, block = kept.with_recomputation(every)
     moments = 2 * (FLOAT32 if settings.train.optimizer == "adamw" else 1)
     copy = shape.dtype_bytes if shape.dtype_bytes == 2 else 0
     return TrainingMemory(

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spectraqlora.artifacts import LinearModule
+from spectraqlora.artifacts import LinearModule, RankMap
 from spectraqlora.errors import InputError
 
 SKETCHES = "sketches.safetensors"
@@ -200,6 +200,26 @@ def sketch_gradients(
         raise ValueError("no calibration batches")
     sketches = {sketcher.info.module: sketcher.sketch(count) for sketcher in sketchers}
     return {name: sketch for name, sketch in sketches.items() if sketch is not None}
+
+
+def starting_directions(sketches: Mapping[str, GradientSketch], rank_map: RankMap) -> dict[str, torch.Tensor]:
+    """The first A (rank x in) of every module, or of a group by its first one: leading directions of the mean gradient.
+
+    A module that no gradient reached has no sketch and starts at random. The norm of a row is that of a Kaiming-uniform
+    A, so that the learning rate means the same.
+    """
+    sharing: dict[str | int, list[str]] = {}
+    for entry in rank_map.active():
+        sharing.setdefault(entry.module if entry.group is None else entry.group, []).append(entry.module)
+    rank_of = {m.module: m.rank for m in rank_map.active()}
+    starts = {}
+    for members in sharing.values():
+        reached = [sketches[name].range_sketch for name in members if name in sketches]
+        if reached:
+            mean = torch.stack(reached).mean(0)
+            directions = torch.linalg.svd(mean, full_matrices=False)[0][:, : rank_of[members[0]]].T
+            starts[members[0]] = (directions / 3**0.5).contiguous()
+    return starts
 
 
 def write_sketches(sketches: Mapping[str, GradientSketch], folder: Path) -> None:

@@ -19,6 +19,28 @@ Scores = dict[str, tuple[float, float]]
 """Per module its signal value and a tie-breaker; modules without one are never selected."""
 
 
+SIGNAL_WORDS = {
+    "spectrum": "SNR",
+    "energy": "gradient energy",
+    "gradient_snr": "gradient SNR",
+    "combined": "SNR and gradient energy",
+}
+"""What a module's signal is called in sentences, by `select.signal`."""
+
+
+def amplitude(score: tuple[float, float], signal: str) -> float:
+    """A module's signal on a scale that modules of different types share, 0 or above.
+
+    Weight SNR is comparable across types once it is calibrated, which its tie-breaker is. The task's signals are
+    squares of an amplitude.
+
+    Args:
+        score: the module's, as `module_scores` gives it.
+        signal: `select.signal`.
+    """
+    return max(score[1], 0.0) if signal == "spectrum" else max(score[0], 0.0) ** 0.5
+
+
 def weight_scores(table: pd.DataFrame, across_types: bool = False) -> Scores:
     """Raw SNR, ties by the calibrated value; across types the calibrated value, which shapes do not move.
 

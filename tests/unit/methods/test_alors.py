@@ -33,7 +33,11 @@ def test_tiers_ranks_and_mean_learning_rate() -> None:
     assert all(m.alpha == 2 * m.rank for m in rank_map.modules)
     total = sum(m.rank for m in rank_map.active())
     assert sum(m.rank * m.lr_scale for m in rank_map.active()) / total == pytest.approx(1)
-    assert rank_map.modules[7].lr_scale == pytest.approx(2 * rank_map.modules[3].lr_scale)
+    # Signals 2 to 7: from 1 to 2 in proportion to their square roots.
+    rates = [rank_map.modules[layer].lr_scale for layer in range(2, 8)]
+    middle = 1 + (5**0.5 - 2**0.5) / (7**0.5 - 2**0.5)
+    assert rates[5] == pytest.approx(2 * rates[0]) and rates[3] == pytest.approx(middle * rates[0])
+    assert len({round(rate, 6) for rate in rates}) == 6
 
 
 def test_a_budget_is_shared_in_proportion_to_the_signal() -> None:
@@ -57,16 +61,46 @@ def test_tiers_above_100_percent_and_ranks_too_large_are_refused() -> None:
     method("alors").check(MODULES, SelectSettings(rank=64, high_percent=60, medium_percent=40))
 
 
-def test_full_ranks_double_idle_ones_are_taken_back_and_the_rest_is_kept() -> None:
+def test_idle_ranks_are_taken_back_and_pay_for_those_that_use_all_of_theirs_the_best_first() -> None:
     before = _first()
     assert _ranks(before) == [4, 4, 4, 2, 2, 2, 2, 0, 0, 0]
     updates = {m.module: UpdateSpectrum(3, 3.0, 0.1) for m in ONE_TYPE[:3]}
     updates |= {m.module: UpdateSpectrum(2, 2.0, 0.1) for m in ONE_TYPE[3:7]}
     updates[ONE_TYPE[0].module] = UpdateSpectrum(1, 1.0, 0.1)
     after = moving("alors").next_ranks(before, ONE_TYPE, FALLING, updates, SETTINGS)
-    assert _ranks(after) == [1, 4, 4, 4, 4, 4, 4, 0, 0, 0]
-    assert after.changes[0].endswith("its update uses 1 of 4 directions, rank 4 to 1")
-    assert after.changes[1].endswith("its update uses all 2 directions, rank 2 to 4")
+    assert _ranks(after) == [1, 4, 4, 3, 3, 3, 2, 0, 0, 0]
+    assert after.changes == [
+        "m.0.up: its update uses 1 of 4 directions, rank 4 to 1",
+        *(f"m.{layer}.up: its update uses all 2 directions, rank 2 to 3" for layer in (3, 4, 5)),
+    ]
+    assert parameters(after, ONE_TYPE) == parameters(before, ONE_TYPE) == before.budget
+
+
+def test_where_nobody_pays_nobody_grows() -> None:
+    after = moving("alors").next_ranks(_first(), ONE_TYPE, FALLING, FULL, SETTINGS)
+    assert after.changes == ["nothing moved"] and _ranks(after) == _ranks(_first())
+
+
+def test_what_rises_is_served_before_what_uses_all_of_its_rank() -> None:
+    """m.3 becomes high and m.2 medium: the two directions that one gives are the two that the other asks for."""
+    scores = FALLING | {"m.3.up": (8.5, 0.0)}
+    after = moving("alors").next_ranks(_first(), ONE_TYPE, scores, FULL, SETTINGS)
+    assert _ranks(after) == [4, 4, 2, 4, 2, 2, 2, 0, 0, 0]
+    assert after.changes == [
+        "m.2.up: its gradient energy moves it from high to medium, rank 4 to 2",
+        "m.3.up: its gradient energy moves it from medium to high, rank 2 to 4",
+    ]
+
+
+def test_a_frozen_adapter_is_trained_again_with_its_rank_or_not_at_all() -> None:
+    away = FALLING | {"m.0.up": (0.0, 0.0)}
+    second = moving("alors").next_ranks(_first(), ONE_TYPE, away, {}, SETTINGS)
+    assert (second.modules[0].tier, second.modules[0].rank) == ("frozen", 4)
+    third = moving("alors").next_ranks(second, ONE_TYPE, FALLING, {}, SETTINGS)
+    assert (third.modules[0].tier, third.modules[0].rank) == ("high", 4)
+    poor = second.model_copy(update={"budget": 1})
+    still = moving("alors").next_ranks(poor, ONE_TYPE, FALLING, {}, SETTINGS)
+    assert (still.modules[0].tier, still.modules[0].rank) == ("frozen", 4)
 
 
 def test_the_signal_of_the_updated_weights_decides_first() -> None:
@@ -75,19 +109,28 @@ def test_the_signal_of_the_updated_weights_decides_first() -> None:
     tiers = [m.tier for m in after.modules]
     assert (tiers[9], after.modules[9].rank) == ("high", 4)
     assert (tiers[0], after.modules[0].rank) == ("frozen", 4)
-    assert "m.9.up: its signal moves it from low to high" in after.changes
-    assert "m.0.up: its signal moves it from high to low, its adapter stays frozen" in after.changes
+    assert "m.9.up: its gradient energy moves it from low to high, rank 0 to 4" in after.changes
+    assert "m.0.up: its gradient energy moves it from high to low, its adapter stays frozen" in after.changes
     trained = [m for m in after.active() if m.tier != "frozen"]
     mean = sum(m.rank * m.lr_scale for m in trained) / sum(m.rank for m in trained)
     assert mean == pytest.approx(1)
 
 
 def test_no_rank_doubles_beyond_its_ceiling_or_the_matrix() -> None:
-    settings = SelectSettings(rank=4, rank_high=16, rank_low=2)
-    after = moving("alors").next_ranks(_first(settings), ONE_TYPE, FALLING, {}, settings)
-    assert after.modules[0].rank == 16
-    full = {m.module: UpdateSpectrum(16, 16.0, 0.1) for m in ONE_TYPE}
-    assert moving("alors").next_ranks(after, ONE_TYPE, FALLING, full, settings).modules[0].rank == 16
+    settings = SelectSettings(rank=4, rank_high=8, rank_low=2)
+    rich = _first(settings).model_copy(update={"budget": 10**6})
+    full = {m.module: UpdateSpectrum(m.rank, 1.0, 0.1) for m in rich.active()}
+    twice = moving("alors").next_ranks(rich, ONE_TYPE, FALLING, full, settings)
+    # Sides of 16: twice rank_high is the ceiling, and the matrix's.
+    assert _ranks(twice)[:4] == [16, 16, 16, 4]
+    full = {m.module: UpdateSpectrum(m.rank, 1.0, 0.1) for m in twice.active()}
+    assert _ranks(moving("alors").next_ranks(twice, ONE_TYPE, FALLING, full, settings))[:4] == [16, 16, 16, 8]
+    low = SelectSettings(rank=4, rank_high=3, rank_low=2)
+    rich = _first(low).model_copy(update={"budget": 10**6})
+    for _ in range(3):
+        full = {m.module: UpdateSpectrum(m.rank, 1.0, 0.1) for m in rich.active()}
+        rich = moving("alors").next_ranks(rich, ONE_TYPE, FALLING, full, low)
+    assert max(_ranks(rich)) == 6
 
 
 def test_moves_stay_within_the_budget() -> None:

@@ -4,9 +4,8 @@ import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import moving
 from spectraqlora.settings import SelectSettings
-from spectraqlora.steps.re_evaluate.following_round import floor_scores
 
-from tests.modules import first_ranks, modules
+from tests.modules import first_ranks, modules, parameters
 
 MODULES = modules(8, q=(32, 32), k=(32, 32))
 SCORES = {m.module: (float(m.layer), 0.0) for m in MODULES}
@@ -40,16 +39,48 @@ def test_modules_that_enter_get_an_adapter_and_those_that_leave_are_frozen() -> 
     assert after.modules[4].tier == "frozen" and after.modules[4].rank == 4
     assert after.modules[9].tier == "selected" and after.modules[9].rank == 4
     assert after.changes == [
-        "m.4.up: leaves the top set by its signal, its adapter stays frozen",
-        "m.9.up: enters the top set by its signal",
+        "m.4.up: leaves the top set by its gradient energy, its adapter stays frozen",
+        "m.9.up: enters the top set by its gradient energy",
     ]
     assert after.round == 2
     same = moving("hybrid").next_ranks(before, ONE_TYPE, FALLING, {}, SETTINGS)
     assert same.changes == ["nothing moved"] and same.modules == before.modules
 
 
-def test_modules_keep_the_task_score_they_were_chosen_for() -> None:
+@pytest.mark.parametrize(
+    ("signal", "words"),
+    [
+        ("spectrum", "SNR"),
+        ("energy", "gradient energy"),
+        ("gradient_snr", "gradient SNR"),
+        ("combined", "SNR and gradient energy"),
+    ],
+)
+def test_a_move_is_named_by_the_signal_that_moved_it(signal: str, words: str) -> None:
+    settings = SelectSettings(rank=4, signal=signal)
+    before = first_ranks("hybrid", ONE_TYPE, FALLING, settings)
+    after = moving("hybrid").next_ranks(before, ONE_TYPE, FALLING | {"m.9.up": (99.0, 0.0)}, {}, settings)
+    assert after.changes == [
+        f"m.4.up: leaves the top set by its {words}, its adapter stays frozen",
+        f"m.9.up: enters the top set by its {words}",
+    ]
+
+
+def test_a_module_whose_gradient_training_used_up_leaves_for_one_with_more_left_and_may_return() -> None:
+    """All scores have fallen; what decides is what is left, of the trained modules as of the others."""
     before = first_ranks("hybrid", ONE_TYPE, FALLING, SETTINGS)
-    used_up = {name: (score / 100, 0.0) for name, (score, _) in FALLING.items()}
-    kept = floor_scores(used_up, before)
-    assert moving("hybrid").next_ranks(before, ONE_TYPE, kept, {}, SETTINGS).changes == ["nothing moved"]
+    left = {name: (value / 100 if value > 5 else value / 2, 0.0) for name, (value, _) in FALLING.items()}
+    after = moving("hybrid").next_ranks(before, ONE_TYPE, left, {}, SETTINGS)
+    assert [m.tier for m in after.modules] == ["frozen"] * 5 + ["selected"] * 5
+    assert {m.rank for m in after.modules} == {4}
+    again = moving("hybrid").next_ranks(after, ONE_TYPE, FALLING, {}, SETTINGS)
+    assert [m.tier for m in again.modules] == ["selected"] * 5 + ["frozen"] * 5
+
+
+def test_a_matrix_that_is_too_dear_stays_out() -> None:
+    """Of a type of two shapes the wide one has the most left, and the narrow ones' budget does not pay for it."""
+    members = [*ONE_TYPE[:9], ONE_TYPE[9].model_copy(update={"out_features": 4096})]
+    before = first_ranks("hybrid", members, FALLING, SETTINGS)
+    after = moving("hybrid").next_ranks(before, members, FALLING | {"m.9.up": (99.0, 0.0)}, {}, SETTINGS)
+    assert [m.tier for m in after.modules] == ["selected"] * 4 + ["frozen"] + ["frozen-base"] * 5
+    assert parameters(before, members) == before.budget == 5 * 4 * 48

@@ -26,6 +26,7 @@ class EveryOther:
     summary = "LoRA on every other layer, and in the next round on those between"
     control = True
     moves = True
+    recomputes = True
     colour = "#123456"
 
     def measures_gradients(self, select: SelectSettings) -> bool:

@@ -29,4 +29,7 @@ def test_memory_follows_rank_batch_length_checkpointing_and_optimizer(tiny_model
         every.activations < plain.activations / 3 and every.activations < some.activations < plain.activations
     )
     assert of(method="hybrid").total < plain.total
+    # alors recomputes unless that is turned off.
+    auto, on, off = (of("alors", train={"gradient_checkpointing": how}) for how in ("auto", "on", "off"))
+    assert auto == on and auto.activations < off.activations / 3
     assert of(train={"optimizer": "adamw_8bit"}).optimizer == plain.optimizer // 4

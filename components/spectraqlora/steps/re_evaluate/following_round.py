@@ -11,7 +11,8 @@ from spectraqlora.methods.catalogue import moving
 from spectraqlora.models import adapters
 from spectraqlora.runtime.console import say
 from spectraqlora.settings import SelectSettings
-from spectraqlora.signals.scores import Scores, calibration_sketches, module_scores
+from spectraqlora.signals.gradients import starting_directions
+from spectraqlora.signals.scores import calibration_sketches, module_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,9 @@ def write_following_round(
 ) -> list[str]:
     """Write the next rank map and the adapter fitted to it; what moved, in words.
 
+    The task's signal is that of the model as it is now, of every module: what is left to gain there. Modules that enter
+    start from the directions of that gradient where first adapters do.
+
     Args:
         model: PEFT model with this round's adapters; they are taken off it.
         trained: this round.
@@ -48,31 +52,26 @@ def write_following_round(
         say(f"measuring the task's gradients with the adapters of round {current.round}")
         sketches = calibration_sketches(model, modules, inputs.rows, select, seed)
     scores = module_scores(select, modules, table, sketches)
-    if select.needs_gradients:
-        scores = floor_scores(scores, current)
     next_map = moving(current.method).next_ranks(current, modules, scores, spectra, select)
     carried, errors = carry_over(trained.weights, current, next_map, seed)
     next_map = next_map.model_copy(update={"changes": _with_errors(next_map.changes, errors)})
     next_map.write(outputs.next_rank_map)
-    moves = next_map.modules != current.modules
+    moves = _adapters(next_map) != _adapters(current)
     note = f"{len(next_map.changes)} matrices move" if moves else "nothing moves"
     say(f"round {next_map.round} of {current.method}: {note}")
     if not moves:
         shutil.copytree(inputs.adapter, outputs.next_adapter, dirs_exist_ok=True)
     else:
-        fitted = adapters.attach(model.unload(), next_map, start=carried)
+        starts = starting_directions(sketches, next_map) if select.gradient_init != "off" else {}
+        fitted = adapters.attach(model.unload(), next_map, start=carried, gradient_init=starts)
         adapters.save(fitted, outputs.next_adapter, trained.manifest.source)
         trained.log.write(outputs.next_adapter)
     return next_map.changes
 
 
-def floor_scores(scores: Scores, rank_map: RankMap) -> Scores:
-    """Task scores in which no module falls below what it was chosen for.
-
-    Training uses a module's gradient up; what is left of it says nothing against the module.
-    """
-    earned = {m.module: m.score for m in rank_map.modules if m.score is not None}
-    return {name: (max(value, earned.get(name, value)), tie) for name, (value, tie) in scores.items()}
+def _adapters(rank_map: RankMap) -> list[tuple[str, int]]:
+    """Tier and rank of every module: learning rates alone ask for no other adapter."""
+    return [(m.tier, m.rank) for m in rank_map.modules]
 
 
 def _with_errors(changes: list[str], errors: dict[str, float]) -> list[str]:

@@ -55,7 +55,11 @@ def select(name: str, inputs: Inputs, select_settings: SelectSettings, seed: int
     rank_map = chosen.first_ranks(manifest.modules, scores, select_settings, seed, sketches)
     rank_map = rank_map.model_copy(update={"base_digest": manifest.base_digest})
     if sketches and select_settings.gradient_init != "off":
-        _write_starts(sketches, rank_map, output)
+        from safetensors.torch import save_file
+
+        from spectraqlora.signals.gradients import starting_directions
+
+        save_file(starting_directions(sketches, rank_map), output / GRADIENT_INIT)
     active = rank_map.active()
     write_text(output / "selected.txt", "\n".join(m.module for m in active) + "\n")
     rank_map.write(output)
@@ -80,27 +84,3 @@ def _sketches(
             f"run measure-base again with {chosen.name} among its methods and the same select settings",
         )
     return sketches
-
-
-def _write_starts(sketches: Mapping[str, GradientSketch], rank_map: RankMap, output: Path) -> None:
-    """The first A of every module, or of a group by its first one: leading directions of the mean gradient.
-
-    A module that no gradient reached has no sketch and starts at random.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    sharing: dict[str | int, list[str]] = {}
-    for entry in rank_map.active():
-        sharing.setdefault(entry.module if entry.group is None else entry.group, []).append(entry.module)
-    rank_of = {m.module: m.rank for m in rank_map.active()}
-    starts = {}
-    for members in sharing.values():
-        reached = [sketches[name].range_sketch for name in members if name in sketches]
-        if not reached:
-            continue
-        mean = torch.stack(reached).mean(0)
-        directions = torch.linalg.svd(mean, full_matrices=False)[0][:, : rank_of[members[0]]].T
-        # Row norm of a Kaiming-uniform A, so that the learning rate means the same.
-        starts[members[0]] = (directions / 3**0.5).contiguous()
-    save_file(starts, output / GRADIENT_INIT)

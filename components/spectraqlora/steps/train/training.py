@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, RankMap, TrainingLog
+from spectraqlora.methods.catalogue import method
 from spectraqlora.models import adapters
 from spectraqlora.models.activations import every_nth, recompute_blocks, recompute_elementwise
 from spectraqlora.models.hardware import device, peak_memory_bytes
@@ -113,7 +114,8 @@ def fit(
 
     snapshot = checkpoints.newest() if checkpoints else None
     progress = restore(snapshot, model, optimizer, schedule) if snapshot else TrainingProgress()
-    if every := every_nth(settings.gradient_checkpointing, device() == "cuda"):
+    recomputing = device() == "cuda" or method(rank_map.method).recomputes
+    if every := every_nth(settings.gradient_checkpointing, recomputing):
         recompute_blocks(model, every)
 
     def evaluate() -> None:

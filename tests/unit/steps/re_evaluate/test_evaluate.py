@@ -21,6 +21,7 @@ from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.scoring import loss
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
 from spectraqlora.signals import gradients
+from spectraqlora.signals.scores import calibration_sketches
 from spectraqlora.snr import workers
 from spectraqlora.snr.marchenko_pastur import statistics
 from spectraqlora.snr.scan import tensors_of
@@ -158,6 +159,43 @@ def test_where_a_round_follows_its_rank_map_and_adapter_are_made(trained: Make) 
     carried = adapters.read_adapter_weights(outputs.next_adapter)
     assert {name.rpartition(".")[0] for name in carried} == {m.module for m in following.active()}
     assert TrainingLog.read(outputs.next_adapter) == LOG
+
+
+@pytest.mark.parametrize("start", ["auto", "off"])
+def test_what_training_used_up_leaves_and_what_enters_starts_where_its_gradient_points(
+    start: str, trained: Make, quantized: Path
+) -> None:
+    """All scores are of the model as it is now; the first map's own scores, which nothing reaches, decide nothing."""
+    inputs, outputs = trained("hybrid")
+    before = RankMap.read(inputs.rank_map)
+    modules = [
+        m.model_copy(update={"score": 1e9, "tier": "selected"}) if m.rank else m for m in before.modules
+    ]
+    before.model_copy(update={"modules": modules, "budget": 10**6}).write(inputs.rank_map)
+    select = SELECT.model_copy(update={"signal": "energy", "gradient_init": start, "percent": 25.0})
+    result = re_evaluate(inputs, outputs, replace(SECTIONS, select=select), 1, 2, 1)
+    following = RankMap.read(outputs.next_rank_map)
+    model = adapters.attach(
+        load_four_bit(quantized)[0], before, start=adapters.read_adapter_weights(inputs.adapter)
+    )
+    manifest = FourBitModel.read(quantized)
+    sketches = calibration_sketches(model, manifest.modules, inputs.rows, select, 1)
+    energy = {m.module: sketches[m.module].energy(4) for m in manifest.modules if m.module in sketches}
+    for kind in {m.type for m in manifest.modules}:
+        best = max(
+            (m.module for m in manifest.modules if m.type == kind), key=lambda name: energy.get(name, -1)
+        )
+        assert [m.module for m in following.modules if m.type == kind and m.tier == "selected"] == [best]
+    assert result.rounds[0].changes == following.changes
+    assert all("by its gradient energy" in line for line in following.changes)
+    carried = adapters.read_adapter_weights(outputs.next_adapter)
+    entered = [m.module for m in following.trained() if m.module not in (Q0, DOWN)]
+    assert len(entered) >= 5
+    for name in entered:
+        a, b = carried[f"{name}.lora_A"], carried[f"{name}.lora_B"]
+        assert not b.any()
+        orthogonal = torch.allclose(a @ a.T, torch.eye(4) / 3, atol=1e-5)
+        assert orthogonal == (start == "auto")
 
 
 def test_a_branch_keeps_the_rounds_before(trained: Make) -> None:

@@ -14,7 +14,7 @@ from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.optimizers import check_optimizer
 from spectraqlora.settings import TrainSettings
 from spectraqlora.steps.train.request import Inputs, TrainRequest
-from spectraqlora.steps.train.training import train
+from spectraqlora.steps.train.training import fit, train
 
 from tests.unit.models.test_adapters import DOWN, Q0, rank_map
 
@@ -30,6 +30,34 @@ def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path)
     assert logs[0].loss_curve == logs[1].loss_curve != logs[2].loss_curve
     assert logs[0].best_eval_loss == min(loss for _, loss in logs[0].eval_curve)
     assert TrainingLog.read(tmp_path / "a") == logs[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs every method recomputes")
+@pytest.mark.parametrize(
+    ("method", "setting", "recomputed"),
+    [
+        ("alors", "auto", [0, 1, 2, 3]),
+        ("alors", "some", [0, 2]),
+        ("alors", "off", []),
+        ("hybrid", "auto", []),
+    ],
+)
+def test_alors_recomputes_activations_unless_that_is_turned_off(
+    method: str, setting: str, recomputed: list[int], quantized: Path, prepared: Path, tmp_path: Path
+) -> None:
+    ranks = rank_map(quantized, {Q0: 4, DOWN: 4}).model_copy(update={"method": method})
+    model = adapters.attach(load_four_bit(quantized)[0], ranks)
+    settings = TrainSettings(max_steps=1, batch_size=2, evaluations=1, gradient_checkpointing=setting)
+    request = TrainRequest(Inputs(quantized, prepared, tmp_path), tmp_path / "out", 1, train=settings)
+    runs: dict[int, int] = {}
+    for layer, block in enumerate(model.get_base_model().model.layers):
+        block.self_attn.register_forward_pre_hook(
+            lambda module, *_, layer=layer: runs.update(
+                {layer: runs.get(layer, 0) + (module.training and torch.is_grad_enabled())}
+            )
+        )
+    fit(model, ranks, request)
+    assert [layer for layer, count in sorted(runs.items()) if count == 2] == recomputed, runs
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
