@@ -1,10 +1,15 @@
 """Training in two processes: the numbers of one process, whether the base is whole in each or sharded."""
 
+import contextlib
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from spectraqlora.artifacts import TrainingLog
@@ -68,6 +73,55 @@ def test_two_processes_train_as_one_does(
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-5)
     assert torch.equal(second[f"{Q0}.lora_B"], second[f"{Q1}.lora_B"])
     assert second[f"{Q0}.lora_B"].abs().max() > 0
+
+
+def test_training_processes_listen_to_this_machine_alone_and_open_no_store(
+    quantized: Path, prepared: Path, tmp_path: Path
+) -> None:
+    rank_map(quantized, {Q0: 4}).write(tmp_path / "ranks")
+    listening: dict[int, set[str]] = {}
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.05):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    for connection in process.net_connections("inet"):
+                        if connection.status == psutil.CONN_LISTEN:
+                            listening.setdefault(process.pid, set()).add(connection.laddr.ip)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        _train(2, tmp_path / "ranks", quantized, prepared, tmp_path)
+    finally:
+        finished.set()
+        watching.join()
+    # Each of the two processes accepts the other's connection; there is no third one, such as a launcher's store.
+    assert len(listening) == 2
+    assert set.union(*listening.values()) <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_training_process_that_is_ended_ends_the_others_and_the_step(
+    number: signal.Signals, quantized: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rank_map(quantized, {Q0: 4}).write(tmp_path / "ranks")
+
+    def strike() -> None:
+        while not (workers := psutil.Process().children(recursive=True)):
+            time.sleep(0.05)
+        # Before it can defer a signal: as a process that ends for reasons of its own.
+        workers[-1].send_signal(number)
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    with pytest.raises(SystemExit) as ended:
+        _train(2, tmp_path / "ranks", quantized, prepared, tmp_path)
+    striking.join()
+    assert ended.value.code == 128 + number
+    assert f"was ended by {number.name}" in capfd.readouterr().out
+    assert not psutil.Process().children(recursive=True)
 
 
 def test_what_a_process_refuses_ends_the_step_with_its_code(

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,19 +104,22 @@ class Checkpoints:
         by_time = seconds > 0 and time.monotonic() - self._written >= seconds
         return by_time or (steps > 0 and step % steps == 0)
 
-    def newest(self) -> Snapshot | None:
+    def newest(self, check: Callable[[Snapshot], None]) -> Snapshot | None:
         """The newest checkpoint that is complete and right, from this machine or from the address.
+
+        Args:
+            check: raises a ValueError for a state that this training cannot take up.
 
         Raises:
             InputError: a store that cannot be asked. Damaged checkpoints are skipped with a warning.
         """
-        folder, snapshot = self._newest() if distributed.is_main() else (None, None)
+        folder, snapshot = self._newest(check) if distributed.is_main() else (None, None)
         path = distributed.broadcast_text(str(folder or ""))
         if not distributed.is_main() and path:
             return self._read(Path(path))
         return snapshot
 
-    def _newest(self) -> tuple[Path, Snapshot] | tuple[None, None]:
+    def _newest(self, check: Callable[[Snapshot], None]) -> tuple[Path, Snapshot] | tuple[None, None]:
         local, remote = self._local(), self._remote()
         for name in sorted(local | remote, reverse=True):
             for fetched in (False, True):
@@ -124,7 +128,7 @@ class Checkpoints:
                 try:
                     if fetched:
                         self._fetch(name)
-                    snapshot = self._read(self._folder / name)
+                    snapshot = self._read(self._folder / name, check)
                 except _Damaged as fault:
                     warn(f"checkpoint {name} is skipped: {fault}")
                     shutil.rmtree(self._folder / name, ignore_errors=True)
@@ -177,7 +181,7 @@ class Checkpoints:
         shutil.rmtree(self._folder / name, ignore_errors=True)
         partial.rename(self._folder / name)
 
-    def _read(self, folder: Path) -> Snapshot:
+    def _read(self, folder: Path, check: Callable[[Snapshot], None] = lambda snapshot: None) -> Snapshot:
         try:
             manifest = TrainingCheckpoint.read(folder)
             if manifest.identity != self._identity or manifest.files.keys() != {_TENSORS, _FACTS}:
@@ -186,7 +190,9 @@ class Checkpoints:
                 if file_digest(folder / name) != digest:
                     raise _Damaged(f"{name} is not what was written")
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-            return Snapshot(load_file(folder / _TENSORS), facts)
+            snapshot = Snapshot(load_file(folder / _TENSORS), facts)
+            check(snapshot)
+            return snapshot
         except (OSError, ValueError, SafetensorError, InputError) as fault:
             raise _Damaged(str(fault)) from None
 

@@ -1,4 +1,4 @@
-"""Training in several processes on one machine: launching them, sharing the rows, sharding the base.
+"""Training in several processes: sharing the rows, sharding the base, one number from all.
 
 Adapters are small: every process holds all of them, and DistributedDataParallel averages their gradients. The
 frozen base is complete in every process too, or, with `train.parallel=fsdp`, its blocks are sharded with FSDP2
@@ -13,23 +13,16 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from spectraqlora.errors import InputError
 from spectraqlora.models.hardware import device
-from spectraqlora.runtime.threads import OWN, threads_per_process
 from spectraqlora.scoring.head_loss import HeadLoss
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from spectraqlora.steps.train.request import TrainRequest
 
 _BLOCK = re.compile(r"^(?:(?!\.\d+\.).)*\.\d+$")
 """Module paths that end with their first number: the outermost numbered blocks."""
@@ -62,11 +55,6 @@ def is_main() -> bool:
     return process_index() == 0
 
 
-def launched() -> bool:
-    """Whether torchrun, or `launch`, started this process."""
-    return dist.is_torchelastic_launched()
-
-
 def split_batch(settings: TrainSettings, count: int) -> tuple[int, int]:
     """(rows per forward pass of one process, forward passes per step) so that a step's rows stay the same.
 
@@ -84,52 +72,6 @@ def split_batch(settings: TrainSettings, count: int) -> tuple[int, int]:
             f"a multiple of {count // passes}, so that {count} processes see the rows that one would see",
         )
     return rows, settings.gradient_accumulation // passes
-
-
-def launch(count: int, request: TrainRequest) -> None:
-    """Train a request in `count` processes of `spectraqlora.steps.train.worker`.
-
-    Exits with a worker's code where one fails; what went wrong is on the screen by then.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ[OWN] = str(threads_per_process(count))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "request.json"
-        request.write(path)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=path.parent.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            # Every process sees its own GPU alone, as number 0.
-            virtual_local_rank=True,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-m", "spectraqlora.steps.train.worker", str(path))
-        except ChildFailedError as error:
-            code = error.get_first_failure()[1].exitcode
-            sys.exit(code if code > 0 else 1)
-        except SignalException as error:
-            # The workers received it too, and have ended after a checkpoint.
-            sys.exit(128 + error.sigval)
-
-
-def join() -> None:
-    """Join the other processes: NCCL between GPUs, gloo between CPUs."""
-    from accelerate import PartialState
-
-    if device() == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    PartialState(cpu=device() == "cpu")
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -219,9 +161,13 @@ def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def broadcast_text(text: str) -> str:
-    """The first process's text, in every process."""
+    """The first process's text, in every process; sent as bytes, so that nothing is unpickled."""
     if world_size() == 1:
         return text
-    message = [text]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]
+    size = torch.tensor(len(text.encode()), device=device())
+    dist.broadcast(size, src=0)
+    sent = torch.zeros(int(size), dtype=torch.uint8, device=device())
+    if is_main():
+        sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    dist.broadcast(sent, src=0)
+    return bytes(sent.tolist()).decode()

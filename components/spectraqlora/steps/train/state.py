@@ -7,6 +7,7 @@ checkpoint cannot run code, whoever wrote it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from spectraqlora.steps.train import distributed
 
 Tensors = dict[str, torch.Tensor]
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""What optimizers keep in the shape of a parameter."""
 
 
 @dataclass
@@ -63,7 +66,9 @@ class Snapshot:
     facts: dict[str, Any]
 
 
-def capture(model: Any, optimizer: Any, schedule: Any, progress: TrainingProgress) -> Snapshot:
+def capture(
+    model: Any, optimizer: Any, schedule: Any, progress: TrainingProgress, random: Tensors
+) -> Snapshot:
     """Copies of every trained parameter, optimizer, schedule, random state and progress.
 
     Several processes take part together; parameters and optimizer are the same in all, random states are not.
@@ -80,7 +85,7 @@ def capture(model: Any, optimizer: Any, schedule: Any, progress: TrainingProgres
                 scalars.setdefault(str(index), {})[key] = value
     tensors["progress.losses"] = torch.tensor(progress.losses, dtype=torch.float64)
     # Dropout is all that draws while training runs; it draws from torch's generators.
-    for kind, own in _random().items():
+    for kind, own in random.items():
         states = distributed.all_gather(own)
         tensors |= {f"random.{kind}.{index}": state for index, state in enumerate(states)}
     rates = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
@@ -93,6 +98,67 @@ def capture(model: Any, optimizer: Any, schedule: Any, progress: TrainingProgres
         },
     }
     return Snapshot({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, facts)
+
+
+def check_fits(snapshot: Snapshot, own: Snapshot, shapes: Sequence[torch.Size]) -> None:
+    """Refuse a state that `restore` could not put back whole.
+
+    Args:
+        snapshot: read from a checkpoint, which anybody may have written who can write to the store.
+        own: state of this training before its first step, with adapter weights as the best ones.
+        shapes: of the optimizer's parameters, in its order.
+
+    Raises:
+        ValueError: the part of the state that is missing, surplus, of another shape or type, or not finite.
+    """
+    for part in ("model.", "best.", "random."):
+        found, expected = _below(part, snapshot.tensors), _below(part, own.tensors)
+        if part == "best." and not found:
+            continue  # Nothing has been evaluated by then.
+        for name in sorted(found.keys() | expected.keys()):
+            kinds = [
+                (t.dtype, tuple(t.shape)) if t is not None else None
+                for t in (found.get(name), expected.get(name))
+            ]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"{part}{name} is {kinds[0]}, where this training has {kinds[1]}")
+            if found[name].is_floating_point() and not torch.isfinite(found[name]).all():
+                raise ValueError(f"{part}{name} is not finite")
+    for name, tensor in _below("optimizer.", snapshot.tensors).items():
+        index, _, key = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(shapes):
+            raise ValueError(f"optimizer.{name} belongs to none of {len(shapes)} parameters")
+        if key in _MOMENTS and tensor.shape != shapes[int(index)]:
+            raise ValueError(
+                f"optimizer.{name} is {tuple(tensor.shape)}, its parameter {tuple(shapes[int(index)])}"
+            )
+    try:
+        _check_facts(snapshot.facts, own.facts, snapshot.tensors["progress.losses"])
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise ValueError(f"its numbers are incomplete: {fault!r}") from None
+
+
+def _check_facts(facts: dict[str, Any], own: dict[str, Any], losses: torch.Tensor) -> None:
+    groups = [[(sorted(g), g["params"]) for g in f["optimizer"]["groups"]] for f in (facts, own)]
+    if groups[0] != groups[1]:
+        raise ValueError("its parameter groups are another optimizer's")
+    if facts["schedule"].keys() != own["schedule"].keys():
+        raise ValueError("its schedule is of another kind")
+    if not all(index.isdecimal() for index in facts["optimizer"]["scalars"]):
+        raise ValueError("its optimizer's numbers are without a parameter")
+    numbers = facts["progress"]
+    if numbers.keys() != own["progress"].keys():
+        raise ValueError(f"its progress is {', '.join(sorted(numbers))}")
+    whole = [numbers[name] for name in ("step", "tokens", "peak_memory_bytes")]
+    if not all(type(number) is int and number >= 0 for number in whole):
+        raise ValueError(f"its step, tokens and memory are {whole}")
+    reals = [numbers["seconds"], numbers["best_loss"], *(loss for _, loss in numbers["evals"])]
+    if not all(type(number) in (int, float) for number in reals):
+        raise ValueError(f"its seconds and losses are {reals}")
+    if losses.shape != (numbers["step"],) or not torch.isfinite(losses).all():
+        raise ValueError(
+            f"it has {tuple(losses.shape)} finite losses, not one for each of {numbers['step']} steps"
+        )
 
 
 def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> TrainingProgress:
@@ -118,19 +184,20 @@ def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> Tr
     )
 
 
+def random_state() -> Tensors:
+    """This process's random state by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
 def restore_random(snapshot: Snapshot) -> None:
     """Put the random state back; everything that draws before the first step must have drawn."""
     index = distributed.process_index()
     torch.set_rng_state(snapshot.tensors[f"random.cpu.{index}"])
     if torch.cuda.is_available() and f"random.cuda.{index}" in snapshot.tensors:
         torch.cuda.set_rng_state(snapshot.tensors[f"random.cuda.{index}"])
-
-
-def _random() -> Tensors:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _below(prefix: str, tensors: Tensors) -> Tensors:

@@ -27,7 +27,7 @@ def run(
     start: Any = None,
 ) -> None:
     from spectraqlora.models.optimizers import check_optimizer
-    from spectraqlora.steps.train import distributed
+    from spectraqlora.steps.train import distributed, launch
     from spectraqlora.steps.train.request import Inputs, TrainRequest
     from spectraqlora.steps.train.tracked import train_tracked
 
@@ -53,8 +53,8 @@ def run(
     distributed.split_batch(request.train, processes)
     if distributed.is_main():
         output_folder(adapter)
-    if processes > 1 and not distributed.launched():
-        distributed.launch(processes, request)
+    if processes > 1 and not launch.launched():
+        launch.launch(processes, request)
     else:
         train_tracked(request)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,19 @@ from spectraqlora.runtime.deferred_signals import deferred_signals
 from spectraqlora.scoring.batches import Collator, load_rows, order
 from spectraqlora.scoring.head_loss import HeadLoss
 from spectraqlora.steps.train import distributed
-from spectraqlora.steps.train.between_steps import BetweenSteps, OnMetric
+from spectraqlora.steps.train.between_steps import BetweenSteps, OnMetric, check_finite
 from spectraqlora.steps.train.checkpoints import Checkpoints, identity
 from spectraqlora.steps.train.request import TrainRequest
 from spectraqlora.steps.train.schedule import learning_rates, span
-from spectraqlora.steps.train.state import TrainingProgress, capture, restore
+from spectraqlora.steps.train.state import (
+    Snapshot,
+    Tensors,
+    TrainingProgress,
+    capture,
+    check_fits,
+    random_state,
+    restore,
+)
 
 
 def train(request: TrainRequest, on_metric: OnMetric = lambda name, step, value: None) -> TrainingLog:
@@ -41,7 +50,7 @@ def train(request: TrainRequest, on_metric: OnMetric = lambda name, step, value:
         on_metric: called with name, step of this round and value: the points of the log's curves.
 
     Raises:
-        InputError: unusable inputs, or a checkpoint address that cannot be read.
+        InputError: unusable inputs, a checkpoint address that cannot be read, or a loss that is not finite any more.
         Stopped: by SIGTERM or SIGINT, after a checkpoint.
     """
     rank_map = RankMap.read(request.inputs.rank_map)
@@ -112,7 +121,8 @@ def fit(
     schedule = learning_rates(optimizer, settings, steps)
     loss = HeadLoss(model, _on_device(Collator.of(model.config)([rows[places[0]]])))
 
-    snapshot = checkpoints.newest() if checkpoints else None
+    kept = functools.partial(capture, model, optimizer, schedule)
+    snapshot = _newest(checkpoints, model, optimizer, kept) if checkpoints else None
     progress = restore(snapshot, model, optimizer, schedule) if snapshot else TrainingProgress()
     recomputing = device() == "cuda" or method(rank_map.method).recomputes
     if every := every_nth(settings.gradient_checkpointing, recomputing):
@@ -121,6 +131,7 @@ def fit(
     def evaluate() -> None:
         """Score the held-out rows; the adapters are kept where no loss was lower."""
         mean = distributed.mean_loss(model, held_out, request.evaluate.batch_size, loss)
+        check_finite("held-out loss", mean, progress.step, steps.steps, settings.learning_rate)
         progress.evals.append((progress.step, mean))
         on_metric("eval_loss_curve", progress.step, mean)
         if mean < progress.best_loss:
@@ -140,9 +151,10 @@ def fit(
                 steps.steps,
                 settings.evaluations,
                 evaluate,
-                functools.partial(capture, model, optimizer, schedule),
+                kept,
                 f"{rank_map.method} round {rank_map.round}: training step",
                 on_metric,
+                settings.learning_rate,
                 checkpoints,
                 signal_received,
                 snapshot,
@@ -160,6 +172,18 @@ def fit(
             _train_silently(trainer)
     adapters.restore(model, progress.best)
     return _log(request, rank_map, adapters.trainable_parameters(model), progress)
+
+
+def _newest(
+    checkpoints: Checkpoints,
+    model: Any,
+    optimizer: Any,
+    kept: Callable[[TrainingProgress, Tensors], Snapshot],
+) -> Snapshot | None:
+    """The newest checkpoint that this training can take up."""
+    at_start = kept(TrainingProgress(best=adapters.adapter_weights(model)), random_state())
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    return checkpoints.newest(functools.partial(check_fits, own=at_start, shapes=shapes))
 
 
 def _on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -181,6 +205,7 @@ def _arguments(request: TrainRequest, steps: int, scratch: str) -> Any:
         data_seed=request.seed,
         train_sampling_strategy="sequential",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # It would show a loss that is NaN as the mean of those before.
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -1,4 +1,4 @@
-"""One of several training processes: `torchrun --nproc-per-node N -m spectraqlora.steps.train.worker REQUEST.json`.
+"""One of several training processes that `launch` starts: `python -m spectraqlora.steps.train.worker REQUEST.json`.
 
 The file is a `spectraqlora.steps.train.request.TrainRequest`.
 """
@@ -17,7 +17,8 @@ def main() -> None:
 
     from spectraqlora.runtime.console import say
     from spectraqlora.runtime.step import step
-    from spectraqlora.steps.train.distributed import is_main, join
+    from spectraqlora.steps.train.distributed import is_main
+    from spectraqlora.steps.train.launch import join
     from spectraqlora.steps.train.request import TrainRequest
     from spectraqlora.steps.train.tracked import train_tracked
 

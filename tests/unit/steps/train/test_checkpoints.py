@@ -12,13 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError, Stopped
+from spectraqlora.files import file_digest
 from spectraqlora.models import adapters
 from spectraqlora.settings import CheckpointSettings, TrainSettings
+from spectraqlora.steps.train.between_steps import BetweenSteps
 from spectraqlora.steps.train.request import Inputs, TrainRequest
 from spectraqlora.steps.train.training import train
 
@@ -186,6 +190,130 @@ def test_a_damaged_checkpoint_is_skipped(
     assert "resuming from the checkpoint of step 4" in printed
     same(output, uninterrupted)
     assert older not in kept(output) and newer not in kept(output)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
+    """Change a checkpoint as somebody would who can write to the store: its checksums are right."""
+    tensors, facts = load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+    change(tensors, facts)
+    save_file(tensors, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps(facts))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: file_digest(folder / name) for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def first(tensors: dict[str, torch.Tensor], prefix: str) -> str:
+    return next(name for name in sorted(tensors) if name.startswith(prefix))
+
+
+def longer(tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    tensors[first(tensors, prefix)] = torch.zeros(7, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors, facts: tensors.pop(first(tensors, "model.")), "model."),
+        (lambda tensors, facts: longer(tensors, "model."), "where this training has"),
+        (lambda tensors, facts: tensors[first(tensors, "model.")].fill_(torch.nan), "is not finite"),
+        (lambda tensors, facts: longer(tensors, "best."), "best."),
+        (lambda tensors, facts: longer(tensors, "optimizer.0.exp_avg"), "optimizer.0.exp_avg is (7, 7)"),
+        (lambda tensors, facts: tensors.update({"optimizer.99.exp_avg": torch.zeros(2)}), "belongs to none"),
+        (lambda tensors, facts: tensors.pop("random.cpu.0"), "random.cpu.0"),
+        (lambda tensors, facts: tensors.pop("progress.losses"), "progress.losses"),
+        (lambda tensors, facts: facts.pop("schedule"), "schedule"),
+        (lambda tensors, facts: facts["progress"].update(step=5), "losses"),
+        (lambda tensors, facts: facts["progress"].update(step=-1), "its step"),
+        (lambda tensors, facts: facts["progress"].update(evals=[[1, "low"]]), "its seconds and losses"),
+        (lambda tensors, facts: facts["progress"].update(evals=7), "incomplete"),
+        (lambda tensors, facts: facts["optimizer"].update(groups=[]), "parameter groups"),
+        (lambda tensors, facts: facts.update(progress=[]), "incomplete"),
+    ],
+)
+def test_a_checkpoint_that_was_made_up_is_skipped_with_its_reason(
+    change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None],
+    reason: str,
+    stopped: Path,
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "adapter"
+    shutil.copytree(stopped, f"{output}-kept")
+    newer = kept(output)[-1]
+    rewrite(newer, change)
+    trained(quantized, prepared, ranks, output)
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "is skipped" in line]
+    assert line.startswith(f"WARNING: checkpoint {newer.name} is skipped: ") and reason in line
+    assert "resuming from the checkpoint of step 4" in printed
+    same(output, uninterrupted)
+
+
+def test_a_signal_within_a_long_step_costs_that_step_alone(
+    quantized: Path,
+    prepared: Path,
+    ranks: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[int] = []
+    passes: list[int] = []
+    begin, end = BetweenSteps.on_step_begin, BetweenSteps.on_substep_end
+
+    def signal_in_the_fourth(self: BetweenSteps, *given: Any, **more: Any) -> None:
+        begin(self, *given, **more)
+        begun.append(1)
+        if len(begun) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def counted(self: BetweenSteps, *given: Any, **more: Any) -> None:
+        passes.append(len(begun))
+        end(self, *given, **more)
+
+    output = tmp_path / "adapter"
+    with monkeypatch.context() as patch:
+        patch.setattr(BetweenSteps, "on_step_begin", signal_in_the_fourth)
+        patch.setattr(BetweenSteps, "on_substep_end", counted)
+        with pytest.raises(Stopped, match="stopped after step 3 of 8"):
+            trained(quantized, prepared, ranks, output, CheckpointSettings(folder=f"{output}-kept"))
+    assert passes == [1, 2, 3, 4], "the first pass of the fourth step was the last one"
+    assert [path.name[:14] for path in kept(output)] == ["step-000000003"]
+    trained(quantized, prepared, ranks, output, CheckpointSettings(folder=f"{output}-kept"))
+    same(output, uninterrupted)
+
+
+def test_a_training_that_diverges_ends_in_a_line_and_keeps_its_last_finite_state(
+    quantized: Path, prepared: Path, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "adapter"
+    begin, begun = BetweenSteps.on_step_begin, []
+
+    def spoil_the_sixth(self: BetweenSteps, args: Any, state: Any, control: Any, **more: Any) -> None:
+        begin(self, args, state, control, **more)
+        begun.append(1)
+        if len(begun) == 6:
+            adapter = next(p for p in more["model"].parameters() if p.requires_grad)
+            with torch.no_grad():
+                adapter.fill_(torch.inf)
+
+    monkeypatch.setattr(BetweenSteps, "on_step_begin", spoil_the_sixth)
+    expected = r"^train\.learning_rate: '0.0\d+': expected .* (nan|inf) at step 6 of 8"
+    with pytest.raises(InputError, match=expected):
+        trained(
+            quantized, prepared, ranks, output, CheckpointSettings(folder=f"{output}-kept", every_steps=1)
+        )
+    assert not output.exists()
+    newest = kept(output)[-1]
+    assert newest.name.startswith("step-000000005")
+    assert all(
+        t.isfinite().all() for t in load_file(newest / "state.safetensors").values() if t.is_floating_point()
+    )
 
 
 @pytest.fixture(scope="module")
