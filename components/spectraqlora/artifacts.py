@@ -99,18 +99,59 @@ class FourBitModel(ModelOutline):
     unquantized: list[str]
 
 
+class DroppedRows(BaseModel):
+    """Rows that are not used, all for one reason."""
+
+    model_config = ConfigDict(extra="forbid")
+    reason: str
+    rows: int
+    first: str = Field(description="file and row of the first of them, and what was wrong there")
+    asked_for: bool = Field(False, description="a setting says so: rows beyond a limit, or equal ones")
+    setting: str = Field("", description="the setting that would keep them")
+
+
+class DataAccount(BaseModel):
+    """What became of everything that was read."""
+
+    model_config = ConfigDict(extra="forbid")
+    files: dict[str, int] = Field(description="how many files each split was read from; ours are train alone")
+    unused_files: list[str] = Field(description="data files that were not read")
+    read: int = Field(description="rows read")
+    used: int = Field(description="of these rows, how many are trained on, held out or kept for a test")
+    dropped: list[DroppedRows]
+    pieces: int = Field(0, description="sequences more than rows, since long rows were split")
+    cut: int = Field(0, description="rows that were cut to data.max_length")
+    equal: int = Field(0, description="rows that equal an earlier one, and are kept on its side")
+    sides_equal: bool = Field(
+        False, description="all rows are equal, so that held-out ones are trained on, too"
+    )
+    unused_columns: list[str]
+    turns_without_labels: dict[str, int] = Field(
+        description="the assistant's turns that are not learned, by reason"
+    )
+    left_out: dict[str, int] = Field(description="what the template does not write of the assistant's turns")
+    tokens_read: int = Field(description="tokens of all rendered rows, dropped ones too")
+    tokens_learned: int = Field(description="tokens of the training rows that count in the loss")
+    max_length: int
+    lengths: list[int] = Field(description="tokens of a row: median, 90 %, 99 %, longest")
+
+
+Example = list[tuple[str, bool]]
+"""A rendered row as pieces of text, each with whether it is learned."""
+
+
 class PreparedRows(_Manifest):
-    """Tokenized rows: Arrow folders `train/` and `held_out/` with input_ids and labels."""
+    """Tokenized rows: Arrow folders `train/`, `held_out/` and, where there is one, `test/`, with input_ids and labels."""
 
     source: str
     digest: str
     layout: str
     train_rows: int
     eval_rows: int
+    test_rows: int = Field(0, description="kept apart: neither trained on nor chosen by")
     train_tokens: int
-    dropped_empty: int
-    dropped_long: int
-    examples: list[str]
+    account: DataAccount
+    examples: list[Example] = Field(description="the first training rows, with their learned part marked")
     answers: list[dict[str, str]] = Field(description="held-out rows with short answers: prompt, answer")
 
 

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 Kind = Literal["sample", "hub", "path", "s3"]
 SAMPLE = "sample"
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow")
+"""Kinds of data files; those of text may be compressed."""
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz")
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Weights, configs, tokenizer and chat template: what a base model is loaded from."""
 
-_FILE_SUFFIXES = {*DATA_SUFFIXES, ".txt", ".safetensors", ".bin", ".gguf"}
+_FILE_SUFFIXES = {*DATA_SUFFIXES, *COMPRESSED_SUFFIXES, ".safetensors", ".bin", ".gguf"}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_TIMEOUT_S = 10.0
 _EXPECTED = {
@@ -48,7 +50,7 @@ def kind_of(name: str) -> Kind:
         return "sample"
     if name.startswith("s3://"):
         return "s3"
-    hub_like = _HUB_ID.fullmatch(name) and Path(name).suffix not in _FILE_SUFFIXES
+    hub_like = _HUB_ID.fullmatch(name) and Path(name.lower()).suffix not in _FILE_SUFFIXES
     return "hub" if hub_like and not os.path.exists(name) else "path"
 
 
@@ -144,6 +146,14 @@ class Place:
             )
         return self._snapshot(content)
 
+    def local_description(self, suffixes: tuple[str, ...]) -> Path:
+        """A folder with those files of a base model on the hub whose names end so, and its code where it is trusted.
+
+        Raises:
+            InputError: the hub has no such model, or does not answer.
+        """
+        return self._fetched([f"*{suffix}" for suffix in (*suffixes, *([".py"] if self.trusted else []))])
+
     def with_owner(self) -> str:
         """A hub id with its owner, without which the hub's oldest ones are known too: of imdb, stanfordnlp/imdb.
 
@@ -160,10 +170,12 @@ class Place:
             return self.text
 
     def _snapshot(self, commit: str) -> Path:
+        return self._fetched(_model_files(self.trusted), commit)
+
+    def _fetched(self, patterns: list[str], commit: str = "") -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        patterns = _model_files(self.trusted)
         try:
             return Path(
                 snapshot_download(self.text, revision=commit or self.revision, allow_patterns=patterns)

@@ -5,6 +5,7 @@ The command line, the config file, the pipeline's parameters and the README's re
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import hashlib
@@ -78,16 +79,48 @@ class ModelSettings(_Section):
 
 class DataSettings(_Section):
     source: str = Field(
-        "sample", description="Hub id, .jsonl, .json, .csv, .parquet, folder, s3:// address, or `sample`"
+        "sample",
+        description="Hub id, folder, s3:// address, `sample`, or a file: .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md "
+        "(each also as .gz, .zst, .xz), .parquet, .arrow",
     )
-    split: str = Field("train", description="Split to read from a hub data set")
-    eval_fraction: float = Field(0.2, gt=0, lt=1, description="Share of the rows held out for evaluation")
+    subset: str = Field("", description="Which of the subsets that a folder's README lists (hub: its config)")
+    split: str = Field(
+        "train", description="Split to train on, of a folder or hub data set; several with + between them"
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="Which column is what, where no known layout fits: messages, or prompt and completion, or text; "
+        "with input, system, history, tools",
+    )
+    preference: Literal["refuse", "chosen"] = Field(
+        "refuse",
+        description="Rows of chosen and rejected answers, or marked as good and bad by `label`: refuse them, or learn "
+        "what was chosen, or is good",
+    )
+    encoding: str = Field(
+        "utf-8", description="Encoding of text files without a byte order mark, such as cp1252"
+    )
+    deduplicate: Literal["off", "exact"] = Field(
+        "off",
+        description="Rows that are equal but for white space and case: keep them, on one side, or one of each",
+    )
+    eval_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the rows held out for evaluation, where no split of the source is",
+    )
     max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
     max_eval_rows: int = Field(200, ge=1, description="Hold out at most this many rows")
     max_length: int = Field(
         512,
         ge=8,
-        description="Longest row in tokens, the model's context at most; longer rows are dropped and counted",
+        description="Longest row in tokens, the model's context at most; `data.too_long` says what becomes of others",
+    )
+    too_long: Literal["auto", "drop", "cut_left", "cut_right", "split"] = Field(
+        "auto",
+        description="Rows longer than data.max_length: drop them, keep their end (cut_left) or their beginning "
+        "(cut_right), or split them into pieces; auto splits plain text and drops the rest",
     )
     split_by: Literal["shuffle", "content"] = Field(
         "shuffle",
@@ -105,6 +138,29 @@ class DataSettings(_Section):
         if "{prompt}" not in value:
             raise ValueError("a text that contains {prompt}")
         return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_parts(cls, value: dict[str, str]) -> dict[str, str]:
+        known = ("messages", "prompt", "completion", "text", "input", "system", "history", "tools")
+        kinds = [("messages",), ("prompt", "completion"), ("text",)]
+        given = [parts for parts in kinds if all(value.get(part) for part in parts)]
+        if value and (set(value) - set(known) or len(given) != 1 or not all(value.values())):
+            raise ValueError(
+                "messages, or prompt and completion, or text, each with its column's name; and of "
+                "input, system, history, tools what there is"
+            )
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            if codecs.lookup(value)._is_text_encoding:
+                return value
+        except LookupError:
+            pass
+        raise ValueError("an encoding of text, such as utf-8 or cp1252")
 
 
 class SnrSettings(_Section):

@@ -166,7 +166,7 @@ def say(environment: dict[str, str], *expressions: str) -> list[str]:
     """What expressions come to in a process of their own, whose hub client reads its variables anew."""
     script = f"""
 import sys
-from spectraqlora.data.sources import load_source
+from spectraqlora.data.sources import open_source
 from spectraqlora.errors import InputError
 from spectraqlora.places import base_place, data_place
 from spectraqlora.settings import DataSettings
@@ -199,7 +199,7 @@ def test_one_name_is_a_base_model_and_a_data_set_each_with_its_commit(here: Path
         "base_place('gpt2').digest()",
         "data_place('gpt2').digest()",
         "base_place('gpt2').local_copy()",
-        f"list(load_source(data_place('gpt2'), DataSettings(), {data!r})['text'])",
+        f"[row.text for row in open_source(data_place('gpt2'), DataSettings(), {data!r}).rows(DataSettings(), 'train')]",
     )
     assert first[:2] == [model, data] and model != data
     assert base_digest(Path(first[2])) == base_digest(here / "model")

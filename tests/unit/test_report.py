@@ -54,9 +54,32 @@ def _rows(**changes: object) -> PreparedRows:
         "train_rows": 1234,
         "eval_rows": 2,
         "train_tokens": 56_789,
-        "dropped_empty": 3,
-        "dropped_long": 4,
-        "examples": ["Question: Who?\nAnswer: Ada", "Question: Why?\nAnswer: a long story"],
+        "account": {
+            "files": {"train": 1},
+            "unused_files": [],
+            "read": 1243,
+            "used": 1236,
+            "dropped": [
+                {"reason": "no answer", "rows": 3, "first": "faq.jsonl, row 7"},
+                {
+                    "reason": "longer than data.max_length",
+                    "rows": 400,
+                    "first": "faq.jsonl, row 9",
+                    "setting": "data.max_length",
+                },
+            ],
+            "unused_columns": ["id"],
+            "turns_without_labels": {},
+            "left_out": {},
+            "tokens_read": 60_000,
+            "tokens_learned": 20_000,
+            "max_length": 512,
+            "lengths": [40, 90, 200, 700],
+        },
+        "examples": [
+            [("Question: Who?\nAnswer:", False), (" Ada</s>", True)],
+            [("Question: <b>?\nAnswer: a long story", False)],
+        ],
         "answers": [{"prompt": "<s>Question: Who?\nAnswer:", "answer": "Ada"}],
     }
     return PreparedRows(**(values | changes))
@@ -149,21 +172,25 @@ def test_the_page_says_what_decided_the_ties_by_the_numbers_that_the_winner_was_
 
 def test_the_data_block_says_what_was_trained_on_and_what_was_dropped_and_why(page: str) -> None:
     block = re.sub(r"\s+", " ", page[page.index("<h2>Data") : page.index("<h2>Loss")])
-    assert "<code>faq.jsonl</code>, layout question-answer" in block
-    assert "1,234 rows, 56,789 tokens" in block and "2 rows, 1 with a short answer" in block
-    assert "3 empty (nothing to learn from), 4 longer than <code>data.max_length</code>" in block
+    assert "faq.jsonl, layout question-answer" in block
+    assert (
+        "1,243 rows" in block and "1,234 rows, 56,789 tokens" in block and "2, 1 with a short answer" in block
+    )
+    assert "3 no answer (first: faq.jsonl, row 7)" in block
+    assert "400 longer than data.max_length; data.max_length keeps them (first: faq.jsonl, row 9)" in block
+    assert "20,000 of 60,000 tokens read (33%)" in block and "<td>id</td>" in block
+    assert "403 of 1,243 rows are lost (32%)" in block
 
 
-def test_an_example_marks_what_the_loss_counts_where_that_is_known(page: str) -> None:
-    assert "<pre>Question: Who?\nAnswer: <mark>Ada</mark></pre>" in page
-    assert "<pre>Question: Why?\nAnswer: a long story</pre>" in page
+def test_an_example_marks_what_the_loss_counts(page: str) -> None:
+    assert "<pre>Question: Who?\nAnswer:<mark> Ada&lt;/s&gt;</mark></pre>" in page
+    assert "<pre>Question: &lt;b&gt;?\nAnswer: a long story</pre>" in page
 
 
-def test_plain_text_is_learned_from_end_to_end_and_a_long_one_is_cut(branches: list[Evaluation]) -> None:
-    rows = _rows(layout="text", examples=["once upon a time", "x" * 9999], answers=[], dropped_empty=0)
+def test_a_long_example_is_cut(branches: list[Evaluation]) -> None:
+    rows = _rows(examples=[[("a", False), ("x" * 9999, True), ("never", False)]])
     page = _page(branches, rows=rows, pictures=draw(branches, _table(), "sgm"))
-    assert "<pre><mark>once upon a time</mark></pre>" in page
-    assert f"<pre><mark>{'x' * EXAMPLE_CHARACTERS} …</mark></pre>" in page
+    assert f"<pre>a<mark>{'x' * (EXAMPLE_CHARACTERS - 1)} …</mark></pre>" in page
 
 
 class _Elements(HTMLParser):
@@ -188,7 +215,7 @@ def test_what_comes_from_models_data_and_settings_is_text_and_never_markup(
     rows = _rows(
         source=MARKUP,
         layout=MARKUP,
-        examples=[f"{MARKUP} {MARKUP}", MARKUP],
+        examples=[[(MARKUP, False), (MARKUP, True)]],
         answers=[{"prompt": MARKUP, "answer": MARKUP}],
     )
     outline = _outline(source=MARKUP, revision=MARKUP, compute_dtype=MARKUP)
@@ -198,7 +225,7 @@ def test_what_comes_from_models_data_and_settings_is_text_and_never_markup(
     assert after.names == before.names and after.attributes == before.attributes
     # Title, lead, base model and revision and type, data source and layout, two examples, a change, two settings.
     assert hostile.count(ESCAPED) >= 12
-    assert f"<pre>{ESCAPED} <mark>{ESCAPED}</mark></pre>" in hostile
+    assert f"<pre>{ESCAPED}<mark>{ESCAPED}</mark></pre>" in hostile
 
 
 def test_a_dollar_in_a_name_is_no_formula(branches: list[Evaluation]) -> None:

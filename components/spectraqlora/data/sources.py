@@ -1,25 +1,93 @@
-"""Data sources: files, folders and hub ids; what is wrong with them is said before long work."""
+"""Data sources: a file, a folder as people and the hub lay it out, a data set on the hub; their splits and rows.
+
+A folder's files are the splits that its README's `configs` say, else what their names say: `train`, `validation`
+(`valid`, `val`, `dev`, `eval`) and `test` as words in a file's or folder's name. Files without such a word are
+trained on where none is called train. `datasets`' own folders (save_to_disk) are such folders, too.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import fnmatch
+import functools
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, cast
 
-from spectraqlora.data.layouts import recognise
-from spectraqlora.data.splits import split_sizes
+import yaml
+
+from spectraqlora.data.files import DataFile, Record, read_rows, suffixes
+from spectraqlora.data.layouts import Layout, Layouts, check_label, known_columns
+from spectraqlora.data.rows import Origin, Row, RowRefused
 from spectraqlora.errors import InputError
-from spectraqlora.places import DATA_SUFFIXES, Place
+from spectraqlora.places import COMPRESSED_SUFFIXES, DATA_SUFFIXES, Place
 from spectraqlora.settings import DataSettings
 from spectraqlora.storage import open_files
 
-_HEAD_BYTES = 1 << 20
+Split = Literal["train", "held_out", "test"]
+_WORDS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "held_out": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
+_SEPARATORS = re.compile(r"[-._ /]|\d+")
+_DESCRIPTIONS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "metadata.json",
+}
+_NO_DATA = ("readme", "license", "licence", "notice", "changelog", "contributing", "requirements", "citation")
+_TEXT = (".txt", ".md")
+_NATIVE = (".parquet", ".arrow")
 
 
-def load_source(place: Place, settings: DataSettings, content: str = "") -> Any:
-    """All rows of the source as a `datasets.Dataset`.
+@dataclass(frozen=True)
+class Source:
+    """What is read of a data source.
+
+    Args:
+        splits: files by split; only those that there are.
+        unused: names of data files that are not read.
+    """
+
+    splits: Mapping[Split, list[DataFile]]
+    unused: list[str] = field(default_factory=list)
+
+    def records(self, settings: DataSettings, split: Split) -> Iterator[tuple[Origin, Record, Layout]]:
+        """Every row of a split as its file has it, with its layout.
+
+        Raises:
+            InputError: a file that cannot be read, or columns that fit no layout.
+        """
+        for file in self.splits.get(split, []):
+            layouts = Layouts(settings, file.name, file.suffix in _NATIVE)
+            for number, record in read_rows(file, settings.encoding, known_columns(settings)):
+                origin = Origin(file.name, number)
+                layout = layouts.of(record)
+                check_label(record, layout, settings, origin)
+                yield origin, record, layout
+
+    def rows(self, settings: DataSettings, split: Split) -> Iterator[Row | tuple[Origin, RowRefused]]:
+        """Every row of a split, or where it is from and why there is nothing to learn from.
+
+        Raises:
+            InputError: as `records`, or a value that is no text, plain number or list of messages.
+        """
+        for origin, record, layout in self.records(settings, split):
+            try:
+                yield layout.row(record, origin)
+            except RowRefused as refused:
+                yield origin, refused
+
+
+def open_source(place: Place, settings: DataSettings, content: str = "") -> Source:
+    """The source's files on this machine; those of an address or of the hub are fetched, as far as they are read.
 
     Args:
         place: of the data.
@@ -27,141 +95,315 @@ def load_source(place: Place, settings: DataSettings, content: str = "") -> Any:
         content: what an s3:// address must hold, or the commit of a hub id; empty takes what is there.
 
     Raises:
-        InputError: the source is missing, malformed, changed since, or its rows are not of one shape.
+        InputError: the source is missing, empty, changed since, or has no file to train on.
     """
-    from datasets import load_dataset
-
     if place.kind == "hub":
-        name = place.with_owner()
-        try:
-            return load_dataset(name, split=settings.split, revision=content or None)
-        except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError("data.source", place, f"a hub data set that loads ({first})") from None
-    files = _files(place.local_copy(content))
-    _check_files(files, settings)
-    try:
-        return load_dataset(_loader(files[0]), data_files=[str(file) for file in files], split="train")
-    except Exception as error:
-        first = (str(error.__cause__ or error).splitlines() or [""])[0]
-        raise InputError("data.source", place, f"rows of one shape ({first})") from None
+        return _hub_source(place, settings, content)
+    return _local_source(place.local_copy(content), settings)
 
 
-def check_source(place: Place, settings: DataSettings) -> None:
-    """Refuse a bad source: missing, empty, not JSON, unknown columns, no rows left to hold out.
+def open_remotely(place: Place, settings: DataSettings) -> Source | None:
+    """The source's files where they are, for a look at their first rows.
 
-    Of files at an s3:// address only names, sizes and the first row are read; data on the hub is not asked for.
+    Returns:
+        None where nothing of it can be seen without fetching all of it.
 
     Raises:
-        InputError: what is wrong with it.
+        InputError: as `open_source`.
     """
     if place.kind == "s3":
-        _check_remote(place)
-    elif place.kind == "path":
-        _check_files(_files(place.path), settings)
+        readers = open_files(place.address)
+        opened = {name: functools.partial(_ranged, reader) for name, reader in readers.items()}
+        sizes = {name: reader.size for name, reader in readers.items()}
+        single = len(readers) == 1 and next(iter(readers)) == place.text.rstrip("/").rpartition("/")[2]
+        return _arranged(str(place), opened, sizes, settings, single)
+    if place.kind == "hub":
+        return _hub_preview(place, settings)
+    return _local_source(place.path, settings) if place.kind == "path" else None
 
 
-def _loader(file: Path) -> str:
-    """Name of the `datasets` loader of a file."""
-    return "json" if file.suffix == ".jsonl" else file.suffix.removeprefix(".")
+def _local_source(path: Path, settings: DataSettings) -> Source:
+    files = [path] if path.is_file() else sorted(_files_below(path))
+    names = {(p.name if p == path else p.relative_to(path).as_posix()): p for p in files}
+    opened = {name: functools.partial(open, p, "rb") for name, p in names.items()}
+    sizes = {name: p.stat().st_size for name, p in names.items()}
+    return _arranged(str(path), cast(Any, opened), sizes, settings, path.is_file())
 
 
-def _files(path: Path) -> list[Path]:
-    """The data files of a file or folder; refuses what is empty or of unknown kind."""
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES)
-        _check_kinds(path, {_loader(file) for file in files})
-    else:
-        files = [path]
-        if path.suffix not in DATA_SUFFIXES:
-            raise InputError("data.source", path, f"one of {', '.join(DATA_SUFFIXES)}, a folder or a hub id")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise InputError("data.source", file, "rows; the file is empty")
-    return files
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files at any depth, but hidden ones and those in hidden folders; links are followed."""
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(where) / name for name in files if not name.startswith("."))
 
 
-def _check_files(files: list[Path], settings: DataSettings) -> None:
-    total = 0
-    for file in files:
-        columns, count = _columns_and_count(file)
-        if count == 0:
-            raise InputError("data.source", file, "rows; it has none")
-        recognise(columns)
-        total += count
-    split_sizes(total, settings)
+def _hub_source(place: Place, settings: DataSettings, content: str) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
 
-
-def _check_kinds(source: object, loaders: set[str]) -> None:
-    if not loaders:
-        raise InputError("data.source", source, f"a folder with {', '.join(DATA_SUFFIXES)} files")
-    if len(loaders) > 1:
-        raise InputError("data.source", source, "a folder with files of one kind")
-
-
-def _check_remote(source: Place) -> None:
-    readers = open_files(source.address)
-    files = {name: r for name, r in readers.items() if Path(name).suffix in DATA_SUFFIXES and "/" not in name}
-    _check_kinds(source, {_loader(Path(name)) for name in files})
-    for name, reader in files.items():
-        if reader.size == 0:
-            raise InputError("data.source", f"{source}: {name}", "rows; the file is empty")
-    name, reader = next(iter(files.items()))
-    first, line_break, _ = bytes(reader.read(0, min(reader.size, _HEAD_BYTES))).strip().partition(b"\n")
-    if not line_break and reader.size > _HEAD_BYTES:
-        return
+    name, revision = place.with_owner(), content or place.revision
     try:
-        if name.endswith(".jsonl"):
-            recognise(list(json.loads(first)))
-        elif name.endswith(".csv"):
-            recognise(next(csv.reader([first.decode()]), []))
-    except (ValueError, TypeError):
-        raise InputError("data.source", f"{source}: {name}", "one JSON object per line, in UTF-8") from None
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}", line.strip()[:60], "one JSON object per line")
-                yield row
-        return
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError("data.source", path, f"valid JSON ({error})") from None
-    if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
-        raise InputError("data.source", path, "a JSON list of objects")
-    yield from document
-
-
-def _columns_and_count(path: Path) -> tuple[list[str], int]:
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
-            meta = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError):
-            raise InputError("data.source", path, "a readable Parquet file") from None
-        return list(meta.schema_arrow.names), int(meta.metadata.num_rows)
-    if path.suffix == ".csv":
-        with open(path, encoding="utf-8", newline="") as stream:
-            reader = csv.reader(stream)
-            return next(reader, []), sum(1 for _ in reader)
-    columns: list[str] = []
-    count = 0
+            names = HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
+            chosen = _hub_choice(place, name, revision, names, settings)
+            patterns: list[str] | None = ["README.md", *(file.name for s in chosen.values() for file in s)]
+        except InputError:
+            raise
+        except Exception:  # The hub is away: what this machine has of it.
+            patterns = None
+        folder = Path(
+            snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns)
+        )
+    except InputError:
+        raise
+    except Exception as error:  # The hub's client lets those of its HTTP library through.
+        raise _no_hub_data(place, error) from None
+    return _local_source(folder, settings)
+
+
+def _hub_choice(
+    place: Place, name: str, revision: str, names: list[str], settings: DataSettings
+) -> Mapping[Split, list[DataFile]]:
+    from huggingface_hub import hf_hub_download
+
+    readme = ""
+    if "README.md" in names:
+        path = hf_hub_download(name, "README.md", revision=revision, repo_type="dataset")
+        readme = Path(path).read_text(encoding="utf-8", errors="replace")
+    opened = {file: cast(Any, functools.partial(_not_here, file)) for file in names}
+    return _arranged(str(place), opened, dict.fromkeys(names, 1), settings, False, readme).splits
+
+
+def _hub_preview(place: Place, settings: DataSettings) -> Source | None:
+    """A hub data set whose files are read where they are, in parts."""
+    from huggingface_hub import HfApi, HfFileSystem
+
+    name = place.with_owner()
     try:
-        for row in _json_rows(path):
-            columns = columns or list(row)
-            count += 1
-    except UnicodeDecodeError:
-        raise InputError("data.source", path, "UTF-8 text") from None
-    return columns, count
+        names = HfApi().list_repo_files(name, repo_type="dataset")
+    except Exception:  # It was asked for its commit before; what this machine has of it does.
+        return None
+    chosen = _hub_choice(place, name, place.revision, names, settings)
+    system = HfFileSystem()
+    return Source(
+        {
+            split: [
+                DataFile(
+                    file.name,
+                    file.suffix,
+                    file.compression,
+                    functools.partial(system.open, f"datasets/{name}/{file.name}", "rb"),
+                )
+                for file in files
+            ]
+            for split, files in chosen.items()
+        }
+    )
+
+
+def _not_here(name: str) -> BinaryIO:
+    raise InputError("data.source", name, "a file that was fetched")
+
+
+def _no_hub_data(place: Place, error: Exception) -> InputError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError("data.source", place, f"a hub data set that loads ({first})")
+
+
+class _Ranged(io.RawIOBase):
+    """An object of a store as a file."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader, self._at = reader, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._reader.size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self._reader.size - self._at))
+        buffer[:length] = self._reader.read(self._at, length) if length else b""
+        self._at += length
+        return length
+
+
+def _ranged(reader: Any) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_Ranged(reader), 1 << 20))
+
+
+def _arranged(
+    source: str,
+    opened: Mapping[str, Callable[[], BinaryIO]],
+    sizes: Mapping[str, int],
+    settings: DataSettings,
+    single: bool,
+    readme: str | None = None,
+) -> Source:
+    """Which of a source's files are which split.
+
+    Args:
+        source: its name, for errors.
+        opened: what opens a file, by its name within the source.
+        sizes: bytes by name.
+        settings: the `data` section.
+        single: whether the source is a file.
+        readme: text of the README; None reads it where there is one.
+    """
+    names = sorted(opened) if single else _data_names(sorted(opened))
+    if not names or (single and not suffixes(names[0])[0]):
+        kinds = ", ".join(DATA_SUFFIXES)
+        expected = f"one of {kinds}, a folder or a hub id" if single else f"a folder with {kinds} files"
+        raise InputError(
+            "data.source", source, f"{expected}; compressed as {', '.join(COMPRESSED_SUFFIXES)} or not"
+        )
+    if readme is None:
+        readme = ""
+        if not single and "README.md" in opened:
+            with opened["README.md"]() as stream:
+                readme = stream.read().decode("utf-8", errors="replace")
+    if single:
+        chosen: dict[Split, list[str]] = {"train": names}
+    else:
+        configured = _configured(source, readme, names, settings)
+        chosen = _splits(source, configured or {name: _split_name(name) for name in names}, settings)
+    for split, of_split in chosen.items():
+        _check_kinds(source, split, of_split)
+        for name in of_split:
+            if sizes[name] == 0:
+                raise InputError("data.source", _full(source, name, single), "rows; the file is empty")
+    files: dict[Split, list[DataFile]] = {
+        split: [
+            DataFile(_full(source, name, single), *suffixes(name), opened[name])
+            if source_is_path(source)
+            else DataFile(name, *suffixes(name), opened[name])
+            for name in of_split
+        ]
+        for split, of_split in chosen.items()
+    }
+    read = {name for of_split in chosen.values() for name in of_split}
+    return Source(files, [name for name in names if name not in read])
+
+
+def source_is_path(source: str) -> bool:
+    """Whether a source's name is a path of this machine."""
+    return os.path.exists(source)
+
+
+def _full(source: str, name: str, single: bool) -> str:
+    if single:
+        return source
+    return f"{source}/{name}" if source_is_path(source) else name
+
+
+def _data_names(names: list[str]) -> list[str]:
+    """Those that hold rows; texts only where nothing else does."""
+    data = []
+    for name in names:
+        last = PurePosixPath(name).name.lower()
+        kind = suffixes(name)[0]
+        if not kind or last in _DESCRIPTIONS or (kind in _TEXT and last.startswith(_NO_DATA)):
+            continue
+        # `datasets` keeps what it computed next to the rows.
+        if not (last.startswith("cache-") and last.endswith(".arrow")):
+            data.append(name)
+    structured = [name for name in data if suffixes(name)[0] not in _TEXT]
+    return structured or data
+
+
+def _split_name(name: str) -> str:
+    """The name of a file's split as `datasets` writes it: the file's without its shard, or its folder's."""
+    path = PurePosixPath(name)
+    stem = path.name.partition(".")[0]
+    base = _SHARD.sub("", stem)
+    # save_to_disk calls every file data, in a folder per split.
+    if base == "data" and len(path.parts) > 1:
+        return path.parts[-2]
+    return "/".join([*path.parts[:-1], base])
+
+
+def _word(split: str) -> Split | None:
+    """Which split a name says: by its last part that says one."""
+    for part in reversed(split.lower().split("/")):
+        words = set(_SEPARATORS.split(part))
+        for kind, known in _WORDS.items():
+            if words & set(known):
+                return kind
+    return None
+
+
+def _splits(source: str, split_of: Mapping[str, str], settings: DataSettings) -> dict[Split, list[str]]:
+    """Names by split, of the files' own split names."""
+    wanted = settings.split.split("+")
+    last = {name: split.rpartition("/")[2] for name, split in split_of.items()}
+    train = [name for name in split_of if last[name] in wanted]
+    if not train and settings.split == "train":
+        train = [name for name, split in split_of.items() if _word(split) == "train"] or [
+            name for name, split in split_of.items() if _word(split) is None
+        ]
+    if not train:
+        known = ", ".join(sorted(set(last.values())))
+        if settings.split == "train":
+            raise InputError("data.source", source, f"a file to train on, or the path of one; it has {known}")
+        slices = "; data.max_rows takes part of one" if "[" in settings.split else ""
+        raise InputError("data.split", settings.split, f"one of the splits {known}{slices}")
+    chosen: dict[Split, list[str]] = {"train": train}
+    others: tuple[Split, ...] = ("held_out", "test")
+    for kind in others:
+        names = [name for name, split in split_of.items() if _word(split) == kind and name not in train]
+        if names:
+            chosen[kind] = names
+    return chosen
+
+
+def _configured(source: str, readme: str, names: list[str], settings: DataSettings) -> dict[str, str]:
+    """A split by file name as the README's `configs` say; empty where it says nothing.
+
+    Raises:
+        InputError: several configs, and `data.subset` names none of them.
+    """
+    head = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
+    try:
+        card = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        card = None
+    configs = card.get("configs") if isinstance(card, dict) else None
+    configs = [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
+    if not configs:
+        return {}
+    by_name = {str(config.get("config_name", "default")): config for config in configs}
+    marked = [name for name, config in by_name.items() if config.get("default")]
+    only = [*marked, *(["default"] if "default" in by_name else []), *(by_name if len(by_name) == 1 else ())]
+    name = settings.subset or (only[0] if only else "")
+    if name not in by_name:
+        raise InputError("data.subset", name, f"one of the subsets of {source}: {', '.join(by_name)}")
+    return dict(_matches(by_name[name], names))
+
+
+def _matches(config: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str, str]]:
+    files, folder = config["data_files"], str(config.get("data_dir") or "").strip("/")
+    entries = files if isinstance(files, list) else [files]
+    for entry in entries:
+        split = str(entry.get("split", "train")) if isinstance(entry, dict) else "train"
+        paths = entry.get("path") if isinstance(entry, dict) else entry
+        for pattern in paths if isinstance(paths, list) else [paths]:
+            full = f"{folder}/{pattern}" if folder else str(pattern)
+            full = full.removeprefix("./").replace("**/", "*")
+            yield from ((name, split) for name in names if fnmatch.fnmatch(name, full))
+
+
+def _check_kinds(source: str, split: Split, names: list[str]) -> None:
+    kinds = {suffixes(name)[0] for name in names}
+    same = {".ndjson": ".jsonl", ".tsv": ".csv"}
+    if len({same.get(kind, kind) for kind in kinds}) > 1:
+        raise InputError(
+            "data.source", source, f"a folder with files of one kind; it has {', '.join(sorted(kinds))}"
+        )

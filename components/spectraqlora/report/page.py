@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spectraqlora import __version__
-from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows
+from spectraqlora.artifacts import Evaluation, Example, ModelOutline, PreparedRows
+from spectraqlora.data.accounting import facts, warning
 from spectraqlora.methods.catalogue import method
 from spectraqlora.report import plots
 from spectraqlora.scoring.statistics import SIGNIFICANCE, PairedTest
@@ -58,7 +59,7 @@ def render_report(
             controls=[e.method for e in evaluations if method(e.method).control],
             outline=outline,
             rows=rows,
-            examples=[_example(text, rows) for text in rows.examples],
+            **_data(rows),
             pictures={name: Markup(svg) for name, svg in drawn.items()},
             similarity=similarity,
             sharing=sum(len(g) for g in similarity.groups if len(g) > 1) if similarity else 0,
@@ -66,6 +67,24 @@ def render_report(
             version=__version__,
         )
     )
+
+
+def render_data_page(rows: PreparedRows, base: str) -> str:
+    """A page about the data alone: what was read, kept and dropped, and examples with the learned part marked.
+
+    Args:
+        rows: manifest of the prepared rows.
+        base: name of the base model.
+    """
+    return (
+        _environment().get_template("data.html.j2").render(rows=rows, base=base, **_data(rows, opened=True))
+    )
+
+
+def _data(rows: PreparedRows, opened: bool = False) -> dict[str, Any]:
+    """What the data block shows; its examples folded or not."""
+    examples = [_example(example) for example in rows.examples]
+    return {"facts": facts(rows), "warning": warning(rows), "examples": examples, "opened": opened}
 
 
 def _environment() -> Environment:
@@ -90,23 +109,14 @@ def _change(value: float, reference: float) -> str:
     return f"{value / reference - 1:+.1%}" if reference else "–"
 
 
-def _example(text: str, rows: PreparedRows) -> tuple[str, str]:
-    """(context, learned part) of an example; the second is empty where it is not known.
-
-    Plain text is learned from end to end. Of a row with a short answer the manifest says prompt and answer;
-    the prompt there may carry a special token that the example does not show.
-    """
-    if rows.layout == "text":
-        return "", _cut(text)
-    for pair in rows.answers:
-        context = text.removesuffix(pair["answer"])
-        if context != text and context.strip() and context.strip() in pair["prompt"]:
-            return _cut(context), _cut(pair["answer"])
-    return _cut(text), ""
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:EXAMPLE_CHARACTERS]} …"
+def _example(example: Example) -> Example:
+    """A rendered row's pieces, of which the page shows the first characters."""
+    shown, room = [], EXAMPLE_CHARACTERS
+    for text, learned in example:
+        if room > 0:
+            shown.append((text if len(text) <= room else f"{text[:room]} …", learned))
+        room -= len(text)
+    return shown
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

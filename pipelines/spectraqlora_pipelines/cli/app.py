@@ -13,6 +13,7 @@ from spectraqlora.runtime.logs import silence_libraries
 from typer.core import TyperGroup
 
 from spectraqlora_pipelines.cli.compile import compile_
+from spectraqlora_pipelines.cli.data import data
 from spectraqlora_pipelines.cli.kubeflow import variables
 from spectraqlora_pipelines.cli.models import models
 from spectraqlora_pipelines.cli.plan import plan
@@ -53,7 +54,7 @@ app = typer.Typer(
 RUN_AND_LOOK, CLUSTER, MODELS = "Run and look", "Cluster", "Models"
 
 app.command(rich_help_panel=RUN_AND_LOOK, epilog=most_changed())(run)
-for command in (report, snr, plan, sample, settings):
+for command in (report, data, snr, plan, sample, settings):
     app.command(rich_help_panel=RUN_AND_LOOK)(command)
 app.command("compile", rich_help_panel=CLUSTER)(compile_)
 app.command(rich_help_panel=CLUSTER, epilog=variables(submit))(submit)

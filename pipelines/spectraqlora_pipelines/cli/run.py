@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place, base_place, data_place, file_place
 from spectraqlora.settings import Settings
@@ -91,6 +92,7 @@ def run(
             access,
             shown.on_task,
             shown.on_progress,
+            shown.on_rows,
         )
     if kind == "ablation":
         summary = collect(outputs)
@@ -167,11 +169,11 @@ def _check(settings: Settings, base: Place, source: Place, workdir: Path, kind: 
     from spectraqlora_pipelines.local import preflight
 
     with console.status("checking model, data and settings"):
-        preflight.check(settings, base, source)
+        refused = preflight.check(settings, base, source)
         contents = preflight.contents(settings, base, source, workdir)
         memory = preflight.memory_warning(settings, base)
-    if memory:
-        line(memory, style="yellow")
+    for warning in [*([memory] if memory else []), *(f"Data: {text}" for text in refused)]:
+        line(warning, style="yellow")
     # Retraining is run again because its data changed.
     fixed = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}
     preflight.claim_workdir(workdir, settings, fixed, kind)
@@ -230,6 +232,12 @@ class _RunBars:
         if self._step is None:
             self._step = self._bars.add_task(label, total=total)
         self._bars.update(self._step, completed=done, total=total, description=label)
+
+    def on_rows(self, folder: Path) -> None:
+        """The rows are prepared: what became of the data."""
+        from spectraqlora_pipelines.cli.data_block import show_rows
+
+        show_rows(PreparedRows.read(folder), self._screen)
 
 
 def _show(summary: dict[str, Any]) -> None:

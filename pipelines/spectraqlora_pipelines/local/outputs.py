@@ -73,12 +73,15 @@ def read_outputs(workdir: Path) -> RunOutputs:
 
 
 @contextlib.contextmanager
-def recorded(outputs: RunOutputs, on_task: Callable[[str], None]) -> Iterator[None]:
+def recorded(
+    outputs: RunOutputs, on_task: Callable[[str], None], on_written: Callable[[str], None] = lambda name: None
+) -> Iterator[None]:
     """Record the outputs of every task that kfp.local runs inside.
 
     Args:
         outputs: filled as tasks succeed.
         on_task: called with every task's display name when it starts or is taken from the cache.
+        on_written: called with the same name when its outputs are recorded.
     """
     from kfp import dsl
     from kfp.local.orchestrator import task_executor
@@ -92,6 +95,7 @@ def recorded(outputs: RunOutputs, on_task: Callable[[str], None]) -> Iterator[No
         outputs.steps[name] = {
             key: Path(value.uri) for key, value in written.items() if isinstance(value, dsl.Artifact)
         }
+        on_written(name)
         return written, status
 
     task_executor.execute_single_task = execute

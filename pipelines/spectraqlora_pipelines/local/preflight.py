@@ -19,10 +19,12 @@ from spectraqlora.settings import Settings
 MINIMUM_FREE_BYTES = 512 * 2**20
 
 
-def check(settings: Settings, base: Place, source: Place) -> None:
-    """Refuse bad data, bad model folders, servers that do not answer, and ranks and processes that do not fit."""
-    from spectraqlora.data.sources import check_source
+def check(settings: Settings, base: Place, source: Place) -> list[str]:
+    """Refuse bad data, bad model folders, servers that do not answer, and ranks and processes that do not fit.
 
+    Returns:
+        Lines about rows that the model's template refuses, where it takes others.
+    """
     _check_promotion(settings, base)
     if settings.tracking.uri:
         from spectraqlora.tracking.registry import Registry
@@ -33,9 +35,19 @@ def check(settings: Settings, base: Place, source: Place) -> None:
         from spectraqlora.steps.train.distributed import split_batch
 
         split_batch(settings.train, settings.train.processes)
-    with quiet():
-        check_source(source, settings.data)
     _check_base_model(settings, base)
+    with quiet():
+        return _check_data(settings, base, source)
+
+
+def _check_data(settings: Settings, base: Place, source: Place) -> list[str]:
+    """Refuse data that cannot be read, or that the base model's template refuses."""
+    from spectraqlora.data.checks import check_source
+    from spectraqlora.data.for_model import description_of, row_model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = description_of(base, Path(scratch) / "description")
+        return check_source(source, settings.data, row_model(folder, settings.data, base.trusted))
 
 
 def _check_promotion(settings: Settings, base: Place) -> None:

@@ -131,6 +131,7 @@ def run_locally(
     access: HostAccess | None,
     on_task: Callable[[str], None],
     on_progress: Callable[[int, int, str], None],
+    on_rows: Callable[[Path], None] = lambda rows: None,
 ) -> RunOutputs:
     """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
 
@@ -142,6 +143,7 @@ def run_locally(
         access: what step containers share with this machine; None runs steps as processes.
         on_task: called with every step's display name when it starts, or is taken from the cache.
         on_progress: called with done, total and label of what a step counts.
+        on_rows: called with the folder of the prepared rows when they are there.
 
     Returns:
         The artifacts of all steps of this run.
@@ -166,12 +168,16 @@ def run_locally(
         if match := _PROGRESS.match(line):
             on_progress(int(match[1]), int(match[2]), match[3])
 
+    def look(step: str) -> None:
+        if step == "prepare-data" and "rows" in outputs.steps[step]:
+            on_rows(outputs.path(step, "rows"))
+
     lines = _Lines(log, listen)
     outputs = RunOutputs(workdir)
     try:
         in_containers = replace_kfps(access) if access else contextlib.nullcontext()
         with (
-            _steps_end_with_us(), _steps_know(key), in_containers, recorded(outputs, on_task), _captured(lines),
+            _steps_end_with_us(), _steps_know(key), in_containers, recorded(outputs, on_task, look), _captured(lines),
             warnings.catch_warnings(action="ignore"),
         ):  # fmt: skip
             pipeline(**arguments)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 COLUMNS, LINES = 80, 24
 PANELS = {
-    "Run and look": ["run", "report", "snr", "plan", "sample", "settings"],
+    "Run and look": ["run", "report", "data", "snr", "plan", "sample", "settings"],
     "Cluster": ["compile", "submit", "schedule"],
     "Models": ["models", "promote"],
 }

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from spectraqlora.artifacts import IGNORED
-from spectraqlora.data.layouts import Layout
+from spectraqlora.data.layouts import recognise
 from spectraqlora.data.rendering import RenderedRow, Renderer
+from spectraqlora.data.rows import Origin, Row
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_tokenizer
 
@@ -36,15 +37,17 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
-def renderer(tokenizer: Any, layout: Layout, template: str | None = None, **more: Any) -> Renderer:
+def renderer(tokenizer: Any, template: str | None = None, **more: Any) -> Renderer:
     tokenizer.chat_template = template
-    return Renderer(tokenizer, layout, PLAIN, more.get("encoder_decoder", False))
+    return Renderer(tokenizer, PLAIN, more.get("encoder_decoder", False))
 
 
-def rendered(maker: Renderer, row: dict[str, Any]) -> RenderedRow:
-    result = maker.render(row)
-    assert result is not None
-    return result
+def as_row(record: dict[str, Any]) -> Row:
+    return recognise(record).row(record, Origin("d.jsonl", 1))
+
+
+def rendered(maker: Renderer, record: dict[str, Any]) -> RenderedRow:
+    return maker.render(as_row(record))
 
 
 def counted(tokenizer: Any, row: RenderedRow) -> str:
@@ -54,60 +57,59 @@ def counted(tokenizer: Any, row: RenderedRow) -> str:
 
 
 def test_only_the_answer_and_its_end_count(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, "question-answer"), {"question": "who?", "answer": "mara"})
+    row = rendered(renderer(tokenizer), {"question": "who?", "answer": "mara"})
     assert tokenizer.decode(row.input_ids) == "<s>Question: who?\nAnswer: mara</s>"
     assert counted(tokenizer, row) == " mara</s>"
     assert row.length == len(row.input_ids)
 
 
 def test_every_turn_of_the_assistant_counts(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, "chat", CHATML), {"messages": TURNS})
+    row = rendered(renderer(tokenizer, CHATML), {"messages": TURNS})
     assert counted(tokenizer, row) == "a baker</s>in oslo</s>"
     assert not row.text.startswith("<s>"), "a chat template brings its own beginning"
 
 
 def test_of_a_template_that_rewrites_history_only_the_last_turn_counts(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, "chat", FORGETFUL), {"messages": TURNS})
+    row = rendered(renderer(tokenizer, FORGETFUL), {"messages": TURNS})
     assert counted(tokenizer, row) == "in oslo</s>"
     assert row.text == "<user>who is mara?\n<user>where?\n<assistant>in oslo"
 
 
 def test_turns_without_a_chat_template_are_named(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, "chat"), {"messages": TURNS})
+    row = rendered(renderer(tokenizer), {"messages": TURNS})
     assert counted(tokenizer, row).endswith(" in oslo</s>")
     assert "user: where?\nassistant: in oslo" in row.text
 
 
 def test_all_of_plain_text_counts(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, "text"), {"text": "mara likes red"})
+    row = rendered(renderer(tokenizer), {"text": "mara likes red"})
     assert row.labels == row.input_ids
     assert tokenizer.decode(row.input_ids) == "<s>mara likes red</s>"
 
 
 def test_an_encoder_decoder_reads_the_question_and_learns_the_reply(tokenizer: Any) -> None:
-    maker = renderer(tokenizer, "question-answer", encoder_decoder=True)
+    maker = renderer(tokenizer, encoder_decoder=True)
     row = rendered(maker, {"question": "who?", "answer": "mara"})
     assert tokenizer.decode(row.input_ids) == "Question: who?\nAnswer:</s>"
     assert tokenizer.decode(row.labels) == "mara</s>"
-    assert maker.question({"question": "who?", "answer": "mara"}) == ("Question: who?\nAnswer:</s>", "mara")
+    assert maker.question(as_row({"question": "who?", "answer": "mara"})) == (
+        "Question: who?\nAnswer:</s>",
+        "mara",
+    )
 
 
 def test_an_encoder_decoder_refuses_plain_text(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="encoder-decoder"):
-        renderer(tokenizer, "text", encoder_decoder=True)
-
-
-@pytest.mark.parametrize(
-    ("layout", "row"), [("text", {"text": " "}), ("text", {"text": None}), ("chat", {"messages": []})]
-)
-def test_an_empty_row_is_nothing(tokenizer: Any, layout: Layout, row: dict[str, Any]) -> None:
-    assert renderer(tokenizer, layout).render(row) is None
+        rendered(renderer(tokenizer, encoder_decoder=True), {"text": "mara"})
 
 
 def test_answers_that_can_be_compared_are_short_or_marked(tokenizer: Any) -> None:
-    maker = renderer(tokenizer, "question-answer")
-    assert maker.question({"question": "who?", "answer": "mara"}) == ("<s>Question: who?\nAnswer:", "mara")
+    maker = renderer(tokenizer)
+    assert maker.question(as_row({"question": "who?", "answer": "mara"})) == (
+        "<s>Question: who?\nAnswer:",
+        "mara",
+    )
     long = "because " * 20
-    assert maker.question({"question": "why?", "answer": long}) is None
-    assert maker.question({"question": "why?", "answer": f"{long} #### 7"}) is not None
-    assert renderer(tokenizer, "text").question({"text": "mara"}) is None
+    assert maker.question(as_row({"question": "why?", "answer": long})) is None
+    assert maker.question(as_row({"question": "why?", "answer": f"{long} #### 7"})) is not None
+    assert renderer(tokenizer).question(as_row({"text": "mara"})) is None

@@ -1,33 +1,42 @@
-"""The step's work: load, render, drop, split and save."""
+"""The step's work: read, choose, render, split and save; and an account of all of it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, field
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.artifacts import ModelOutline, PreparedRows
-from spectraqlora.data.layouts import Layout, recognise
+import numpy as np
+import numpy.typing as npt
+
+from spectraqlora.artifacts import IGNORED, DataAccount, Example, ModelOutline, PreparedRows
+from spectraqlora.data.accounting import TOO_LONG, Counter, lines, quantiles, warning
+from spectraqlora.data.for_model import RowModel, row_model
 from spectraqlora.data.packing import packed
-from spectraqlora.data.rendering import RenderedRow, Renderer
-from spectraqlora.data.sources import load_source
-from spectraqlora.data.splits import in_order, split_sizes
+from spectraqlora.data.preparing import Piece, Rendered, Sequences, Survey, render, survey
+from spectraqlora.data.rendering import Renderer
+from spectraqlora.data.rows import Row
+from spectraqlora.data.sources import Source, open_source
+from spectraqlora.data.splits import HELD_OUT, TEST, TRAIN, USED, Choice, choose, held_out_target, hold_out
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import context_length
-from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.places import data_place
-from spectraqlora.runtime.console import Progress, say
+from spectraqlora.runtime.console import Progress, say, warn
 from spectraqlora.settings import DataSettings
 
-Tokens = dict[str, list[int]]
+EXAMPLES = 3
+_WRITTEN_ROWS = 1000
+_SAID_EVERY = 1_000_000
+Places = npt.NDArray[np.int64]
 
 
 def prepare(
     settings: DataSettings, outline: Path, seed: int, output: Path, content: str = ""
 ) -> PreparedRows:
-    """Write `train/` and `held_out/` (Arrow: input_ids, labels) and the manifest.
+    """Write `train/`, `held_out/` and, where the source has one, `test/` (Arrow: input_ids, labels), and the manifest.
 
     Args:
         settings: the `data` section.
@@ -39,99 +48,266 @@ def prepare(
     Raises:
         InputError: the source cannot be read, fits no layout, or leaves no rows.
     """
-    loaded = load_source(data_place(settings.source), settings, content)
-    layout = recognise(loaded.column_names)
-    renderer, length = _for_model(outline, settings, layout)
-    pack = layout == "text" and settings.pack
-    rendered = _render(in_order(loaded, settings, seed), renderer, None if pack else length)
-    if len(rendered.rows) < 2:
-        expected = f"a length that leaves rows; {rendered.too_long} of {rendered.total} are longer"
-        raise InputError("data.max_length", length, expected)
-    train_rows, held_out_rows = split_sizes(len(rendered.rows), settings)
-    parts = {
-        "train": rendered.rows[held_out_rows : held_out_rows + train_rows],
-        "held_out": rendered.rows[:held_out_rows],
-    }
-    splits = {name: _tokens(rows, length if pack else 0) for name, rows in parts.items()}
-    result = PreparedRows(
-        source=settings.source,
-        digest=_write(splits, output),
-        layout=layout,
-        train_rows=len(splits["train"]),
-        eval_rows=len(splits["held_out"]),
-        train_tokens=sum(len(row["input_ids"]) for row in splits["train"]),
-        dropped_empty=rendered.empty,
-        dropped_long=rendered.too_long,
-        examples=[row.text for row in rendered.rows[:3]],
-        answers=_answers(renderer, rendered.originals[:held_out_rows]),
-    )
-    result.write(output)
-    return result
-
-
-def _for_model(outline: Path, settings: DataSettings, layout: Layout) -> tuple[Renderer, int]:
-    """What renders rows for the model, and the tokens that a row may have."""
-    from transformers import AutoConfig
-
     folder, trust = outline / "model", ModelOutline.read(outline).trust_remote_code
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    tokenizer = load_tokenizer(folder, trust)
-    length = min(settings.max_length, context_length(config) or settings.max_length)
-    if length < settings.max_length:
-        say(f"rows end at the model's {length} positions, not at data.max_length={settings.max_length}")
-    return Renderer(tokenizer, layout, settings.prompt_template, config.is_encoder_decoder), length
+    return prepare_for(row_model(folder, settings, trust), settings, seed, output, content)
 
 
-@dataclass
-class _Rendered:
-    """Rows that stay, next to what they were made of, and how many were dropped."""
+def prepare_for(
+    model: RowModel, settings: DataSettings, seed: int, output: Path, content: str = ""
+) -> PreparedRows:
+    """The same for a model that is described elsewhere, such as by its own folder.
 
-    total: int
-    rows: list[RenderedRow] = field(default_factory=list)
-    originals: list[dict[str, Any]] = field(default_factory=list)
-    empty: int = 0
-    too_long: int = 0
-
-
-def _render(loaded: Any, renderer: Renderer, length: int | None) -> _Rendered:
-    """Render rows, dropping empty ones and those of more than `length` tokens."""
-    result = _Rendered(len(loaded))
-    progress = Progress("tokenizing rows", len(loaded))
-    for index, original in enumerate(loaded, 1):
-        progress(index)
-        row = renderer.render(original)
-        if row is None:
-            result.empty += 1
-        elif length is not None and row.length > length:
-            result.too_long += 1
-        else:
-            result.rows.append(row)
-            result.originals.append(original)
-    if result.empty or result.too_long:
-        say(f"dropped {result.empty} empty and {result.too_long} over-long rows of {result.total}")
+    Raises:
+        InputError: as `prepare`.
+    """
+    if model.length < settings.max_length:
+        say(f"rows end at the model's {model.length} positions, not at data.max_length={settings.max_length}")
+    source = open_source(data_place(settings.source), settings, content)
+    surveyed = survey(source, settings, _say_read)
+    choice = choose(surveyed.splits, surveyed.keys, settings, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as scratch:
+        rendered = _rendered(source, settings, choice, model, Path(scratch), surveyed.counter)
+        sides = _sides(source, settings, surveyed, choice, rendered, model.length)
+        result = _written(settings, source, surveyed, choice, rendered, sides, model, output, Path(scratch))
+    result.write(output)
+    for line in lines(result):
+        say(line)
+    if lost := warning(result):
+        warn(lost)
     return result
 
 
-def _tokens(rows: list[RenderedRow], pack_to: int) -> list[Tokens]:
-    """Token ids and labels; with `pack_to`, of full sequences of that length in which every token counts."""
-    if not pack_to:
-        return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-    sequences = packed([row.input_ids for row in rows], pack_to)
-    return [{"input_ids": ids, "labels": list(ids)} for ids in sequences]
+def _say_read(count: int) -> None:
+    if count % _SAID_EVERY == 0:
+        say(f"read {count:,} rows")
 
 
-def _write(splits: dict[str, list[Tokens]], output: Path) -> str:
-    """Save every split as an Arrow folder; returns the digest of all of them."""
-    from datasets import Dataset
+def _rendered(
+    source: Source,
+    settings: DataSettings,
+    choice: Choice,
+    model: RowModel,
+    scratch: Path,
+    counter: Counter,
+) -> Rendered:
+    total = int((choice.fates == USED).sum())
+    progress, start = Progress("tokenizing rows", total), time.monotonic()
 
-    total = hashlib.sha256()
-    for name, rows in splits.items():
-        total.update(json.dumps([name, rows]).encode())
-        Dataset.from_list(rows).save_to_disk(str(output / name))
-    return total.hexdigest()
+    def report(done: int) -> None:
+        progress(done, f"({done / max(time.monotonic() - start, 1e-9):,.0f} rows/s)")
+
+    # The rows that are held out are the first ones in order, less those that rendering drops.
+    likely = int(4 * min(len(choice.order) * settings.eval_fraction, settings.max_eval_rows)) + 64
+    keep = set(choice.held_out.tolist()) or set(choice.order[:likely].tolist())
+    return render(
+        source,
+        settings,
+        choice,
+        model.renderer,
+        model.length,
+        scratch,
+        counter,
+        report,
+        keep,
+        model.encoder_decoder,
+    )
 
 
-def _answers(renderer: Renderer, held_out: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _sides(
+    source: Source,
+    settings: DataSettings,
+    surveyed: Survey,
+    choice: Choice,
+    rendered: Rendered,
+    length: int,
+) -> dict[str, Places]:
+    """Places of sequences by side, in the order that they are written in.
+
+    Raises:
+        InputError: there is nothing on one of the sides.
+    """
+    row, counter = rendered.sequences.row, surveyed.counter
+    split = surveyed.splits[row]
+    train = _ordered(row, np.flatnonzero(split == TRAIN), choice.order)
+    held_out = _ordered(row, np.flatnonzero(split == HELD_OUT), choice.held_out)
+    own = "held_out" in source.splits
+    too_few = len(train) < (1 if own else 2) or (own and not len(held_out))
+    if too_few and counter.dropped:
+        if counter.dropped.keys() == {TOO_LONG}:
+            entry = counter.dropped[TOO_LONG]
+            raise InputError(
+                "data.max_length",
+                length,
+                f"a length that leaves rows on both sides; {entry.rows} of {surveyed.read} rows are longer "
+                f"({entry.first}); data.too_long cuts or splits them",
+            )
+        raise InputError(
+            "data.source",
+            settings.source,
+            f"rows to learn from and to hold out; of {surveyed.read} rows: {counter.reasons()}",
+        )
+    if not own:
+        first = hold_out(surveyed.keys[row[train]], held_out_target(len(train), settings))
+        train, held_out = train[~first], train[first]
+    elif too_few:
+        raise InputError("data.source", settings.source, "rows both to train on and to hold out")
+    sides = {"train": train, "held_out": held_out}
+    test = np.flatnonzero(split == TEST)
+    return {**sides, "test": test} if len(test) else sides
+
+
+def _ordered(row: Places, sequences: Places, order: Places) -> Places:
+    """Sequences in the order of their rows; pieces of a row in their own."""
+    rank = np.zeros(int(row.max(initial=-1)) + 1, np.int64)
+    known = order[order < len(rank)]
+    rank[known] = np.arange(len(known))
+    return sequences[np.argsort(rank[row[sequences]], kind="stable")]
+
+
+def _written(
+    settings: DataSettings,
+    source: Source,
+    surveyed: Survey,
+    choice: Choice,
+    rendered: Rendered,
+    sides: dict[str, Places],
+    model: RowModel,
+    output: Path,
+    scratch: Path,
+) -> PreparedRows:
+    pack = settings.pack and surveyed.layouts == ["text"]
+    total, counts = hashlib.sha256(), {}
+    for name, places in sides.items():
+        pieces = rendered.sequences.take(places)
+        writer = _Side(name, total)
+        writer.write(packed(pieces, model.length) if pack else pieces, scratch, output / name)
+        counts[name] = writer
+    held_out = rendered.sequences.row[sides["held_out"]]
+    used_rows = len(np.unique(rendered.sequences.row))
+    return PreparedRows(
+        source=settings.source,
+        digest=total.hexdigest(),
+        layout=" and ".join(surveyed.layouts),
+        train_rows=counts["train"].rows,
+        eval_rows=counts["held_out"].rows,
+        test_rows=counts["test"].rows if "test" in counts else 0,
+        train_tokens=counts["train"].tokens,
+        account=DataAccount(
+            files={name: len(files) for name, files in source.splits.items()},
+            unused_files=source.unused,
+            read=surveyed.read,
+            used=used_rows,
+            dropped=list(surveyed.counter.dropped.values()),
+            pieces=len(rendered.sequences) - used_rows,
+            cut=rendered.cut,
+            equal=choice.equal,
+            sides_equal=choice.equal > 0 and len(np.unique(surveyed.keys[rendered.sequences.row])) == 1,
+            unused_columns=surveyed.unused_columns,
+            turns_without_labels=dict(rendered.unlearned),
+            left_out=dict(rendered.left_out),
+            tokens_read=rendered.tokens,
+            tokens_learned=counts["train"].learned,
+            max_length=model.length,
+            lengths=quantiles(rendered.lengths),
+        ),
+        examples=_examples(rendered.sequences, sides["train"], model),
+        answers=_answers(
+            source, settings, model.renderer, choice, list(dict.fromkeys(held_out.tolist())), rendered
+        ),
+    )
+
+
+class _Side:
+    """Writes one side's sequences as an Arrow folder, and counts them.
+
+    Args:
+        name: of the side.
+        total: takes its content into a digest.
+    """
+
+    def __init__(self, name: str, total: Any) -> None:
+        self.rows, self.tokens, self.learned = 0, 0, 0
+        self._total = total
+        total.update(name.encode())
+
+    def write(self, pieces: Iterator[Piece], scratch: Path, folder: Path) -> None:
+        """Write all sequences; memory holds a thousand at a time."""
+        import pyarrow as pa
+        from datasets import Dataset
+
+        numbers = pa.list_(pa.int32())
+        schema = pa.schema({"input_ids": numbers, "labels": numbers})
+        path = scratch / "side.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            batch: list[Piece] = []
+            for piece in pieces:
+                batch.append(piece)
+                if len(batch) == _WRITTEN_ROWS:
+                    stream.write_batch(self._batch(batch, schema))
+                    batch = []
+            if batch:
+                stream.write_batch(self._batch(batch, schema))
+        Dataset.from_file(str(path)).save_to_disk(str(folder))
+        path.unlink()
+
+    def _batch(self, batch: list[Piece], schema: Any) -> Any:
+        import pyarrow as pa
+
+        columns = []
+        for part in (0, 1):
+            ends = np.cumsum([0, *(len(piece[part]) for piece in batch)], dtype=np.int32)
+            values = np.concatenate([piece[part] for piece in batch])
+            columns.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(values)))
+            self._total.update(ends.tobytes())
+            self._total.update(values.tobytes())
+            if part:
+                self.learned += int((values != IGNORED).sum())
+            else:
+                self.tokens += len(values)
+        self.rows += len(batch)
+        return pa.record_batch(columns, schema=schema)
+
+
+def _examples(sequences: Sequences, train: Places, model: RowModel) -> list[Example]:
+    """The first training sequences as text, with the learned part marked."""
+    examples = []
+    for ids, labels in sequences.take(train[:EXAMPLES]):
+        if model.encoder_decoder:
+            examples.append([(model.tokenizer.decode(ids), False), (model.tokenizer.decode(labels), True)])
+            continue
+        learned = labels != IGNORED
+        starts = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+        examples.append(
+            [
+                (model.tokenizer.decode(ids[start:end].tolist()), bool(learned[start]))
+                for start, end in itertools.pairwise(starts)
+                if end > start
+            ]
+        )
+    return examples
+
+
+def _answers(
+    source: Source,
+    settings: DataSettings,
+    renderer: Renderer,
+    choice: Choice,
+    held_out: list[int],
+    rendered: Rendered,
+) -> list[dict[str, str]]:
     """Prompts and references of the held-out rows that can be scored."""
-    questions = [renderer.question(row) for row in held_out]
+    rows = dict(rendered.kept)
+    missing = set(held_out) - rows.keys()
+    if missing:
+        rows |= _rows_at(source, settings, missing)
+    questions = [renderer.question(rows[place]) for place in held_out]
     return [{"prompt": question[0], "answer": question[1]} for question in questions if question]
+
+
+def _rows_at(source: Source, settings: DataSettings, places: set[int]) -> dict[int, Row]:
+    """The rows at some places, read once more."""
+    learnable = (
+        row for split in source.splits for row in source.rows(settings, split) if not isinstance(row, tuple)
+    )
+    return {place: row for place, row in enumerate(learnable) if place in places}
