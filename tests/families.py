@@ -156,6 +156,83 @@ REFUSED: dict[str, Callable[[int], Any]] = {
 }
 
 
+def _two_layers(name: str, **extra: Any) -> Callable[[int], Any]:
+    return _llama_like(name, num_hidden_layers=2, **extra)
+
+
+_EXPERTS = {"num_experts_per_tok": 2}
+PACKED: dict[str, Callable[[int], Any]] = {
+    "apertus": _two_layers("Apertus"),
+    "arcee": _two_layers("Arcee"),
+    "codegen": _named("CodeGen", n_embd=WIDTH, n_layer=2, n_head=4, n_positions=128, rotary_dim=8),
+    "cohere": _two_layers("Cohere"),
+    "cohere2": _two_layers("Cohere2"),
+    "deepseek_v3": UNFORESEEN["deepseek-v3"],
+    "ernie4_5": _two_layers("Ernie4_5"),
+    "exaone4": _two_layers("Exaone4"),
+    "gemma": _two_layers("Gemma"),
+    "gemma2": FAMILIES["gemma2"],
+    "gemma3_text": FAMILIES["gemma3"],
+    "glm": _two_layers("Glm"),
+    "glm4": _two_layers("Glm4"),
+    "glm4_moe": _two_layers(
+        "Glm4Moe",
+        n_routed_experts=4,
+        moe_intermediate_size=64,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        head_dim=16,
+        **_EXPERTS,
+    ),
+    "gpt2": _gpt2,
+    "gpt_bigcode": _named("GPTBigCode", n_embd=WIDTH, n_layer=2, n_head=4, n_positions=128),
+    "gpt_neo": _named(
+        "GPTNeo",
+        hidden_size=WIDTH,
+        num_layers=2,
+        num_heads=4,
+        max_position_embeddings=128,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+    ),
+    "gpt_neox": _two_layers("GPTNeoX"),
+    "gptj": UNFORESEEN["gpt-j"],
+    "granite": _two_layers("Granite"),
+    "granitemoe": _two_layers("GraniteMoe", num_local_experts=4, **_EXPERTS),
+    "llama": _two_layers("Llama"),
+    "mistral": _two_layers("Mistral", sliding_window=16),
+    "mixtral": UNFORESEEN["mixtral"],
+    "nemotron": _two_layers("Nemotron"),
+    "olmo": _two_layers("Olmo"),
+    "olmo2": _two_layers("Olmo2"),
+    "olmo3": _two_layers("Olmo3", sliding_window=16),
+    "olmoe": _two_layers("Olmoe", num_experts=4, **_EXPERTS),
+    "phi": _two_layers("Phi"),
+    "phi3": _two_layers("Phi3"),
+    "qwen2": _two_layers("Qwen2"),
+    "qwen2_moe": _two_layers(
+        "Qwen2Moe",
+        num_experts=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        **_EXPERTS,
+    ),
+    "qwen3": FAMILIES["qwen3"],
+    "qwen3_moe": FAMILIES["qwen3-moe"],
+    "seed_oss": _two_layers("SeedOss"),
+    "smollm3": _two_layers("SmolLM3"),
+    "stablelm": _two_layers("StableLm"),
+    "starcoder2": _two_layers("Starcoder2"),
+}
+"""A model of each type whose rows may share sequences."""
+MIXING: dict[str, Callable[[int], Any]] = {
+    **{name: FAMILIES[name] for name in ("opt", "falcon")},
+    **{name: UNFORESEEN[name] for name in ("bloom", "mpt", "gpt-oss")},
+}
+"""Families in which rows that share a sequence see each other."""
+
+
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -153,6 +153,13 @@ class PreparedRows(_Manifest):
     account: DataAccount
     examples: list[Example] = Field(description="the first training rows, with their learned part marked")
     answers: list[dict[str, str]] = Field(description="held-out rows with short answers: prompt, answer")
+    turn_ends: list[int] = Field(
+        default_factory=list, description="tokens that end an answer, the chat template's own first"
+    )
+    chat_template: str = Field(
+        "", description="the one that was given; empty where the model's own, or none, is"
+    )
+    shared_sequences: bool = Field(False, description="rows of a batch share sequences (data.packing)")
 
 
 class BaseMeasurement(_Manifest):

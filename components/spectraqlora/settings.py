@@ -43,6 +43,7 @@ def _switch(value: object) -> object:
 
 
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+Packing = Annotated[Literal["off", "rows"], BeforeValidator(_switch)]
 
 
 RENAMED = {"evaluate.energy": "evaluate.update_energy"}
@@ -128,8 +129,23 @@ class DataSettings(_Section):
         "side when data grows; retraining always takes content",
     )
     pack: bool = Field(False, description="Pack plain-text rows into full sequences instead of padding")
+    packing: Packing = Field(
+        "off",
+        description="Let the rows of a batch share sequences (rows), none of them seen by another: the same losses "
+        "without padding",
+    )
     prompt_template: str = Field(
         "Question: {prompt}\nAnswer:", description="Wraps a prompt where the tokenizer has no chat template"
+    )
+
+    chat_template: str = Field(
+        "",
+        description="Chat template in place of the model's own: a file, or chatml, gemma, llama-2, llama-3, mistral, "
+        "phi-3, vicuna or zephyr; the export has it, too",
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="What is learned of a conversation: every assistant's turn, the last one, or all of its text",
     )
 
     @field_validator("prompt_template")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectraqlora.data.known_templates import give_template
 from spectraqlora.data.rendering import Renderer
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import context_length
+from spectraqlora.models.families import check_packable, context_length
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.places import Place
 from spectraqlora.settings import DataSettings
@@ -38,7 +39,7 @@ def row_model(folder: Path, settings: DataSettings, trust_remote_code: bool = Fa
     """What renders rows for the model whose config and tokenizer a folder has.
 
     Raises:
-        InputError: they cannot be loaded.
+        InputError: they cannot be loaded, or settings of the `data` section do not fit them.
     """
     from transformers import AutoConfig
 
@@ -48,9 +49,14 @@ def row_model(folder: Path, settings: DataSettings, trust_remote_code: bool = Fa
     except (ValueError, KeyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError("model.base_model", folder, f"a model with config and tokenizer ({first})") from None
+    if settings.packing == "rows":
+        check_packable(config)
+    if settings.chat_template:
+        give_template(tokenizer, settings.chat_template)
     pairs = bool(config.is_encoder_decoder)
     length = min(settings.max_length, context_length(config) or settings.max_length)
-    return RowModel(tokenizer, Renderer(tokenizer, settings.prompt_template, pairs), length, pairs)
+    renderer = Renderer(tokenizer, settings.prompt_template, pairs, settings.train_on)
+    return RowModel(tokenizer, renderer, length, pairs)
 
 
 def description_of(base: Place, scratch: Path) -> Path:

@@ -60,6 +60,62 @@ def decoder_start(config: Any) -> int | None:
     return int(start if start is not None else config.pad_token_id or 0)
 
 
+PACKABLE = frozenset(
+    [
+        "apertus",
+        "arcee",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "deepseek_v3",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
+"""Model types that compute the same of rows in one sequence as of each by itself, where positions tell them apart."""
+
+
+def check_packable(config: Any) -> None:
+    """Refuse to let rows share sequences in a family that mixes them, or of which that is not known (InputError)."""
+    if config.model_type not in PACKABLE:
+        raise InputError(
+            "data.packing",
+            "rows",
+            f"off; {config.model_type} mixes rows that share a sequence, or is not known to keep them apart",
+        )
+
+
 def check_computes(model: Any, source: object) -> None:
     """Refuse a 4-bit model that does not compute, or whose predictions see the tokens that come after them.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from spectraqlora.data.known_templates import portable
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import check_methods, names
 from spectraqlora.settings import Settings, parse, with_overrides
@@ -46,7 +47,9 @@ def load_settings(config: Path | None, overrides: dict[str, Any], assignments: l
         if not isinstance(node, dict):
             raise InputError(section, node, "a mapping of settings")
         node[leaf] = value
-    return check_methods(parse(with_overrides(values, assignments or [])))
+    settings = check_methods(parse(with_overrides(values, assignments or [])))
+    data = settings.data.model_copy(update={"chat_template": portable(settings.data.chat_template)})
+    return settings.model_copy(update={"data": data})
 
 
 def _read(config: Path) -> dict[str, Any]:

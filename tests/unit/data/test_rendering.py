@@ -1,29 +1,22 @@
-"""Token ids and labels of rows, with a real tokenizer."""
+"""Token ids and labels of rows, with real tokenizers."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from spectraqlora.artifacts import IGNORED
-from spectraqlora.data.layouts import recognise
 from spectraqlora.data.rendering import RenderedRow, Renderer
-from spectraqlora.data.rows import Origin, Row
+from spectraqlora.data.rows import Conversation, Origin, PromptCompletion, RowRefused, Text
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_tokenizer
 
+from tests.chat_templates import plain_tokenizer, tokenizer_of
+
 PLAIN = "Question: {prompt}\nAnswer:"
-# Every turn in a line of its own, the prompt of an answer being all before it.
-CHATML = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-# Drops what the assistant said before, as templates of reasoning models do.
-FORGETFUL = (
-    "{% for m in messages if m.role != 'assistant' %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+ORIGIN = Origin("data.jsonl", 1)
 TURNS = [
     {"role": "user", "content": "who is mara?"},
     {"role": "assistant", "content": "a baker"},
@@ -37,17 +30,34 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
-def renderer(tokenizer: Any, template: str | None = None, **more: Any) -> Renderer:
-    tokenizer.chat_template = template
-    return Renderer(tokenizer, PLAIN, more.get("encoder_decoder", False))
+@pytest.fixture(scope="module")
+def sentencepiece() -> Any:
+    """In Llama 2's manner: a space is put before a text, and stands for itself as part of the word after it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False, max_token_length=8
+    )
+    words = "Question: How many apples are 1 and 2? Answer: There are 5 apples"
+    made.train_from_iterator([words] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
-def as_row(record: dict[str, Any]) -> Row:
-    return recognise(record).row(record, Origin("d.jsonl", 1))
+def pair(prompt: str, completion: str) -> PromptCompletion:
+    return PromptCompletion(prompt, completion, ORIGIN)
 
 
-def rendered(maker: Renderer, record: dict[str, Any]) -> RenderedRow:
-    return maker.render(as_row(record))
+def talk(messages: list[dict[str, Any]], tools: Any = None) -> Conversation:
+    return Conversation(messages, tools, ORIGIN)
 
 
 def counted(tokenizer: Any, row: RenderedRow) -> str:
@@ -57,59 +67,156 @@ def counted(tokenizer: Any, row: RenderedRow) -> str:
 
 
 def test_only_the_answer_and_its_end_count(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer), {"question": "who?", "answer": "mara"})
+    row = Renderer(tokenizer, PLAIN).render(pair("who?", "mara"))
     assert tokenizer.decode(row.input_ids) == "<s>Question: who?\nAnswer: mara</s>"
     assert counted(tokenizer, row) == " mara</s>"
     assert row.length == len(row.input_ids)
 
 
-def test_every_turn_of_the_assistant_counts(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, CHATML), {"messages": TURNS})
-    assert counted(tokenizer, row) == "a baker</s>in oslo</s>"
-    assert not row.text.startswith("<s>"), "a chat template brings its own beginning"
+def test_a_completion_that_brings_a_space_gets_none(tokenizer: Any) -> None:
+    plain = Renderer(tokenizer, PLAIN).render(pair("who?", "mara"))
+    assert Renderer(tokenizer, PLAIN).render(pair("who?", " mara")).input_ids == plain.input_ids
+    assert Renderer(tokenizer, "{prompt}\n").render(pair("who?", "mara")).text == "who?\nmara"
 
 
-def test_of_a_template_that_rewrites_history_only_the_last_turn_counts(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer, FORGETFUL), {"messages": TURNS})
-    assert counted(tokenizer, row) == "in oslo</s>"
-    assert row.text == "<user>who is mara?\n<user>where?\n<assistant>in oslo"
+def test_a_prompt_and_its_answer_have_the_tokens_of_the_whole_text(sentencepiece: Any) -> None:
+    prompt, answer = "How many apples are 1 and 2?", "There are 5 apples"
+    row = Renderer(sentencepiece, PLAIN).render(pair(prompt, answer))
+    whole = sentencepiece(f"Question: {prompt}\nAnswer: {answer}", add_special_tokens=False)["input_ids"]
+    start, end = sentencepiece.bos_token_id, sentencepiece.eos_token_id
+    assert row.input_ids == [start, *whole, end]
+    learned = [token for token in row.labels if token != IGNORED]
+    tokens = sentencepiece.convert_ids_to_tokens(learned)
+    assert tokens[0] != "▁" and "".join(tokens).startswith("▁There▁are▁5")
+    assert tokens[-1] == "</s>"
+
+
+def test_rendered_text_is_taken_as_it_is() -> None:
+    tokenizer = plain_tokenizer("<s>", "</s>")
+    row = Renderer(tokenizer, PLAIN).render(pair("<s>[INST] who? [/INST]", "mara</s>"))
+    assert tokenizer.decode(row.input_ids) == "<s>[INST] who? [/INST]mara</s>"
+    assert counted(tokenizer, row) == "mara</s>"
+    text = Renderer(tokenizer, PLAIN).render(Text("<s>[INST] who? [/INST]mara</s>\n", ORIGIN))
+    assert tokenizer.decode(text.input_ids) == "<s>[INST] who? [/INST]mara</s>\n"
+    chat = Renderer(tokenizer_of("chatml"), PLAIN)
+    made = chat.render(pair("<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n", "mara<|im_end|>"))
+    assert made.text.count("<|im_start|>") == 2
+
+
+def test_every_turn_of_the_assistant_counts() -> None:
+    tokenizer = tokenizer_of("chatml")
+    row = Renderer(tokenizer, PLAIN).render(talk(TURNS))
+    assert counted(tokenizer, row) == "a baker<|im_end|>in oslo<|im_end|>"
+    assert row.input_ids == tokenizer.apply_chat_template(TURNS)["input_ids"]
+
+
+def test_a_prompt_and_a_completion_are_a_conversation_where_there_is_a_template() -> None:
+    tokenizer = tokenizer_of("llama_3")
+    renderer = Renderer(tokenizer, PLAIN)
+    messages = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "mara"}]
+    assert renderer.render(pair("who?", "mara")) == renderer.render(talk(messages))
 
 
 def test_turns_without_a_chat_template_are_named(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer), {"messages": TURNS})
-    assert counted(tokenizer, row).endswith(" in oslo</s>")
+    row = Renderer(tokenizer, PLAIN).render(talk(TURNS))
+    assert counted(tokenizer, row) == " a baker</s> in oslo</s>"
     assert "user: where?\nassistant: in oslo" in row.text
+    prompt, answer = Renderer(tokenizer, PLAIN).question(talk(TURNS)) or ("", "")
+    assert (answer, prompt) == ("in oslo", f"<s>{row.text.removesuffix(' in oslo</s>')}")
+    off = [{**TURNS[0]}, {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    assert counted(tokenizer, Renderer(tokenizer, PLAIN).render(talk(off))) == " in oslo</s>"
+    last = Renderer(tokenizer, PLAIN, train_on="last").render(talk(TURNS))
+    assert (counted(tokenizer, last), last.unlearned) == (" in oslo</s>", {"data.train_on=last": 1})
+    with pytest.raises(RowRefused, match="tool calls for a model without a chat template"):
+        Renderer(tokenizer, PLAIN).render(talk([*TURNS[:1], {**TURNS[1], "tool_calls": [{}]}, *TURNS[2:]]))
+
+
+def test_a_last_turn_of_the_users_is_read_and_not_learned(tokenizer: Any) -> None:
+    row = Renderer(tokenizer, PLAIN).render(talk([*TURNS, {"role": "user", "content": "thanks"}]))
+    assert row.text.endswith("user: thanks")
+    assert row.labels[-1] == IGNORED
+    assert counted(tokenizer, row) == " a baker</s> in oslo</s>"
 
 
 def test_all_of_plain_text_counts(tokenizer: Any) -> None:
-    row = rendered(renderer(tokenizer), {"text": "mara likes red"})
+    row = Renderer(tokenizer, PLAIN).render(Text("mara likes red", ORIGIN))
     assert row.labels == row.input_ids
     assert tokenizer.decode(row.input_ids) == "<s>mara likes red</s>"
+    all_of = Renderer(tokenizer, PLAIN, train_on="all").render(pair("who?", "mara"))
+    assert all_of.labels == all_of.input_ids
+
+
+def test_rows_rendered_together_are_what_they_are_alone(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer, PLAIN)
+    rows = [pair("who?", "mara"), talk(TURNS), talk(TURNS[:1]), Text("red", ORIGIN), pair("why?", " ")]
+    made = renderer.render_all(rows)
+    assert [isinstance(row, RowRefused) for row in made] == [False, False, True, False, True]
+    assert [made[0], made[1], made[3]] == [renderer.render(row) for row in (rows[0], rows[1], rows[3])]
 
 
 def test_an_encoder_decoder_reads_the_question_and_learns_the_reply(tokenizer: Any) -> None:
-    maker = renderer(tokenizer, encoder_decoder=True)
-    row = rendered(maker, {"question": "who?", "answer": "mara"})
+    maker = Renderer(tokenizer, PLAIN, encoder_decoder=True)
+    row = maker.render(pair("who?", "mara"))
     assert tokenizer.decode(row.input_ids) == "Question: who?\nAnswer:</s>"
     assert tokenizer.decode(row.labels) == "mara</s>"
-    assert maker.question(as_row({"question": "who?", "answer": "mara"})) == (
-        "Question: who?\nAnswer:</s>",
-        "mara",
-    )
+    assert maker.question(pair("who?", "mara")) == ("Question: who?\nAnswer:</s>", "mara")
 
 
 def test_an_encoder_decoder_refuses_plain_text(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="encoder-decoder"):
-        rendered(renderer(tokenizer, encoder_decoder=True), {"text": "mara"})
+        Renderer(tokenizer, PLAIN, encoder_decoder=True).render(Text("mara", ORIGIN))
 
 
 def test_answers_that_can_be_compared_are_short_or_marked(tokenizer: Any) -> None:
-    maker = renderer(tokenizer)
-    assert maker.question(as_row({"question": "who?", "answer": "mara"})) == (
-        "<s>Question: who?\nAnswer:",
-        "mara",
-    )
+    maker = Renderer(tokenizer, PLAIN)
+    assert maker.question(pair("who?", "mara")) == ("<s>Question: who?\nAnswer:", "mara")
     long = "because " * 20
-    assert maker.question(as_row({"question": "why?", "answer": long})) is None
-    assert maker.question(as_row({"question": "why?", "answer": f"{long} #### 7"})) is not None
-    assert renderer(tokenizer).question(as_row({"text": "mara"})) is None
+    assert maker.question(pair("why?", long)) is None
+    assert maker.question(pair("why?", f"{long} #### 7")) is not None
+    assert maker.question(Text("mara", ORIGIN)) is None
+    assert maker.question(talk([*TURNS[:1], {**TURNS[1], "weight": 0}])) is None
+
+
+def test_an_answer_is_asked_for_by_the_templates_own_prompt() -> None:
+    tokenizer = tokenizer_of("qwen_25")
+    question = Renderer(tokenizer, PLAIN).question(talk([*TURNS, {"role": "user", "content": "thanks"}]))
+    wanted = tokenizer.apply_chat_template(TURNS[:3], tokenize=False, add_generation_prompt=True)
+    assert question == (wanted, "in oslo")
+
+
+def test_tokens_that_end_an_answer_are_the_templates_and_the_tokenizers() -> None:
+    tokenizer = tokenizer_of("chatml")
+    names = tokenizer.convert_ids_to_tokens(Renderer(tokenizer, PLAIN).turn_ends())
+    assert names == ["<|im_end|>", "<|endoftext|>"]
+    assert Renderer(plain_tokenizer("<s>", None), PLAIN).turn_ends() == []
+
+
+class _WithoutOffsets:
+    """A tokenizer as the slow ones are, which do not say what a token covers."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, **given: Any) -> Any:
+        assert "return_offsets_mapping" not in given
+        return self._tokenizer(text, **given)
+
+
+def test_a_slow_tokenizer_is_cut_where_tokens_begin_or_refused() -> None:
+    for name in ("chatml", "llama_3", "gemma_3"):
+        fast = tokenizer_of(name)
+        slow = Renderer(_WithoutOffsets(fast), PLAIN).render(talk(TURNS))
+        assert slow == Renderer(fast, PLAIN).render(talk(TURNS))
+    merging = copy.copy(tokenizer_of("deepseek_v2"))
+    merging.chat_template = (
+        "{% for m in messages %}{{ 'sa' if m.role == 'assistant' else 'u ' }}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(RowRefused, match="not a fast one"):
+        Renderer(_WithoutOffsets(merging), PLAIN).render(
+            talk([{"role": "user", "content": "x"}, {"role": "assistant", "content": "ys"}])
+        )

@@ -66,7 +66,7 @@ def _score(
 ) -> BaseMeasurement:
     held_out, prepared = load_rows(inputs.rows, "held_out"), PreparedRows.read(inputs.rows)
     say(f"scoring the base model on {len(held_out)} held-out rows, once for all branches")
-    result = score(model, held_out, evaluate.batch_size)
+    result = score(model, held_out, evaluate.batch_size, packing=prepared.shared_sequences)
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
     answers = prepared.answers[: evaluate.accuracy_rows]
     return BaseMeasurement(
@@ -74,7 +74,9 @@ def _score(
         rows_digest=prepared.digest,
         loss=result.loss,
         perplexity=result.perplexity,
-        accuracy=accuracy(model, tokenizer, answers, evaluate.max_new_tokens, evaluate.batch_size),
+        accuracy=accuracy(
+            model, tokenizer, answers, evaluate.max_new_tokens, evaluate.batch_size, prepared.turn_ends
+        ),
         row_losses=result.losses,
         row_tokens=result.tokens,
         sketched=sketched,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel
+from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel, PreparedRows
 from spectraqlora.files import write_text
 from spectraqlora.models import adapters
 from spectraqlora.models.four_bit import copy_dequantized
@@ -20,6 +20,7 @@ from spectraqlora.runtime.console import say
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings
+from spectraqlora.steps.merge_export.turn_end import end_turns
 from spectraqlora.storage import parse_address, upload_folder
 
 FOLDERS = ("merged", "adapter")
@@ -60,9 +61,10 @@ def merge_export(
     """
     manifest, evaluation = FourBitModel.read(inputs.four_bit), Evaluation.read(inputs.winner)
     held_out = load_rows(inputs.rows, "held_out")
+    packing = PreparedRows.read(inputs.rows).shared_sequences
 
     def loss(model: Any) -> float:
-        return score(model, held_out, evaluate.batch_size).loss
+        return score(model, held_out, evaluate.batch_size, packing=packing).loss
 
     losses, into = _write_better_merge(inputs, manifest, loss, output)
     leave_out = shutil.ignore_patterns("training.json")
@@ -112,8 +114,9 @@ def _write_better_merge(
     if better == "quantized":
         model = None
         model = _merged(better, inputs, manifest)
-    model.save_pretrained(output / "merged", safe_serialization=True)
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
+    end_turns(model, tokenizer, PreparedRows.read(inputs.rows))
+    model.save_pretrained(output / "merged", safe_serialization=True)
     tokenizer.save_pretrained(output / "merged")
     return losses, better
 

@@ -215,6 +215,9 @@ def _written(
         answers=_answers(
             source, settings, model.renderer, choice, list(dict.fromkeys(held_out.tolist())), rendered
         ),
+        turn_ends=model.renderer.turn_ends(),
+        chat_template=model.renderer.source if settings.chat_template else "",
+        shared_sequences=settings.packing == "rows",
     )
 
 

@@ -99,7 +99,7 @@ def re_evaluate(
     wrapped.eval()
     held_out = load_rows(inputs.rows, "held_out")
     say(f"scoring the adapter on {len(held_out)} held-out rows")
-    result = score(wrapped, held_out, sections.evaluate.batch_size)
+    result = score(wrapped, held_out, sections.evaluate.batch_size, packing=trained.rows.shared_sequences)
     exact = _accuracy(model, trained, inputs, sections.evaluate)
 
     active = len(rank_map.active())
@@ -145,7 +145,9 @@ def _read(inputs: Inputs, manifest: FourBitModel, round: int) -> Trained:
 def _accuracy(model: Any, trained: Trained, inputs: Inputs, evaluate: EvaluateSettings) -> float | None:
     answers = trained.rows.answers[: evaluate.accuracy_rows]
     tokenizer = load_tokenizer(inputs.four_bit / "model", trained.manifest.trust_remote_code)
-    return accuracy(model, tokenizer, answers, evaluate.max_new_tokens, evaluate.batch_size)
+    return accuracy(
+        model, tokenizer, answers, evaluate.max_new_tokens, evaluate.batch_size, trained.rows.turn_ends
+    )
 
 
 def _evaluation(

@@ -122,7 +122,7 @@ def trainer_class() -> Any:
     return AdapterParallel
 
 
-def mean_loss(model: Any, rows: Any, batch_size: int, head: HeadLoss) -> float:
+def mean_loss(model: Any, rows: Any, batch_size: int, head: HeadLoss, packing: bool = False) -> float:
     """Mean loss per counted token over all rows (nats), each process scoring its share.
 
     Every process runs equally many forward passes, since sharded blocks are gathered by all at once: where
@@ -130,9 +130,10 @@ def mean_loss(model: Any, rows: Any, batch_size: int, head: HeadLoss) -> float:
     """
     count = world_size()
     if count == 1:
-        return score(model, rows, batch_size, head).loss
+        return score(model, rows, batch_size, head, packing).loss
     places = range(process_index(), -(-len(rows) // count) * count, count)
-    scored = score(model, rows.select([place % len(rows) for place in places]), batch_size, head)
+    part = rows.select([place % len(rows) for place in places])
+    scored = score(model, part, batch_size, head, packing)
     own = sum(place < len(rows) for place in places)
     sums = torch.tensor(
         [sum(scored.losses[:own]), float(sum(scored.tokens[:own]))], dtype=torch.float64, device=device()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, RankMap, TrainingLog
+from spectraqlora.artifacts import GRADIENT_INIT, FourBitModel, PreparedRows, RankMap, TrainingLog
 from spectraqlora.methods.catalogue import method
 from spectraqlora.models import adapters
 from spectraqlora.models.activations import every_nth, recompute_blocks, recompute_elementwise
@@ -22,7 +22,7 @@ from spectraqlora.models.hardware import device, peak_memory_bytes
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.optimizers import check_optimizer, make_optimizer
 from spectraqlora.runtime.deferred_signals import deferred_signals
-from spectraqlora.scoring.batches import Collator, load_rows, order
+from spectraqlora.scoring.batches import Collator, attention_by_position, load_rows, order
 from spectraqlora.scoring.head_loss import HeadLoss
 from spectraqlora.steps.train import distributed
 from spectraqlora.steps.train.between_steps import BetweenSteps, OnMetric, check_finite
@@ -114,6 +114,7 @@ def fit(
     """
     settings, steps = request.train, span(rank_map, request.train.max_steps, request.rounds)
     rows, held_out = load_rows(request.inputs.rows, "train"), load_rows(request.inputs.rows, "held_out")
+    packing = PreparedRows.read(request.inputs.rows).shared_sequences
     rows_per_step = settings.batch_size * settings.gradient_accumulation
     places = order(len(rows), request.seed, steps.start * rows_per_step, steps.stop * rows_per_step)
     groups = adapters.parameter_groups(model, rank_map, settings.learning_rate, settings.lora_plus_ratio)
@@ -130,7 +131,7 @@ def fit(
 
     def evaluate() -> None:
         """Score the held-out rows; the adapters are kept where no loss was lower."""
-        mean = distributed.mean_loss(model, held_out, request.evaluate.batch_size, loss)
+        mean = distributed.mean_loss(model, held_out, request.evaluate.batch_size, loss, packing)
         check_finite("held-out loss", mean, progress.step, steps.steps, settings.learning_rate)
         progress.evals.append((progress.step, mean))
         on_metric("eval_loss_curve", progress.step, mean)
@@ -143,6 +144,7 @@ def fit(
         with (
             tempfile.TemporaryDirectory() as scratch,
             loss.hidden_states(),
+            attention_by_position(model),
             recompute_elementwise(),
             deferred_signals() if checkpoints else nullcontext(lambda: 0) as signal_received,
         ):
@@ -164,7 +166,7 @@ def fit(
                 model=model,
                 args=_arguments(request, steps.steps - progress.step, scratch),
                 train_dataset=rows.select(places[progress.step * rows_per_step :]),
-                data_collator=Collator.of(model.config),
+                data_collator=Collator.of(model.config, packing),
                 compute_loss_func=loss,
                 optimizers=(optimizer, schedule),
                 callbacks=[between_steps],

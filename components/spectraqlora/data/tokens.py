@@ -1,0 +1,71 @@
+"""Text with learned spans as token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spectraqlora.artifacts import IGNORED
+from spectraqlora.data.rows import RowRefused
+
+Span = tuple[int, int]
+
+
+def tokenized(
+    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+) -> list[tuple[list[int], list[int]] | RowRefused]:
+    """(token ids, labels) of every text, tokenized whole and without special tokens of the tokenizer's own.
+
+    A token is learned where any of its characters is.
+
+    Args:
+        tokenizer: fast ones say which characters a token covers; with others, what precedes a span has to have
+            the tokens that it has in the whole text, else the row is refused.
+        texts: whole.
+        spans: learned characters of each text, in order.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [_by_prefix(tokenizer, text, part) for text, part in zip(texts, spans, strict=True)]
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        (ids, labels_of(ids, offsets, part))
+        for ids, offsets, part in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+    ]
+
+
+def labels_of(ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """The ids inside spans, IGNORED elsewhere.
+
+    Args:
+        ids: tokens.
+        offsets: characters of each; without any, a token is where it stands.
+        spans: in order, apart from each other.
+    """
+    labels = [IGNORED] * len(ids)
+    place = 0
+    for index, (start, end) in enumerate(offsets):
+        while place < len(spans) and spans[place][1] <= start:
+            place += 1
+        if place < len(spans) and (end > spans[place][0] or start == end >= spans[place][0]):
+            labels[index] = ids[index]
+    return labels
+
+
+def _by_prefix(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]] | RowRefused:
+    ids = _ids(tokenizer, text)
+    labels = [IGNORED] * len(ids)
+    for span in spans:
+        places = []
+        for character in span:
+            before = _ids(tokenizer, text[:character])
+            if ids[: len(before)] != before:
+                return RowRefused("the tokenizer is not a fast one, and a turn begins or ends inside a token")
+            places.append(len(before))
+        labels[places[0] : places[1]] = ids[places[0] : places[1]]
+    return ids, labels
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
