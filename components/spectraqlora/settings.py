@@ -215,7 +215,7 @@ class SelectSettings(_Section):
     calibration_batches: int = Field(8, ge=2, description="Batches for the gradient sketches")
     calibration_rows: int = Field(8, ge=1, description="Rows in each of these batches")
     sketch_size: int = Field(128, ge=4, description="Side of the two-sided gradient sketch")
-    rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random)")
+    rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random; qlora_half about half)")
     alpha_over_rank: float = Field(
         2.0, gt=0, description="LoRA alpha divided by rank, the same for every module"
     )
@@ -401,7 +401,7 @@ class Settings(_Section):
     """All settings of a run; each section is one parameter of the pipeline."""
 
     methods: tuple[MethodName, ...] = Field(
-        ("qlora", "hybrid", "alors", "sgm"), description="Branches to run"
+        ("qlora", "hybrid", "alors", "sgm", "qlora_half"), description="Branches to run"
     )
     rounds: int = Field(1, ge=1, le=8, description="Rounds of train and re-evaluate")
     seed: int = Field(42, ge=0, description="Seed of everything random")
@@ -446,6 +446,38 @@ def parse(values: dict[str, Any]) -> Settings:
             ) from None
         message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise InputError(key, fault["input"], message) from None
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "seed": {
+        "rounds": 2,
+        "select": {"signal": "spectrum"},
+        "train": {"learning_rate": 2e-4, "optimizer": "adamw", "gradient_checkpointing": "on"},
+    },
+}
+"""Settings by one word: ours, and the methods as they were first published, where the weights' SNR decides."""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A preset's settings, as a nested mapping of what it changes.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise InputError("--preset", name, " or ".join(PRESETS))
+    values: dict[str, Any] = json.loads(json.dumps(PRESETS[name]))
+    return values
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both say something, the second does."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

@@ -1,10 +1,22 @@
 """Settings: refused with key, value and expectation."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora.settings import RENAMED, EvaluateSettings, Settings, parse, reference, with_overrides
+from spectraqlora.methods.catalogue import check_methods
+from spectraqlora.settings import (
+    PRESETS,
+    RENAMED,
+    EvaluateSettings,
+    Settings,
+    parse,
+    preset,
+    reference,
+    with_overrides,
+)
+from spectraqlora_pipelines.cli.options import load_settings
 
 
 @pytest.mark.parametrize(
@@ -71,4 +83,25 @@ def test_an_assignment_without_a_value_is_refused() -> None:
 def test_every_setting_is_documented() -> None:
     assert len(reference()) > 40
     assert all(text for _, _, text in reference())
-    assert Settings().methods == ("qlora", "hybrid", "alors", "sgm")
+    assert Settings().methods == ("qlora", "hybrid", "alors", "sgm", "qlora_half")
+
+
+def test_a_preset_is_below_a_file_options_and_assignments(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("train: {max_steps: 7, learning_rate: 0.01}\nselect: {rank: 4}\n")
+    plain = load_settings(None, {}, [], "seed")
+    assert (plain.select.signal, plain.rounds) == ("spectrum", 2)
+    train = plain.train
+    assert (train.learning_rate, train.optimizer, train.gradient_checkpointing) == (2e-4, "adamw", "on")
+    assert load_settings(None, {}, []) == load_settings(None, {}, [], "default") == Settings()
+    mixed = load_settings(config, {"rounds": 3, "seed": None}, ["select.signal=combined"], "seed")
+    assert (mixed.train.max_steps, mixed.train.learning_rate, mixed.select.rank) == (7, 0.01, 4)
+    assert (mixed.train.gradient_checkpointing, mixed.rounds, mixed.select.signal) == ("on", 3, "combined")
+    assert load_settings(None, {}, [], "seed") == plain, "a preset is not changed by what was set above it"
+
+
+def test_every_preset_is_made_of_settings_that_there_are() -> None:
+    for name in PRESETS:
+        assert check_methods(parse(preset(name)))
+    with pytest.raises(InputError, match=r"^--preset: 'seeds': expected default or seed$"):
+        load_settings(None, {}, [], "seeds")

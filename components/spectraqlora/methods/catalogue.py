@@ -13,6 +13,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.methods.alors import ALoRS
 from spectraqlora.methods.hybrid import Hybrid
 from spectraqlora.methods.qlora import QLoRA
+from spectraqlora.methods.qlora_half import QLoRAHalf
 from spectraqlora.methods.random_control import RandomControl
 from spectraqlora.methods.sgm import SGM
 from spectraqlora.settings import SelectSettings, Settings
@@ -97,7 +98,7 @@ class MovingMethod(Method, Protocol):
         ...
 
 
-_ALL: tuple[Method, ...] = (QLoRA(), Hybrid(), ALoRS(), SGM(), RandomControl())
+_ALL: tuple[Method, ...] = (QLoRA(), Hybrid(), ALoRS(), SGM(), QLoRAHalf(), RandomControl())
 METHODS: dict[str, Method] = {entry.name: entry for entry in _ALL}
 """In the order in which tables show them."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from spectraqlora.errors import InputError
 
-from spectraqlora_pipelines.cli.options import Config, Methods, Set, load_settings
+from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
 from spectraqlora_pipelines.cli.screen import line
 
 COMPILED = Path(__file__).resolve().parents[2]
@@ -26,6 +26,7 @@ def compile_(
     pipeline: Annotated[str, typer.Option(metavar="NAME", help="ablation or retraining.")] = "ablation",
     methods: Methods = None,
     rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds, unrolled.")] = None,
+    preset: Preset = "default",
     config: Config = None,
     set_: Set = None,
     target: Annotated[str, typer.Option(metavar="NAME", help="local or kubernetes.")] = "local",
@@ -51,7 +52,7 @@ def compile_(
     if (target == "kubernetes") != (values is not None):
         expected = "a values file" if values is None else "nothing without --target kubernetes"
         raise InputError("--values", values, expected)
-    settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_)
+    settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_, preset)
     output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
     placed = read_values(values) if values else None
     try:

@@ -90,12 +90,12 @@ def variables(command: Callable[..., None]) -> str:
 
 
 def launched_settings(
-    pipeline: str, config: Path | None, assignments: list[str] | None
+    pipeline: str, config: Path | None, assignments: list[str] | None, preset: str = "default"
 ) -> tuple[Settings, dict[str, Any]]:
     """Settings that a cluster can run, and the pipeline's arguments from them."""
     from spectraqlora_pipelines.dags.catalogue import cluster_arguments
 
-    settings = load_settings(config, {}, assignments)
+    settings = load_settings(config, {}, assignments, preset)
     return settings, cluster_arguments(pipeline, settings)
 
 

@@ -10,9 +10,9 @@ import yaml
 from spectraqlora.data.known_templates import portable
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import check_methods, names
-from spectraqlora.settings import Settings, parse, with_overrides
+from spectraqlora.settings import Settings, merged, parse, preset, with_overrides
 
-Methods = Annotated[str | None, typer.Option(metavar="LIST", help=f"Branches: {', '.join(names())}.")]
+Methods = Annotated[str | None, typer.Option(metavar="LIST", help=f"{', '.join(names())}.")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of settings.")]
 ConfigOrVariable = Annotated[
     Path | None,
@@ -24,21 +24,40 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting, section.key; may be repeated."),
 ]
+_PRESET = "default, or seed: as first published."
+Preset = Annotated[str, typer.Option(metavar="NAME", show_default=False, help=_PRESET)]
+PresetOrVariable = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        envvar="SPECTRAQLORA_PRESET",
+        show_envvar=False,
+        show_default=False,
+        help=_PRESET,
+    ),
+]
 Markdown = Annotated[bool, typer.Option("--markdown", help="As a table for documents.")]
 
 
-def load_settings(config: Path | None, overrides: dict[str, Any], assignments: list[str] | None) -> Settings:
-    """Read and check settings: from a file, from options and from --set; the later source wins.
+def load_settings(
+    config: Path | None,
+    overrides: dict[str, Any],
+    assignments: list[str] | None,
+    preset_name: str = "default",
+) -> Settings:
+    """Read and check settings: from a preset, a file, from options and from --set; the later source wins.
 
     Args:
         config: YAML file.
         overrides: settings by dotted key; None leaves one alone.
         assignments: `section.key=value`.
+        preset_name: what holds where nothing else is said.
 
     Raises:
-        InputError: a file, a setting or the name of a method is wrong.
+        InputError: a file, a setting or the name of a preset or a method is wrong.
     """
-    values = _read(config) if config is not None else {}
+    values = merged(preset(preset_name), _read(config) if config is not None else {})
     for key, value in overrides.items():
         if value is None:
             continue

@@ -12,7 +12,7 @@ from rich.table import Table
 from spectraqlora.errors import InputError
 from spectraqlora.places import base_place
 
-from spectraqlora_pipelines.cli.options import Config, Markdown, Methods, Set, load_settings
+from spectraqlora_pipelines.cli.options import Config, Markdown, Methods, Preset, Set, load_settings
 from spectraqlora_pipelines.cli.screen import console, line
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def plan(
     ] = None,
     gpu: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 24GB or 80GiB.")] = "",
     methods: Methods = None,
+    preset: Preset = "default",
     config: Config = None,
     set_: Set = None,
     markdown: Markdown = False,
@@ -59,7 +60,7 @@ def plan(
 
     Example: spectraqlora plan --base-model 13B --gpu 24GB --methods hybrid
     """
-    settings = load_settings(config, {"model.base_model": base_model, "methods": methods}, set_)
+    settings = load_settings(config, {"model.base_model": base_model, "methods": methods}, set_, preset)
     device = size(gpu, "--gpu") if gpu else 0
     from spectraqlora.planning.advice import changes
     from spectraqlora.planning.steps import plan_for

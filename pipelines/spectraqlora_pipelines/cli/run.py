@@ -14,7 +14,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.places import Place, base_place, data_place, file_place
 from spectraqlora.settings import Settings
 
-from spectraqlora_pipelines.cli.options import Config, Methods, Set, load_settings
+from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
 from spectraqlora_pipelines.cli.screen import bars, console, line
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run(
         str | None,
         typer.Option(metavar="FILE", help="SNR table to take instead of measuring."),
     ] = None,
+    preset: Preset = "default",
     config: Config = None,
     set_: Set = None,
     workdir: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the run.")] = Path("runs/sample"),
@@ -52,12 +53,11 @@ def run(
 ) -> None:
     """Run the complete DAG on this machine and show which method won.
 
-    Without options it runs the offline sample. The same command again reuses
-    every finished step. Retraining trains again where data or settings changed.
+    Without options it runs the offline sample; run again, it reuses what is done.
+    The task's gradients choose what trains; with --preset seed the SNR table.
+    Retraining (--pipeline retraining) trains where data or settings changed.
 
-    Examples:
-    spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl --workdir runs/a
-    spectraqlora run --pipeline retraining --data my.jsonl --workdir runs/live
+    Example: spectraqlora run --base-model Qwen/Qwen3-0.6B --data my.jsonl
     """
     given = {
         "model.base_model": base_model,
@@ -68,7 +68,7 @@ def run(
         "train.max_steps": max_steps,
         "seed": seed,
     }
-    settings = _with_absolute_files(load_settings(config, given, set_))
+    settings = _with_absolute_files(load_settings(config, given, set_, preset))
     from spectraqlora_pipelines.dags import catalogue
     from spectraqlora_pipelines.dags.placement import Placement
     from spectraqlora_pipelines.local.results import collect, collect_retraining

@@ -25,11 +25,12 @@ from spectraqlora_pipelines.cli.kubeflow import (
     placed_values,
     upload,
 )
-from spectraqlora_pipelines.cli.options import ConfigOrVariable, Set
+from spectraqlora_pipelines.cli.options import ConfigOrVariable, PresetOrVariable, Set
 from spectraqlora_pipelines.cli.screen import line
 
 
 def submit(
+    preset: PresetOrVariable = "default",
     config: ConfigOrVariable = None,
     set_: Set = None,
     values: Values = None,
@@ -66,7 +67,7 @@ def submit(
 
     Example: spectraqlora submit --host http://localhost:8080 --config my.yaml
     """
-    settings, arguments = launched_settings(pipeline, config, set_)
+    settings, arguments = launched_settings(pipeline, config, set_, preset)
     placed = placed_values(values, package)
     server = connect(host, namespace, token_file, ca_file)
     uploaded = upload(server, settings, pipeline, pipeline_name, package, placed)

@@ -28,15 +28,15 @@ def test_every_method_says_what_it_is() -> None:
         assert chosen.moves == hasattr(chosen, "next_ranks")
     assert len({chosen.colour for chosen in METHODS.values()}) == len(METHODS)
     assert {name for name, chosen in METHODS.items() if chosen.moves} == {"hybrid", "alors"}
-    assert {name for name, chosen in METHODS.items() if chosen.control} == {"random"}
+    assert {name for name, chosen in METHODS.items() if chosen.control} == {"qlora_half", "random"}
 
 
 @pytest.mark.parametrize(
     ("settings", "measuring"),
     [
         ({"signal": "spectrum"}, {"sgm"}),
-        ({"signal": "energy"}, {"sgm", "hybrid", "alors"}),
-        ({"signal": "combined", "gradient_init": "off"}, {"sgm", "hybrid", "alors"}),
+        ({"signal": "energy"}, {"sgm", "hybrid", "alors", "qlora_half"}),
+        ({"signal": "combined", "gradient_init": "off"}, {"sgm", "hybrid", "alors", "qlora_half"}),
         ({"signal": "spectrum", "gradient_init": "on"}, set(METHODS)),
     ],
 )
@@ -46,7 +46,7 @@ def test_gradients_are_measured_for_those_who_need_them(settings: dict, measurin
 
 
 def test_unknown_methods_are_refused_where_settings_are_loaded_and_where_a_dag_is_built() -> None:
-    known = "expected 'qlora', 'hybrid', 'alors', 'sgm' or 'random'"
+    known = "expected 'qlora', 'hybrid', 'alors', 'sgm', 'qlora_half' or 'random'"
     with pytest.raises(InputError, match=rf"^methods\.1: 'magic': {known}$"):
         load_settings(None, {"methods": "qlora,magic"}, [])
     with pytest.raises(InputError, match=rf"^retrain\.method: 'magic': {known}$"):

@@ -174,6 +174,29 @@ def test_first_choices_are_those_of_the_reference(seed: int, scope: str) -> None
 
 
 @pytest.mark.parametrize("scope", ["type", "all"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_control_of_half_ranks_costs_what_hybrid_costs_and_no_rank_differs_by_more_than_one(
+    seed: int, scope: str
+) -> None:
+    generator = np.random.default_rng(seed)
+    members = _members(generator)
+    scores = _scores(members, generator)
+    percent, budget = float(generator.uniform(30, 100)), float(generator.choice([0.0, 0.5, 1.0]))
+    select = SelectSettings(rank=4, percent=percent, scope=scope, budget=budget, signal="spectrum")
+    hybrid = first_ranks("hybrid", members, scores, select)
+    control = first_ranks("qlora_half", members, scores, select)
+    sides = _sides(members)
+    rank = parameters(hybrid, members) // int(sides.sum())
+    left, expected = parameters(hybrid, members) - rank * int(sides.sum()), []
+    for m, side in zip(members, sides, strict=True):
+        expected.append(min(rank + (side <= left), m.in_features, m.out_features))
+        left -= side if side <= left else 0
+    assert [m.rank for m in control.modules] == expected
+    assert 0 <= parameters(hybrid, members) - parameters(control, members) < max(sides)
+    assert control.budget >= parameters(control, members)
+
+
+@pytest.mark.parametrize("scope", ["type", "all"])
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("seed", range(4))
 def test_alors_tiers_ranks_and_learning_rates_are_those_of_the_reference(

@@ -20,11 +20,13 @@ def compare(
     hybrid: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
     alors: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
     sgm: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
+    qlora_half: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
     random: Optional[dsl.Input[dsl.Metrics]] = None,  # noqa: UP045
     qlora_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
     hybrid_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
     alors_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
     sgm_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
+    qlora_half_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
     random_adapter: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045
 ):
     """Order the branches by their loss on the same held-out rows and pass the winner's adapter on.
@@ -41,11 +43,13 @@ def compare(
         hybrid: as above.
         alors: as above.
         sgm: as above.
+        qlora_half: as above.
         random: as above.
         qlora_adapter: adapter of the branch.
         hybrid_adapter: as above.
         alors_adapter: as above.
         sgm_adapter: as above.
+        qlora_half_adapter: as above.
         random_adapter: as above.
     """
     from spectraqlora.steps.compare.step import run
@@ -60,6 +64,7 @@ def compare(
             "hybrid": (hybrid, hybrid_adapter),
             "alors": (alors, alors_adapter),
             "sgm": (sgm, sgm_adapter),
+            "qlora_half": (qlora_half, qlora_half_adapter),
             "random": (random, random_adapter),
         },
         leaderboard=leaderboard,
