@@ -74,6 +74,7 @@ class LinearModule(BaseModel):
     in_features: int
     four_bit: bool
     transposed: bool = Field(False, description="stored as in x out in the original checkpoint (Conv1D)")
+    tensor: str = Field("", description="its tensor in the original checkpoint, where that is one of its own")
 
 
 class ModelOutline(_Manifest):
@@ -85,6 +86,9 @@ class ModelOutline(_Manifest):
     source_content: str = Field("", description="what the s3:// address held, by version or ETags")
     trust_remote_code: bool = Field(False, description="the model's own code may run, as the settings say")
     base_digest: str
+    dtype: str = Field(
+        "", description="of the original's weights, as torch calls it; empty where it is not known"
+    )
     compute_dtype: str
     parameters: int
     modules: list[LinearModule]
@@ -371,6 +375,8 @@ class MergedModel(_Manifest):
     eval_loss_quantized: float
     eval_loss_original: float
     verified_eval_loss: float
+    dtype: str = Field("", description="of the exported weights, as torch calls it")
+    warning: str = Field("", description="what a person should know before using it; empty where nothing")
     trust_remote_code: bool = Field(False, description="loading it runs the model's own code")
     published: dict[str, str] = Field(
         default_factory=dict, description="s3:// addresses of the plain files, by folder"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from spectraqlora.errors import InputError
+
+BOOKKEEPING = ".cache"
+"""Folder of download records and the like; never part of a model or a data set."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,3 +58,61 @@ def folder_digest(folder: Path, patterns: Sequence[str] = ("*",)) -> str:
     for name in names:
         total.update(f"{name.as_posix()}\0{file_digest(folder / name)}\n".encode())
     return total.hexdigest()
+
+
+def names_fault(names: Iterable[str]) -> tuple[str, str]:
+    """The first of a folder's names that is wrong, and what is wrong with it; both empty where nothing is.
+
+    Besides what `name_fault` says: names that differ in case alone, of which some file systems keep one, and a file
+    that is called as a folder of other files.
+    """
+    known: dict[str, str] = {}
+    folders: set[str] = set()
+    for name in names:
+        if fault := name_fault(name):
+            return name, fault
+        if (folded := name.casefold()) in known:
+            return name, f"{known[folded]!r} differs in case alone"
+        known[folded] = name
+        parts = folded.split("/")
+        folders |= {"/".join(parts[:end]) for end in range(1, len(parts))}
+    clash = next((name for folded, name in known.items() if folded in folders), "")
+    return clash, "it is a file, and a folder of others" if clash else ""
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder's files the mode that a new file has: safetensors are written for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
+def link_or_copy(source: str, target: str) -> str:
+    """A second name of a file where the file system has that, else a copy; for `shutil.copytree`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def name_fault(name: str) -> str:
+    """What is wrong with a file's name that comes from outside (an index, a bucket, an archive); empty where nothing is.
+
+    Names are relative, with / between folders: they must stay inside their folder on every file system, away from
+    the folder's own bookkeeping, and readable where they are shown.
+    """
+    parts = name.split("/")
+    if not name or any(part in ("", ".", "..") for part in parts):
+        return "it is empty, absolute, or has empty, . or .. segments"
+    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name) or "\\" in name:
+        return "it has control characters or a backslash"
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in name):
+        return "it is no text that a file system takes"
+    if parts[0].casefold() == BOOKKEEPING:
+        return f"it is below {BOOKKEEPING}/, where downloads keep their records"
+    if any(len(part.encode()) > 255 for part in parts):
+        return "a segment of it is longer than 255 bytes"
+    return ""

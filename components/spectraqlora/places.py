@@ -13,14 +13,18 @@ A folder that is called like a hub id, or `sample`, is meant by `./name`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spectraqlora.errors import InputError
-from spectraqlora.files import file_digest, folder_digest
+from spectraqlora.files import file_digest, folder_digest, name_fault
 
 if TYPE_CHECKING:
     from spectraqlora.storage import Address
@@ -30,8 +34,17 @@ SAMPLE = "sample"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow")
 """Kinds of data files; those of text may be compressed."""
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz")
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-"""Weights, configs, tokenizer and chat template: what a base model is loaded from."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+DESCRIPTION_FILES = (
+    *("config.json", "generation_config.json", ADAPTER_CONFIG, INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+"""Configs, tokenizer and chat templates: what a base model is loaded from besides its weights, by patterns."""
+MODEL_FILES = ("*.safetensors", *DESCRIPTION_FILES)
+"""What is fetched of a base model."""
 
 _FILE_SUFFIXES = {*DATA_SUFFIXES, *COMPRESSED_SUFFIXES, ".safetensors", ".bin", ".gguf"}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -54,7 +67,7 @@ def kind_of(name: str) -> Kind:
     return "hub" if hub_like and not os.path.exists(name) else "path"
 
 
-class _HubAway(InputError):
+class HubAway(InputError):
     """A hub that does not answer."""
 
 
@@ -110,7 +123,7 @@ class Place:
         if self.kind == "hub":
             try:
                 return str(self._ask().sha)
-            except _HubAway:
+            except HubAway:
                 if offline:
                     return self._cached_commit()
                 raise
@@ -154,6 +167,44 @@ class Place:
         """
         return self._fetched([f"*{suffix}" for suffix in (*suffixes, *([".py"] if self.trusted else []))])
 
+    def description(self, folder: Path, content: str = "") -> tuple[Path, list[str]]:
+        """What describes a base model on the hub or at an address, without its weights, and all its files' names.
+
+        Args:
+            folder: where to put it; what the hub has is kept in the hub's own cache instead.
+            content: the hub's commit; empty takes the place's revision.
+
+        Returns:
+            The folder that it is in, and the names.
+
+        Raises:
+            InputError: nothing there, or a store or hub that refuses or does not answer.
+        """
+        if self.kind == "s3":
+            from spectraqlora import storage
+
+            names = list(storage.list_files(self.address))
+            storage.download_folder(self.address, folder, wanted=lambda name: _describes(name, self.trusted))
+            return folder, names
+        patterns = [*DESCRIPTION_FILES, *(["*.py"] if self.trusted else [])]
+        return self._fetched(patterns, content), [
+            file.rfilename for file in self._ask(content).siblings or ()
+        ]
+
+    def cached_copy(self, content: str = "") -> Path | None:
+        """The complete copy of a hub's model in the hub's cache; None where there is none. Nothing is asked of the hub."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(self.text, revision=content or self.revision, local_files_only=True)
+            )
+            base_digest(folder, self.trusted)
+        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError, InputError):
+            return None
+        return folder
+
     def with_owner(self) -> str:
         """A hub id with its owner, without which the hub's oldest ones are known too: of imdb, stanfordnlp/imdb.
 
@@ -166,7 +217,7 @@ class Place:
             return self.text
         try:
             return str(self._ask().id)
-        except _HubAway:
+        except HubAway:
             return self.text
 
     def _snapshot(self, commit: str) -> Path:
@@ -183,11 +234,11 @@ class Place:
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
             raise self._away(error) from None
 
-    def _ask(self) -> Any:
-        """What the hub says of a hub id.
+    def _ask(self, commit: str = "") -> Any:
+        """What the hub says of a hub id, at a commit or at the place's revision.
 
         Raises:
-            _HubAway: it does not answer.
+            HubAway: it does not answer.
             InputError: it has no such model or data set, or no such revision of it.
         """
         from huggingface_hub import HfApi
@@ -195,7 +246,7 @@ class Place:
 
         ask = HfApi().model_info if self.holds == "model" else HfApi().dataset_info
         try:
-            return ask(self.text, revision=self.revision, timeout=_HUB_TIMEOUT_S)
+            return ask(self.text, revision=commit or self.revision, timeout=_HUB_TIMEOUT_S)
         except RevisionNotFoundError:
             expected = f"a {self._hub_kind} with a revision {self.revision!r}; the hub has none"
             raise InputError(self.field, self.text, expected) from None
@@ -224,10 +275,10 @@ class Place:
     def _hub_kind(self) -> str:
         return "model" if self.holds == "model" else "data set"
 
-    def _away(self, error: Exception) -> _HubAway:
+    def _away(self, error: Exception) -> HubAway:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         local = "a folder" if self.holds == "model" else "an existing file or folder"
-        return _HubAway(self.field, self.text, f"{local} or a reachable hub {self._hub_kind} ({first})")
+        return HubAway(self.field, self.text, f"{local} or a reachable hub {self._hub_kind} ({first})")
 
 
 def base_place(
@@ -278,10 +329,82 @@ def file_place(name: str, field: str) -> Place:
 def base_digest(folder: Path, trusted: bool = False) -> str:
     """SHA-256 over names and contents of what a base model is loaded from, in hex.
 
+    Other files beside them do not count: notes, cards, results, weights in forms that are not read.
+
     Raises:
-        InputError: there is nothing of it in the folder.
+        InputError: there is nothing of it in the folder, or an index that names what is not there.
     """
-    return folder_digest(folder, _model_files(trusted))
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    described = [name for name in names if _describes(name, trusted)]
+    index = folder / INDEX
+    text = index.read_text(encoding="utf-8", errors="replace") if INDEX in described else None
+    weights, _ = (
+        weight_files(names, text, folder) if any(n.endswith(".safetensors") for n in names) else ([], {})
+    )
+    if weights == [WEIGHTS]:
+        described = [name for name in described if name != INDEX]
+    return folder_digest(folder, [escape(name) for name in {*described, *weights}])
+
+
+def weight_files(
+    names: Collection[str], index: str | None, where: object
+) -> tuple[list[str], dict[str, str]]:
+    """The safetensors files that a base model is loaded from, and the file of each tensor that an index names.
+
+    As transformers does it, `model.safetensors` comes before an index. Where there is neither, all safetensors
+    right in the folder, but those of an adapter.
+
+    Args:
+        names: of the folder's files, relative to it.
+        index: text of `model.safetensors.index.json`; None where there is none.
+        where: the folder, as messages name it.
+
+    Raises:
+        InputError: there are none, or the index is malformed, or names a file outside the folder or a missing one.
+    """
+    if WEIGHTS in names:
+        return [WEIGHTS], {}
+    if index is None:
+        top = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+        if files := sorted(name for name in top if name != "adapter_model.safetensors"):
+            return files, {}
+        raise InputError("model.base_model", where, "a model folder; it has no *.safetensors weights")
+    here = f"{where}/{INDEX}"
+    weight_map = read_document(index, here, "model index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("model index", here, "a JSON document with a weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or name_fault(file):
+            raise InputError(
+                "model index", here, f"names of safetensors files inside the folder, and not {file!r}"
+            )
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if file not in names:
+            raise InputError("model shard", f"{where}/{file}", "a file that is there, as the index names it")
+    return files, weight_map
+
+
+def read_document(text: str, where: object, field: str = "model.base_model") -> dict[str, Any]:
+    """A JSON object that somebody else wrote.
+
+    Raises:
+        InputError: it is none, or nested deeper than any config is.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(field, where, "valid JSON") from None
+    if not isinstance(document, dict):
+        raise InputError(field, where, "a JSON object")
+    return document
+
+
+def _describes(name: str, trusted: bool) -> bool:
+    patterns = [*DESCRIPTION_FILES, *(["*.py"] if trusted else [])]
+    return any(fnmatch(name, pattern) and name.count("/") <= pattern.count("/") for pattern in patterns) or (
+        trusted and name.endswith(".py")
+    )
 
 
 def _model_files(trusted: bool) -> list[str]:

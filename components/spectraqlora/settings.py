@@ -185,6 +185,11 @@ class SnrSettings(_Section):
         description="Measure the original weights, or the 4-bit weights dequantized; chosen where the pipeline is "
         "compiled",
     )
+    ties: Literal["spectrum", "calibrated"] = Field(
+        "spectrum",
+        description="How matrices without noise, whose SNR is infinite, are ordered: as Spectrum's program does, "
+        "which takes their noise for 1, or before all others by the calibrated value",
+    )
     table: str = Field(
         "",
         description="Take this table instead of measuring: Spectrum's JSON, or Parquet as `snr` writes it; "
@@ -305,11 +310,7 @@ class CheckpointSettings(_Section):
         description="Local folder of training checkpoints; empty is the work directory, or a pod's scratch",
     )
     every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0 goes by time alone")
-    every_minutes: float = Field(
-        10.0,
-        ge=0,
-        description="Minutes between checkpoints; 0 goes by steps alone. submit and schedule take 3 unless it is given",
-    )
+    every_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints; 0 goes by steps alone")
     keep: int = Field(2, ge=1, description="How many of a training's newest checkpoints are kept")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from spectraqlora.errors import InputError
-from spectraqlora.models.tensors import check_model_folder
+from spectraqlora.models.inspection import inspect_folder
 
 
 def test_good_folders_pass(tiny_model: Path) -> None:
-    check_model_folder(tiny_model)
+    inspect_folder(tiny_model)
 
 
 def test_bad_folders_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_bad_folders_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
     remote = copy("e")
     config = json.loads((remote / "config.json").read_text())
-    (remote / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
+    (remote / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
     for folder, words in (
         (tmp_path / "none", "existing folder"),
         (no_config, "config.json"),
@@ -38,5 +38,5 @@ def test_bad_folders_are_refused(tiny_model: Path, tmp_path: Path) -> None:
         (remote, "trust_remote_code"),
     ):
         with pytest.raises(InputError, match=words):
-            check_model_folder(folder)
-    check_model_folder(remote, trust_remote_code=True)
+            inspect_folder(folder)
+    assert inspect_folder(remote, trusted=True).modules

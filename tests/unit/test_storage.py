@@ -308,20 +308,104 @@ def test_a_local_copy_is_kept_and_follows_the_store(
     assert copied() == expected()
 
 
-def test_names_that_lead_out_of_the_folder_are_refused(
-    tmp_path: Path, address: Address, server: Server
+def put(address: Address, content: bytes) -> None:
+    connect().call("put_object", address, Key=address.key, Body=content)
+
+
+def publish_manifest(names: dict[str, bytes], address: Address) -> str:
+    """The manifest of a folder that somebody else who may write to the bucket publishes; returns its version."""
+    entries = {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in names.items()}
+    table = "".join(f"{n}\0{e['size']}\0{e['sha256']}\n" for n, e in sorted(entries.items()))
+    version = hashlib.sha256(table.encode()).hexdigest()[:16]
+    document = {"schema_version": 1, "version": version, "files": entries}
+    put(address.child("_manifest.json"), json.dumps(document).encode())
+    return version
+
+
+def publish_as(names: dict[str, bytes], address: Address) -> None:
+    """A folder with these files, as somebody else publishes it."""
+    version = publish_manifest(names, address)
+    for name, content in names.items():
+        put(address.child(f"_files-{version}/{name}"), content)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["../../escaped"], "segments"),
+        (["/etc/escaped"], "absolute"),
+        (["sub//escaped"], "segments"),
+        (["./escaped"], "segments"),
+        ([".cache/downloaded.json"], "downloads keep their records"),
+        ([".Cache/x"], "downloads keep their records"),
+        (["a\x1b[31m"], "control characters"),
+        (["a\nb"], "control characters"),
+        (["a\x85b"], "control characters"),
+        (["..\\escaped"], "backslash"),
+        (["x" * 300], "255 bytes"),
+        (["config.json", "Config.json"], "in case alone"),
+        (["a", "a/b"], "a folder of others"),
+        (["A", "a/b/c"], "a folder of others"),
+        ([""], "empty"),
+    ],
+)
+def test_names_that_lead_out_of_the_folder_or_clash_are_refused(
+    names: list[str], words: str, tmp_path: Path, address: Address
 ) -> None:
-    upload_folder(make_folder(tmp_path / "source", large=10), address, connect())
-    path = server.folder / BUCKET / address.key / "_manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../../escaped"] = manifest["files"].pop("config.json")
-    table = "".join(f"{n}\0{e['size']}\0{e['sha256']}\n" for n, e in sorted(manifest["files"].items()))
-    manifest["version"] = hashlib.sha256(table.encode()).hexdigest()[:16]
-    path.write_text(json.dumps(manifest))
-    server.forget()
-    with pytest.raises(InputError, match="inside its folder"):
+    publish_manifest(dict.fromkeys(names, b"1"), address)  # A file system to publish from has no such files.
+    with pytest.raises(InputError, match=f"inside its folder.*{words}") as error:
         download_folder(address, tmp_path / "a" / "b" / "target", connect())
-    assert not (tmp_path / "a" / "escaped").exists()
+    one_line(error)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_record_that_names_files_elsewhere_removes_none(tmp_path: Path, address: Address) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+    publish_as({"a/b": b"1"}, address)
+    target = tmp_path / "target"
+    download_folder(address, target, connect())
+    record = target / ".cache" / "downloaded.json"
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps({**document, "../precious.txt": [0], str(precious): [0]}))
+    publish_as({"a/c": b"2"}, address)
+    download_folder(address, target, connect())
+    assert precious.read_text() == "precious"
+    assert contents(target).keys() == {"a/c"}
+
+
+def test_a_file_may_take_the_place_of_a_folder_and_a_folder_that_of_a_file(
+    tmp_path: Path, address: Address
+) -> None:
+    target = tmp_path / "target"
+    for names in ({"a/b": b"1", "c": b"2"}, {"a": b"3", "c/d/e": b"4"}, {"a/b": b"5", "c/d": b"6"}):
+        publish_as(names, address)
+        for _ in range(2):
+            assert sorted(download_folder(address, target, connect())) == sorted(names)
+            assert contents(target) == {n: hashlib.sha256(c).hexdigest() for n, c in names.items()}
+
+
+def test_an_interrupted_download_of_a_folder_gives_way_to_a_file_of_its_name(
+    tmp_path: Path, address: Address
+) -> None:
+    target = tmp_path / "target"
+    (target / ".cache" / "downloading" / "a").mkdir(parents=True)
+    (target / ".cache" / "downloading" / "a" / "b.journal").write_text("{}")
+    (target / ".cache" / "downloading" / "c").write_bytes(b"half")
+    publish_as({"a": b"1", "c/d": b"2"}, address)
+    download_folder(address, target, connect())
+    assert contents(target).keys() == {"a", "c/d"}
+
+
+def test_a_link_in_the_target_is_not_followed(tmp_path: Path, address: Address) -> None:
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "target"
+    elsewhere.mkdir()
+    target.mkdir()
+    (target / "a").symlink_to(elsewhere)
+    publish_as({"a/b": b"1"}, address)
+    with pytest.raises(InputError, match="no link"):
+        download_folder(address, target, connect())
+    assert not list(elsewhere.iterdir())
 
 
 def test_a_manifest_that_was_cut_or_changed_is_refused(
@@ -741,8 +825,9 @@ def test_checkpoints_that_must_be_refused(
     (folder / "model.safetensors").write_bytes(whole[:100])
     server.put_plain(folder, address.key)
     fails(lambda: S3Tensors(address), "cut short")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"w": "gone.safetensors"}})
     )
-    server.put_plain(folder, address.key)
-    fails(lambda: S3Tensors(address), r"gone\.safetensors")
+    server.put_plain(folder, f"{address.key}/indexed")
+    fails(lambda: S3Tensors(address.child("indexed")), r"gone\.safetensors")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectraqlora.models.families import auto_class, plain_linears, quantizable_t5
 from spectraqlora.models.hardware import device
+from spectraqlora.models.inspection import check_loaded
 from spectraqlora.models.modules import dequantized_weight, without_cpu_packing
+from spectraqlora.models.plain import plain_folder
+from spectraqlora.models.tensors import quantization
 
 if TYPE_CHECKING:
     import torch
@@ -16,32 +21,73 @@ if TYPE_CHECKING:
 def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A model whose linear layers are quantized while it loads, on the best device.
 
+    One that bitsandbytes has already in 4 bits keeps its own codes; other packed weights are unpacked before.
+
     Args:
         source: folder of safetensors.
         dtype: compute type, and type of what stays unquantized.
         trust_remote_code: let code next to the model run.
+
+    Raises:
+        InputError: some of its weights are missing, and would be random.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    with plain_linears(), quantizable_t5():
-        model = auto_class(config).from_pretrained(
-            source,
+    own = own_four_bit(source)
+    with (
+        contextlib.nullcontext(source) if own else plain_folder(source) as folder,
+        plain_linears(),
+        quantizable_t5(),
+    ):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if own:
+            config.quantization_config = {**own, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+            quantize: dict[str, Any] = {"config": config}
+        else:
+            quantize = {
+                "quantization_config": BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=dtype,
+                    # One type for all parameters: FSDP shards them together, and T5 asks `wo` for its type.
+                    bnb_4bit_quant_storage=dtype,
+                )
+            }
+        model, info = auto_class(config).from_pretrained(
+            folder,
             dtype=dtype,
             device_map={"": device()},
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                # One type for all parameters: FSDP shards them together, and T5 asks `wo` for its type.
-                bnb_4bit_quant_storage=dtype,
-            ),
+            output_loading_info=True,
+            **quantize,
         )
+    check_loaded(info, type(model).__name__, source)
+    if own:
+        _forget_unpacking(model)
     without_cpu_packing(model)
     return model
+
+
+def _forget_unpacking(model: Any) -> None:
+    """Let a model that was loaded in 4 bits be saved again: transformers cannot undo the step that read its states.
+
+    There is nothing to undo: bitsandbytes writes the states itself.
+    """
+    kept = []
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        with contextlib.suppress(NotImplementedError):
+            conversion.reverse_transform()
+            kept.append(conversion)
+    model._weight_conversions = kept
+
+
+def own_four_bit(folder: Path) -> Mapping[str, Any]:
+    """bitsandbytes' settings of a model that is in 4 bits already; empty where it is not."""
+    config = folder / "config.json"
+    settings = quantization(config.read_text(encoding="utf-8") if config.exists() else None, folder)
+    return settings if settings.get("load_in_4bit") or settings.get("_load_in_4bit") else {}
 
 
 def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:

@@ -28,16 +28,31 @@ def module_identity(name: str) -> tuple[int, str] | None:
     return int(match.group(1)), stack + name[match.end() :]
 
 
+def language_part(model: Any) -> str:
+    """The prefix of the language model's modules in a model that also sees or hears; empty where all of it is one."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    if text is None or text is config or getattr(config, "is_encoder_decoder", False):
+        return ""
+    parts = [
+        name
+        for name, module in model.named_modules()
+        if name and type(getattr(module, "config", None)) is type(text)
+    ]
+    return min(parts, key=len) + "." if parts else ""
+
+
 def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
-    """Every linear layer inside numbered blocks, by its own name and its unpacked shape."""
+    """Every linear layer inside numbered blocks of the language model, by its own name and its unpacked shape."""
     import bitsandbytes as bnb
     import torch
     from transformers.pytorch_utils import Conv1D
 
     modules = []
+    language = language_part(model)
     for name, module in model.named_modules():
         identity = module_identity(name)
-        if identity is None:
+        if identity is None or not name.startswith(language):
             continue
         four_bit = isinstance(module, bnb.nn.Linear4bit)
         if isinstance(module, torch.nn.Linear):

@@ -4,121 +4,133 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spectraqlora.errors import InputError
-from spectraqlora.models.tensors import Tensors
+from spectraqlora.models.headers import TYPES, Header, read_header
+from spectraqlora.models.tensors import Tensors, quantization
+from spectraqlora.places import INDEX, weight_files
 from spectraqlora.storage import Address, Connection, RangedReader, read_folder
 
 if TYPE_CHECKING:
     import torch
 
-_INDEX = "model.safetensors.index.json"
-_HEAD_BYTES = 1 << 16
-_LONGEST_HEADER = 100_000_000
-"""Bytes; what the safetensors library accepts."""
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+_WORKERS = 8
 
 
-class _Shard:
-    """One safetensors object: its reader, and its header's entries."""
+class _Reader(Protocol):
+    """Random access to one file."""
 
-    def __init__(self, reader: RangedReader, where: Address) -> None:
-        self.reader = reader
-        head = reader.read(0, min(_HEAD_BYTES, reader.size))
-        try:
-            (length,) = struct.unpack_from("<Q", head)
-            if length > min(reader.size - 8, _LONGEST_HEADER):
-                raise ValueError
-            if 8 + length > len(head):
-                head += reader.read(len(head), 8 + length - len(head))
-            entries: dict[str, dict[str, Any]] = json.loads(head[8 : 8 + length])
-            entries.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(
-                "safetensors object", where, "a complete safetensors file; its header is cut short"
-            ) from None
-        self.data = 8 + length
-        if reader.size != self.data + end:
-            raise InputError(
-                "safetensors object", where, f"{self.data + end} bytes; it is truncated at {reader.size}"
-            )
-        self.entries = entries
+    size: int
+
+    def read(self, offset: int, length: int) -> bytearray: ...
 
 
-class S3Tensors(Tensors):
-    """Tensors of a model folder in object storage, one at a time, without a copy on disk.
+class _RemoteTensors(Tensors):
+    """Tensors of a model folder that is read in ranges.
 
     Opening reads the shards' headers only; loading one reads its own bytes.
-
-    Raises:
-        InputError: no safetensors there, a shard that the index names and that is missing, a malformed or
-            truncated shard, or a store that refuses.
     """
 
-    def __init__(self, address: Address, connection: Connection | None = None) -> None:
-        connection = connection or Connection()
-        _, listed = read_folder(connection, address)
-        files = {file.name: file for file in listed}
-        names = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
-        if _INDEX in files:
-            names = _indexed(RangedReader(connection, files[_INDEX]), files[_INDEX].object)
-        if not names:
-            raise InputError("model.base_model", address, "a model folder; it has no *.safetensors weights")
-        for name in names:
-            if name not in files:
-                raise InputError(
-                    "model shard", address.child(name), "a file that is there, as the index names it"
-                )
+    def __init__(
+        self,
+        readers: Mapping[str, _Reader],
+        identities: Mapping[str, str],
+        where: object,
+        shown: Mapping[str, object],
+    ) -> None:
+        def text(name: str) -> str | None:
+            return (
+                readers[name].read(0, readers[name].size).decode("utf-8", "replace")
+                if name in readers
+                else None
+            )
 
-        def open_shard(name: str) -> _Shard:
-            return _Shard(RangedReader(connection, files[name]), files[name].object)
+        names, weight_map = weight_files(readers.keys(), text(INDEX), where)
+        self._readers = {name: readers[name] for name in names}
 
-        with ThreadPoolExecutor(connection.workers, "storage") as pool:
-            shards = list(pool.map(open_shard, names))
-        self._where = {name: shard for shard in shards for name in shard.entries}
-        digest = hashlib.sha256(json.dumps([[name, files[name].identity] for name in names]).encode())
-        super().__init__({n: e for shard in shards for n, e in shard.entries.items()}, digest.hexdigest())
+        def header(name: str) -> Header:
+            return read_header(readers[name].read, readers[name].size, shown[name])
+
+        with ThreadPoolExecutor(_WORKERS, "headers") as pool:
+            self._headers = dict(zip(names, pool.map(header, names), strict=True))
+        digest = hashlib.sha256(json.dumps([[name, identities[name]] for name in names]).encode())
+        super().__init__(
+            self._headers, weight_map, quantization(text("config.json"), where), digest.hexdigest(), where
+        )
 
     def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
         import torch
 
-        shard = self._where[name]
-        entry = shard.entries[name]
-        if entry["dtype"] not in _DTYPES:
-            raise InputError(f"tensor {name}", entry["dtype"], f"one of the types {', '.join(_DTYPES)}")
-        dtype, shape = getattr(torch, _DTYPES[entry["dtype"]]), list(entry["shape"])
-        begin, end = entry["data_offsets"]
+        file, entry = self.files[name], self.stored[name]
+        if not (stored := TYPES[entry.dtype].torch):
+            raise InputError(f"tensor {name}", entry.dtype, "a type that torch has")
+        dtype, shape = getattr(torch, stored), list(entry.shape)
+        begin, end = entry.begin, entry.end
         if index is not None:
             step = (end - begin) // shape.pop(0)
             begin, end = begin + index * step, begin + (index + 1) * step
         if begin == end:
             return torch.empty(shape, dtype=dtype)
-        content = shard.reader.read(shard.data + begin, end - begin)
+        content = self._readers[file].read(self._headers[file].data + begin, end - begin)
         return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
-def _indexed(reader: RangedReader, where: Address) -> list[str]:
-    try:
-        return sorted(set(json.loads(reader.read(0, reader.size))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError("model index", where, "a JSON document with a weight_map") from None
+class S3Tensors(_RemoteTensors):
+    """Tensors of a model folder in object storage, one at a time, without a copy on disk.
+
+    Raises:
+        InputError: no safetensors there, a shard that the index names and that is missing, a malformed or
+            truncated shard, what `Tensors` refuses, or a store that refuses.
+    """
+
+    def __init__(self, address: Address, connection: Connection | None = None) -> None:
+        connection = connection or Connection()
+        _, listed = read_folder(connection, address)
+        super().__init__(
+            {file.name: RangedReader(connection, file) for file in listed},
+            {file.name: file.identity for file in listed},
+            address,
+            {file.name: file.object for file in listed},
+        )
+
+
+class HubTensors(_RemoteTensors):
+    """Tensors of a model on the hub, read in ranges of its files.
+
+    Args:
+        name: hub id.
+        commit: commit, branch or tag.
+        where: the model, as messages name it.
+
+    Raises:
+        InputError: as `S3Tensors`.
+    """
+
+    def __init__(self, name: str, commit: str, where: object) -> None:
+        from huggingface_hub import HfFileSystem
+
+        system = HfFileSystem()
+        top = f"{name}@{commit}"
+        listed: list[Any] = system.ls(top, detail=True)
+        files = {
+            entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"
+        }
+        readers = {file: _HubReader(system, f"{top}/{file}", int(size)) for file, size in files.items()}
+        super().__init__(
+            readers, dict.fromkeys(readers, commit), where, {file: f"{where}/{file}" for file in readers}
+        )
+
+
+class _HubReader:
+    def __init__(self, system: Any, path: str, size: int) -> None:
+        self._system, self._path, self.size = system, path, size
+
+    def read(self, offset: int, length: int) -> bytearray:
+        return (
+            bytearray(self._system.cat_file(self._path, start=offset, end=offset + length))
+            if length
+            else bytearray()
+        )

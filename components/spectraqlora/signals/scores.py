@@ -42,7 +42,7 @@ def amplitude(score: tuple[float, float], signal: str) -> float:
 
 
 def weight_scores(table: pd.DataFrame, across_types: bool = False) -> Scores:
-    """Raw SNR, ties by the calibrated value; across types the calibrated value, which shapes do not move.
+    """The table's order (SNR), ties by the calibrated value; across types the calibrated value, which shapes do not move.
 
     Args:
         table: SNR table, a row per module; a row whose SNR is NaN is no candidate.
@@ -51,7 +51,7 @@ def weight_scores(table: pd.DataFrame, across_types: bool = False) -> Scores:
     Source: Spectrum (arXiv 2406.06623); the calibration is described in snr/marchenko_pastur.py.
     """
     return {
-        row.module: (calibrated if across_types else float(row.snr), calibrated)
+        row.module: (calibrated if across_types else float(row.order), calibrated)
         for row in table.itertuples()
         if not math.isnan(row.snr)
         for calibrated in [float(row.calibrated) if math.isfinite(row.calibrated) else 0.0]

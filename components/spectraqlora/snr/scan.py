@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from spectraqlora.models.tensors import Tensors
 from spectraqlora.snr.gram import bfloat16_units
 from spectraqlora.snr.journal import Row, ScanJournal
 from spectraqlora.snr.marchenko_pastur import calibrated
-from spectraqlora.snr.table import percentiles
+from spectraqlora.snr.table import order, percentiles
 from spectraqlora.snr.workers import Measured, measured
 
 Report = Callable[[int, int, str], None]
@@ -34,19 +35,21 @@ class _Matrix(NamedTuple):
     expert: int | None
 
 
-def scan_tensors(stream: Iterable[tuple[str, torch.Tensor]], source: str = "original") -> pd.DataFrame:
+def scan_tensors(
+    stream: Iterable[tuple[str, torch.Tensor]], source: str = "original", ties: str = "spectrum"
+) -> pd.DataFrame:
     """The SNR table of (module, weight) pairs; a 3-D weight (experts x out x in) gives a row per expert."""
-    order: list[str] = []
+    modules: list[str] = []
 
     def matrices() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in stream:
             experts = enumerate(tensor) if tensor.ndim == 3 else [(None, tensor)]
             for index, weight in experts:
-                order.append(_module(name, index))
-                yield order[-1], weight
+                modules.append(_module(name, index))
+                yield modules[-1], weight
 
     rows = {result.module: _row(result, source) for result in measured(matrices())}
-    return _table([rows[module] for module in order])
+    return _table([rows[module] for module in modules], ties)
 
 
 def scan(
@@ -54,6 +57,7 @@ def scan(
     modules: Sequence[LinearModule] | None = None,
     report: Report | None = None,
     journal: ScanJournal | None = None,
+    ties: str = "spectrum",
 ) -> pd.DataFrame:
     """The SNR table of a checkpoint: of the modules asked for, or of all matrices inside numbered layers.
 
@@ -64,6 +68,7 @@ def scan(
         modules: modules as the loaded model names them.
         report: called at the start and after each matrix.
         journal: rows of an interrupted scan, which are not measured again; it gets each new row.
+        ties: the setting `snr.ties`.
 
     Raises:
         InputError: no matrix at all, or one of `modules` is not in the checkpoint.
@@ -84,7 +89,7 @@ def scan(
                 journal.add(row)
             if report:
                 report(done, len(plan), result.module)
-    return _table([rows[matrix.module] for matrix in plan])
+    return _table([rows[matrix.module] for matrix in plan], ties)
 
 
 def memory_budget(largest: int) -> int:
@@ -111,13 +116,14 @@ def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_
     if modules is None:
         for name in checkpoint.names():
             stem = name.removesuffix(".weight")
-            if len(checkpoint.shape(name)) >= 2 and module_identity(stem) and not name.endswith(".bias"):
+            if _is_matrix(name, checkpoint.shape(name)) and module_identity(stem):
                 wanted.append((stem, name))
         wanted.sort(key=lambda pair: (module_identity(pair[0]), pair[0]))
     else:
         for info in modules:
             parts = info.module.split(".")
             candidates = [".".join(parts[start:]) + ".weight" for start in range(len(parts))]
+            candidates = [info.tensor, *candidates] if info.tensor else candidates
             match = next((c for c in candidates if c in names and module_identity("." + c)), None)
             if match is None:
                 raise InputError(
@@ -128,7 +134,7 @@ def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_
         wanted += [
             (name.removesuffix(".weight"), name)
             for name in checkpoint.names()
-            if ".experts." in name and len(checkpoint.shape(name)) >= 2 and name not in taken
+            if ".experts." in name and _is_matrix(name, checkpoint.shape(name)) and name not in taken
         ]
     plan = []
     for stem, name in wanted:
@@ -136,6 +142,22 @@ def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_
         experts: Iterable[int | None] = range(shape[0]) if len(shape) == 3 else [None]
         plan += [_Matrix(_module(stem, index), name, index) for index in experts]
     return plan
+
+
+_NO_MATRIX = re.compile(
+    r"(^|\.)(\w*bias|\w*conv\w*|A_log|D|\w*rotary\w*|\w*norm\w*|\w*router\w*)(\.|$)|\.gate\.weight$"
+)
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix, or a stack of experts' matrices.
+
+    Convolutions, routers and what state-space layers store beside their projections are none, whatever their shape; of
+    three axes, fused experts alone are taken as matrices.
+    """
+    if _NO_MATRIX.search(name) or 0 in shape:
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and "expert" in name)
 
 
 def _module(name: str, expert: int | None) -> str:
@@ -162,9 +184,10 @@ def _row(result: Measured, source: str) -> Row:
     }
 
 
-def _table(rows: list[Row]) -> pd.DataFrame:
+def _table(rows: list[Row], ties: str) -> pd.DataFrame:
     if not rows:
         raise InputError("model", "no weight", "matrices inside numbered layers")
     table = pd.DataFrame(rows)
+    table.insert(len(table.columns) - 1, "order", order(table, ties))
     table.insert(len(table.columns) - 1, "percentile", percentiles(table))
     return table

@@ -47,21 +47,22 @@ def read_spectrum_json(path: Path) -> pd.DataFrame:
         if identity is None or "norm" in identity[1]:
             continue
         rows.append({"module": module, "layer": identity[0], "type": identity[1], "snr": snr})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["module", "layer", "type", "snr"])
     for column in ("rows", "cols", "s1", "threshold", "signal", "noise", "calibrated", "above", "percentile"):
         table[column] = math.nan
     table["source"] = "published"
+    # Infinite values keep the order of the file: what they could be ordered by is not stored.
+    table["order"] = table["snr"]
     return table
 
 
 def unfrozen_yaml(table: pd.DataFrame, percent: float) -> str:
     """The unfrozen-parameters file: embeddings and head, then per type the selected modules, best first."""
-    from spectraqlora.snr.table import top_modules
+    from spectraqlora.snr.table import best_first, top_modules
 
     chosen = top_modules(table, percent)
     lines = ["unfrozen_parameters:", "- ^lm_head.weight$", "- ^model.embed_tokens.weight$"]
     for kind, group in table.groupby("type"):
         lines.append(f"# {kind} layers")
-        ordered = group.sort_values(["snr", "calibrated"], ascending=False, kind="stable")
-        lines += [f"- {module}" for module in ordered["module"] if module in chosen]
+        lines += [f"- {module}" for module in best_first(group)["module"] if module in chosen]
     return "\n".join(lines) + "\n"

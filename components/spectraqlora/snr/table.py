@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ COLUMNS = [
     "snr",
     "calibrated",
     "above",
+    "order",
     "percentile",
     "source",
 ]
@@ -59,21 +61,70 @@ def read_parquet(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_given(path: Path, modules: Sequence[LinearModule]) -> pd.DataFrame:
+def read_given(path: Path, modules: Sequence[LinearModule], ties: str = "spectrum") -> pd.DataFrame:
     """A table measured elsewhere, in Parquet or Spectrum's JSON, for the modules of a model.
 
+    Args:
+        path: of the table.
+        modules: of the model.
+        ties: the setting `snr.ties`; Spectrum's JSON has nothing to order infinite values by, which stay as they are.
+
     Raises:
-        InputError: unreadable, or without a row for one of `modules`.
+        InputError: unreadable, without a row for one of `modules`, or another model's: it has the same matrices of
+            more layers, or of other shapes.
     """
     table = read_parquet(path) if path.suffix == ".parquet" else read_spectrum_json(path)
-    missing = [m.module for m in modules if m.module not in set(table["module"])]
+    rows = {row.module: row for row in table.itertuples()}
+    if len(rows) != len(table):
+        double = table["module"][table["module"].duplicated()].iloc[0]
+        raise InputError("snr.table", path, f"one row for each matrix; {double} has several")
+    missing = [m.module for m in modules if m.module not in rows]
     if missing:
         raise InputError(
             "snr.table",
             path,
             f"a row for each of {len(modules)} matrices; {len(missing)} have none, {missing[0]} is one",
         )
+    kinds, own = {_without_layer(m.module) for m in modules}, {m.module for m in modules}
+    if deeper := [name for name in rows if name not in own and _without_layer(name) in kinds]:
+        raise InputError(
+            "snr.table", path, f"a table of this model; it has {len(deeper)} rows of layers that the model has not, "
+            f"{deeper[0]} is one"
+        )  # fmt: skip
+    for info in modules:
+        sides = (rows[info.module].rows, rows[info.module].cols)
+        if not any(map(math.isnan, sides)) and sorted(map(int, sides)) != sorted(
+            (info.out_features, info.in_features)
+        ):
+            raise InputError(
+                "snr.table",
+                path,
+                f"{info.module} of {info.out_features}x{info.in_features}; it is {int(sides[0])}x{int(sides[1])}",
+            )
+    table["order"] = order(table, ties)
     return table
+
+
+def _without_layer(module: str) -> str:
+    """A module's path without its layer: what all layers' modules of a type share."""
+    return re.sub(r"\.\d+\.", ".#.", module, count=1)
+
+
+def order(table: pd.DataFrame, ties: str) -> pd.Series:
+    """What orders matrices within a type, the highest first; NaN where a matrix is never selected.
+
+    The SNR; where there is no noise, with ties `spectrum` what Spectrum's program has computed since April 2025, which
+    takes the noise for 1 there: signal / s1, largest for the flattest matrix. With ties `calibrated`, and where signal and
+    s1 are not known, infinity stays, and the calibrated value decides.
+
+    Args:
+        table: with columns snr, signal and s1.
+        ties: the setting `snr.ties`.
+    """
+    if ties != "spectrum":
+        return table["snr"]
+    by_program = (table["signal"] / table["s1"]).where(table["signal"].notna(), table["snr"])
+    return table["snr"].where(table["snr"] != math.inf, by_program)
 
 
 def with_rows(table: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
@@ -103,15 +154,17 @@ def finite_snr(table: pd.DataFrame) -> dict[str, float]:
 
 
 def top_modules(table: pd.DataFrame, percent: float) -> set[str]:
-    """Per type the best floor(count * percent / 100) by raw snr; NaN never; ties at infinity by calibrated."""
+    """Per type the best floor(count * percent / 100) by the column `order`; NaN never; ties by calibrated."""
     chosen: set[str] = set()
     for _, group in table.groupby("type"):
         count = math.floor(len(group) * percent / 100)
-        ordered = group.dropna(subset=["snr"]).sort_values(
-            ["snr", "calibrated"], ascending=False, kind="stable"
-        )
-        chosen.update(ordered["module"].head(count))
+        chosen.update(best_first(group.dropna(subset=["order"]))["module"].head(count))
     return chosen
+
+
+def best_first(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows, the highest order first."""
+    return table.sort_values(["order", "calibrated"], ascending=False, kind="stable")
 
 
 def _heatmap(table: pd.DataFrame, path: Path) -> None:

@@ -47,12 +47,9 @@ def parse_address(text: str, field: str = "s3 address") -> Address:
             field, shown, "s3://bucket/prefix with a bucket of 3 to 63 lower-case letters, digits, . and -"
         )
     key = key.rstrip("/")
-    if key and not is_plain_name(key):
-        raise InputError(field, shown, "a prefix without empty, . or .. segments")
+    parts = key.split("/")
+    if key and (any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00-\x1f\x7f]", key)):
+        raise InputError(
+            field, shown, "a prefix without empty, . or .. segments, backslashes or control characters"
+        )
     return Address(bucket, key)
-
-
-def is_plain_name(name: str) -> bool:
-    """True where a relative name stays inside its folder on every file system."""
-    parts = name.split("/")
-    return all(part not in ("", ".", "..") for part in parts) and not re.search(r"[\\\0\n\r]", name)

@@ -96,6 +96,13 @@ def _passing(error: Exception) -> bool:
     )
 
 
+def _redirected_for_ever(error: BaseException | None) -> bool:
+    """True where botocore asks where it is sent to, and is sent on again; where that ends its client may wrap it."""
+    while error is not None and not isinstance(error, RecursionError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _explained(error: Exception, operation: str, address: Address, endpoint: str) -> InputError:
     """The fault as one line. Never the text of the error itself: it may quote proxies or keys."""
     where = f"the store at {endpoint}"
@@ -216,7 +223,9 @@ class Connection:
     def _request(self, operation: str, address: Address, **arguments: Any) -> dict[str, Any]:
         try:
             reply: dict[str, Any] = getattr(self._client, operation)(Bucket=address.bucket, **arguments)
-        except RecursionError:  # botocore asks where it is sent to, and is sent on again.
+        except (RecursionError, faults.HTTPClientError) as error:
+            if not _redirected_for_ever(error):
+                raise
             raise InputError(
                 _FIELD,
                 address,

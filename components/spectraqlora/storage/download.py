@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spectraqlora.errors import InputError
-from spectraqlora.files import file_digest, write_text
+from spectraqlora.files import BOOKKEEPING, file_digest, name_fault, write_text
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import (
     CHUNK_BYTES,
@@ -33,7 +33,7 @@ from spectraqlora.storage.connection import (
     ObjectDamaged,
     ObjectMissing,
 )
-from spectraqlora.storage.folders import BOOKKEEPING, StoredFile, find_file, read_folder, read_manifest
+from spectraqlora.storage.folders import StoredFile, find_file, read_folder, read_manifest
 from spectraqlora.storage.parallel import Meter, run_all
 
 _STAGING = f"{BOOKKEEPING}/downloading"
@@ -174,7 +174,10 @@ def _read_record(target: Path) -> dict[str, list[object]]:
         record = json.loads((target / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    # Whoever could write this file could have files outside the folder removed.
+    return {name: mark for name, mark in record.items() if not name_fault(name)}
 
 
 def _mark(path: Path, identity: str) -> list[object]:
@@ -188,6 +191,39 @@ def _local_files(target: Path) -> set[str]:
     return {name.as_posix() for name in names if name.parts[0] != BOOKKEEPING}
 
 
+def _remove(target: Path, name: str) -> None:
+    """Remove a file that is no longer part of the folder, and the folders that it leaves empty."""
+    path = target / name
+    if any(parent.is_symlink() for parent in path.parents if parent != target and target in parent.parents):
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+        for parent in path.parents:
+            if parent == target:
+                break
+            parent.rmdir()
+
+
+def _clear_staging(staging: Path, files: list[StoredFile]) -> None:
+    """Begin anew where an earlier, unfinished download has a folder that is a file now, or a file that is a folder."""
+    for file in files:
+        partial = staging / file.name
+        above = [parent for parent in partial.parents if staging in parent.parents]
+        if partial.is_dir() or any(parent.exists() and not parent.is_dir() for parent in above):
+            shutil.rmtree(staging, ignore_errors=True)
+            return
+
+
+def _check_links(target: Path, files: list[StoredFile]) -> None:
+    """Refuse a target in which a folder is a link: what is written there would be elsewhere (InputError)."""
+    for file in files:
+        for parent in (target / file.name).parents:
+            if parent == target:
+                break
+            if parent.is_symlink():
+                raise InputError("target folder", parent, "a folder, and no link to another one")
+
+
 def _place(connection: Connection, address: Address, files: list[StoredFile], target: Path) -> None:
     """Make the target folder hold exactly these files."""
     record = _read_record(target)
@@ -197,6 +233,8 @@ def _place(connection: Connection, address: Address, files: list[StoredFile], ta
             "target folder", target, f"an empty folder, or an earlier download; it holds {strangers[0]}"
         )
     staging = target / _STAGING
+    _clear_staging(staging, files)
+    _check_links(target, files)
     fetches, kept = [], {}
     for file in files:
         path = target / file.name
@@ -210,7 +248,7 @@ def _place(connection: Connection, address: Address, files: list[StoredFile], ta
     stale = record.keys() - kept.keys() - marks.keys()
     write_text(target / _RECORD, json.dumps({**{name: record[name] for name in stale}, **kept, **marks}))
     for name in stale:
-        (target / name).unlink(missing_ok=True)
+        _remove(target, name)
     for fetch in fetches:
         fetch.move_to(target / fetch.file.name)
     write_text(target / _RECORD, json.dumps({**kept, **marks}))

@@ -23,14 +23,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectraqlora.errors import InputError
-from spectraqlora.storage.address import Address, is_plain_name
+from spectraqlora.files import BOOKKEEPING, names_fault
+from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import Connection, ObjectChanged, ObjectDamaged, ObjectMissing
 
 MANIFEST = "_manifest.json"
@@ -38,8 +39,6 @@ SCHEMA_VERSION = 1
 _VERSION_LENGTH = 16
 VERSION_PREFIX = "_files-"
 VERSION_FOLDER = re.compile(rf"{VERSION_PREFIX}([0-9a-f]{{{_VERSION_LENGTH}}})/")
-BOOKKEEPING = ".cache"
-"""Folder of download records and the like; never part of a model or a data set."""
 
 
 class FileEntry(BaseModel):
@@ -169,12 +168,11 @@ def read_manifest(connection: Connection, address: Address) -> FolderManifest | 
     return manifest
 
 
-def _check_names(names: Any, where: Address) -> None:
-    for name in names:
-        if not is_plain_name(name):
-            raise InputError(
-                "s3 object name", name, f"a relative path that stays inside its folder, at {where}"
-            )
+def _check_names(names: Iterable[str], where: Address) -> None:
+    """Refuse names that a folder on disk cannot have, or must not (InputError); asked of every listing and manifest."""
+    name, fault = names_fault(names)
+    if fault:
+        raise InputError("s3 object name", name, f"a name that stays inside its folder, at {where}; {fault}")
 
 
 def objects_below(connection: Connection, address: Address) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -19,12 +19,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from spectraqlora.errors import InputError
-from spectraqlora.files import file_digest
+from spectraqlora.files import BOOKKEEPING, file_digest, names_fault
 from spectraqlora.runtime.console import say
-from spectraqlora.storage.address import Address, is_plain_name
+from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import MIB, Connection, ObjectMissing
 from spectraqlora.storage.folders import (
-    BOOKKEEPING,
     MANIFEST,
     VERSION_FOLDER,
     VERSION_PREFIX,
@@ -213,10 +212,10 @@ def _local_files(folder: Path) -> dict[str, Path]:
         relative = path.relative_to(folder)
         if BOOKKEEPING in relative.parts or not path.is_file():
             continue
-        name = relative.as_posix()
-        if not is_plain_name(name):
-            raise InputError("file to upload", path, "a name without backslash and line break")
-        files[name] = path
+        files[relative.as_posix()] = path
+    name, fault = names_fault(files)
+    if fault:
+        raise InputError("file to upload", files[name], f"another name: {fault}")
     if not files:
         raise InputError("folder to upload", folder, "a folder with files in it")
     return files

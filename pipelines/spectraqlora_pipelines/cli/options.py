@@ -72,6 +72,7 @@ def load_settings(
 
 
 def _read(config: Path) -> dict[str, Any]:
+    config = config.expanduser()
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):

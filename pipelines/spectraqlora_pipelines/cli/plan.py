@@ -10,13 +10,14 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.table import Table
 from spectraqlora.errors import InputError
-from spectraqlora.places import base_place
+from spectraqlora.places import Place, base_place
 
 from spectraqlora_pipelines.cli.options import Config, Markdown, Methods, Preset, Set, load_settings
 from spectraqlora_pipelines.cli.screen import console, line
 
 if TYPE_CHECKING:
     from spectraqlora.planning.steps import Plan
+    from spectraqlora.settings import Settings
 
 _GIB = 2**30
 
@@ -63,12 +64,12 @@ def plan(
     settings = load_settings(config, {"model.base_model": base_model, "methods": methods}, set_, preset)
     device = size(gpu, "--gpu") if gpu else 0
     from spectraqlora.planning.advice import changes
-    from spectraqlora.planning.steps import plan_for
     from spectraqlora.sample.make import on_this_machine
 
     warnings.simplefilter("ignore")
-    base = on_this_machine(base_place(settings.model.base_model))
-    planned, free = plan_for(base.text, settings, device)
+    model = settings.model
+    base = on_this_machine(base_place(model.base_model, model.revision, model.trust_remote_code))
+    planned, free = planned_for(base, settings, device)
     header, rows = _cells(planned, free)
     if markdown:
         print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
@@ -90,6 +91,30 @@ def plan(
         if memory.device > free:
             change, then = changes(planned, memory, free)
             line(f"{memory.label} takes {then / _GIB:.1f} GiB with {change}")
+
+
+def planned_for(base: Place, settings: Settings, gpu_bytes: int) -> tuple[Plan, int]:
+    """The plan of a run with a base model, and the bytes that a step has; a folder with weights is looked at before.
+
+    Raises:
+        InputError: it is no base for training, or its memory cannot be planned.
+    """
+    from spectraqlora.models.inspection import inspect_base
+    from spectraqlora.planning.steps import plan_for
+
+    if base.kind == "path" and any(base.path.glob("*.safetensors*")):
+        inspect_base(base)
+    try:
+        return plan_for(base.text, settings, gpu_bytes)
+    except InputError:
+        raise
+    except Exception as error:  # of the model's own code, which runs on tensors without content
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            "model.base_model",
+            base,
+            f"a model whose memory can be planned ({type(error).__name__}: {reason})",
+        ) from None
 
 
 def _cells(planned: Plan, free: int) -> tuple[list[str], list[list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from spectraqlora_pipelines.local.containers import HostAccess
+    from spectraqlora_pipelines.local.preflight import WorkdirLock
 
 
 def run(
@@ -78,8 +80,9 @@ def run(
     kind = catalogue.checked(pipeline)
     network = _checked_network(network) if runner == "docker" else None
     base, source = _local_inputs(settings)
-    workdir = workdir.absolute()
-    contents = _check(settings, base, source, workdir, kind)
+    workdir = workdir.expanduser().absolute()
+    # Held until this process ends: one run works in a workdir.
+    contents, lock = _check(settings, base, source, workdir, kind)
     arguments = catalogue.arguments(kind, settings, base.text, source.text, contents)
     arguments |= _kept_in(workdir, arguments)
     access = _host_access(settings, workdir, [base, source], network) if network else None
@@ -94,10 +97,9 @@ def run(
             shown.on_progress,
             shown.on_rows,
         )
-    if kind == "ablation":
-        summary = collect(outputs)
-    else:
-        summary = collect_retraining(outputs)
+    summary = collect(outputs) if kind == "ablation" else collect_retraining(outputs)
+    lock.close()
+    if kind != "ablation":
         reason = summary["changes"]["reason"]
         if not summary["changes"]["changed"]:
             line(f"Nothing to train: {reason}.")
@@ -160,24 +162,26 @@ def _local_inputs(settings: Settings) -> tuple[Place, Place]:
     return base, source
 
 
-def _check(settings: Settings, base: Place, source: Place, workdir: Path, kind: str) -> dict[str, str]:
+def _check(
+    settings: Settings, base: Place, source: Place, workdir: Path, kind: str
+) -> tuple[dict[str, str], WorkdirLock]:
     """Refuse what can be refused before the first step, and make the workdir this run's own.
 
     Returns:
-        Digests of the inputs, so that what changed is not taken from the cache.
+        Digests of the inputs, so that what changed is not taken from the cache, and what keeps other runs out.
     """
     from spectraqlora_pipelines.local import preflight
 
     with console.status("checking model, data and settings"):
-        refused = preflight.check(settings, base, source)
-        contents = preflight.contents(settings, base, source, workdir)
+        pins = preflight.commits(base, source, workdir)
+        remarks = preflight.check(settings, base, source, pins.get("base_model", ""))
+        contents = preflight.contents(settings, base, source, workdir, pins)
         memory = preflight.memory_warning(settings, base)
-    for warning in [*([memory] if memory else []), *(f"Data: {text}" for text in refused)]:
+    for warning in [*([memory] if memory else []), *remarks]:
         line(warning, style="yellow")
     # Retraining is run again because its data changed.
     fixed = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}
-    preflight.claim_workdir(workdir, settings, fixed, kind)
-    return contents
+    return contents, preflight.claim_workdir(workdir, settings, fixed, kind)
 
 
 def _kept_in(workdir: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def _kept_in(workdir: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         "tracking": {**tracking, "uri": tracking["uri"] or f"sqlite:///{workdir}/mlflow.db"},
         "checkpoint": {
             **checkpoint,
-            "folder": checkpoint["folder"] or str(workdir / "artifacts" / "checkpoints"),
+            "folder": os.path.expanduser(checkpoint["folder"]) or str(workdir / "artifacts" / "checkpoints"),
         },
     }
 
@@ -250,6 +254,8 @@ def _show(summary: dict[str, Any]) -> None:
         f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "
         f"Registered as {registered['name']} version {registered['version']}."
     )
+    if summary["merge_warning"]:
+        line(f"Warning: {summary['merge_warning']}", style="yellow")
     gate = summary["promotion"]
     champion = "none" if gate["now"] is None else f"version {gate['now']}"
     line(

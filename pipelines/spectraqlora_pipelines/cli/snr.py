@@ -78,17 +78,10 @@ def snr(
 
 
 def _open_checkpoint(model: str) -> Tensors:
-    from spectraqlora.models.tensors import LocalTensors, check_model_folder
+    from spectraqlora.models.inspection import open_tensors
     from spectraqlora.sample.make import on_this_machine
 
-    place = on_this_machine(base_place(model, field="MODEL"))
-    if place.kind == "s3":
-        from spectraqlora.models.remote_tensors import S3Tensors
-
-        return S3Tensors(place.address)
-    folder = place.local_copy()
-    check_model_folder(folder)
-    return LocalTensors(folder)
+    return open_tensors(on_this_machine(base_place(model, field="MODEL")))
 
 
 def _scan(checkpoint: Tensors, journal: Any) -> pd.DataFrame:

@@ -28,10 +28,17 @@ class RunOutputs:
     Args:
         workdir: of the run; the record holds paths relative to it, so that it can be moved.
         steps: by a task's display name, such as "train (hybrid, round 1)": artifacts by name.
+        failures: display names of the tasks that failed, in that order.
     """
 
     workdir: Path
     steps: dict[str, dict[str, Path]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> str | None:
+        """The task that failed first; None where none did."""
+        return self.failures[0] if self.failures else None
 
     def path(self, step: str, artifact: str) -> Path:
         """Folder, or file, of a step's artifact.
@@ -85,13 +92,20 @@ def recorded(
     """
     from kfp import dsl
     from kfp.local.orchestrator import task_executor
+    from kfp.local.status import Status
 
     kfps = task_executor.execute_single_task
 
     def execute(task_name: str, task_spec: Any, **given: Any) -> Any:
         name = task_spec.task_info.name or task_name
         on_task(name)
-        written, status = kfps(task_name=task_name, task_spec=task_spec, **given)
+        try:
+            written, status = kfps(task_name=task_name, task_spec=task_spec, **given)
+        except Exception:
+            outputs.failures.append(name)
+            raise
+        if status != Status.SUCCESS:
+            outputs.failures.append(name)
         outputs.steps[name] = {
             key: Path(value.uri) for key, value in written.items() if isinstance(value, dsl.Artifact)
         }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,13 +20,22 @@ from spectraqlora.runtime.console import quiet
 from spectraqlora.settings import Settings
 
 MINIMUM_FREE_BYTES = 512 * 2**20
+LOCK = ".lock"
+"""File of a work directory that the run there holds locked."""
 
 
-def check(settings: Settings, base: Place, source: Place) -> list[str]:
-    """Refuse bad data, bad model folders, servers that do not answer, and ranks and processes that do not fit.
+def check(settings: Settings, base: Place, source: Place, commit: str = "") -> list[str]:
+    """Refuse bad data, bad base models, servers that do not answer, and ranks and processes that do not fit.
+
+    Args:
+        settings: of the run.
+        base: base model.
+        source: data.
+        commit: of the base model on the hub; empty where it is not there.
 
     Returns:
-        Lines about rows that the model's template refuses, where it takes others.
+        Lines about what of the base model is not taken as it stands, and about rows that its template refuses, where it
+        takes others.
     """
     _check_promotion(settings, base)
     if settings.tracking.uri:
@@ -35,9 +47,9 @@ def check(settings: Settings, base: Place, source: Place) -> list[str]:
         from spectraqlora.steps.train.distributed import split_batch
 
         split_batch(settings.train, settings.train.processes)
-    _check_base_model(settings, base)
+    lines = [f"Base model: {text}" for text in _check_base_model(settings, base, commit)]
     with quiet():
-        return _check_data(settings, base, source)
+        return lines + [f"Data: {text}" for text in _check_data(settings, base, source)]
 
 
 def _check_data(settings: Settings, base: Place, source: Place) -> list[str]:
@@ -64,33 +76,22 @@ def _check_promotion(settings: Settings, base: Place) -> None:
         )
 
 
-def _check_base_model(settings: Settings, base: Place) -> None:
-    """Refuse models that cannot be loaded, or that the settings do not fit; of the hub's, `memory_warning` asks."""
-    if base.kind == "s3":
-        with tempfile.TemporaryDirectory() as scratch:
-            _fetch_outline(base, Path(scratch) / "model")
-            _check_fit(settings, Path(scratch) / "model")
-    elif base.kind == "path":
-        from spectraqlora.models.tensors import check_model_folder
-
-        check_model_folder(base.path, base.trusted)
-        _check_fit(settings, base.path)
-
-
-def _check_fit(settings: Settings, folder: Path) -> None:
-    """Refuse ranks and tables that do not fit the model; its config alone is read."""
+def _check_base_model(settings: Settings, base: Place, commit: str) -> list[str]:
+    """Refuse models that are no base for training, or that the settings do not fit; headers and configs are read."""
     from spectraqlora.methods.catalogue import method
-    from spectraqlora.models.modules import modules_by_config
+    from spectraqlora.models.inspection import inspect_base
 
-    modules = modules_by_config(folder, settings.model.trust_remote_code)
+    with quiet():
+        inspection = inspect_base(base, commit)
     for name in settings.methods:
-        method(name).check(modules, settings.select)
+        method(name).check(inspection.modules, settings.select)
     if settings.snr.table:
         from spectraqlora.snr.table import read_given
         from spectraqlora.steps.snr_analyze.analyze import given_table
 
         with quiet():
-            read_given(given_table(settings.snr.table), modules)
+            read_given(given_table(settings.snr.table), inspection.modules)
+    return inspection.lines
 
 
 def memory_warning(settings: Settings, base: Place) -> str:
@@ -133,32 +134,40 @@ def _check_destinations(settings: Settings) -> None:
             check_writable(parse_address(destination, f"{section}.destination"))
 
 
-def _fetch_outline(base: Place, folder: Path) -> None:
-    """Bring what describes a model to disk, after its shards' headers were read where they are."""
-    from spectraqlora.models.remote_tensors import S3Tensors
-    from spectraqlora.models.tensors import check_model_files
-    from spectraqlora.storage import download_folder, list_files
-
-    names = list_files(base.address)
-    with quiet():
-        download_folder(base.address, folder, wanted=lambda name: name.endswith((".json", ".py")))
-    config = folder / "config.json"
-    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
-    check_model_files(base, names, text, base.trusted)
-    S3Tensors(base.address)
-
-
-def contents(settings: Settings, base: Place, source: Place, workdir: Path) -> dict[str, str]:
-    """Digests of a run's inputs, so that what changed is not taken from the cache.
+def commits(base: Place, source: Place, workdir: Path) -> dict[str, str]:
+    """The commits of what a run takes from the hub, before anything else is asked of it.
 
     A hub id keeps the commit that it was pinned to by the first run in the workdir, whatever its branch is at now.
 
     Raises:
-        InputError: the hub, or the store, has no such thing.
+        InputError: the hub has no such thing.
     """
     pinned = _pinned(workdir)
+    return {
+        name: pinned[name] if name in pinned else place.digest(offline=True)
+        for name, place in (("base_model", base), ("data", source))
+        if place.kind == "hub"
+    }
+
+
+def contents(
+    settings: Settings, base: Place, source: Place, workdir: Path, pins: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Digests of a run's inputs, so that what changed is not taken from the cache.
+
+    Args:
+        settings: of the run.
+        base: base model.
+        source: data.
+        workdir: of the run.
+        pins: what `commits` said; None asks it.
+
+    Raises:
+        InputError: the hub, or the store, has no such thing.
+    """
+    pins = commits(base, source, workdir) if pins is None else pins
     digests = {
-        name: pinned[name] if place.kind == "hub" and name in pinned else place.digest(offline=True)
+        name: pins[name] if name in pins else place.digest(offline=True)
         for name, place in (("base_model", base), ("data", source))
     }
     if settings.snr.table:
@@ -175,9 +184,46 @@ def _pinned(workdir: Path) -> dict[str, str]:
     return earlier if isinstance(earlier, dict) else {}
 
 
+class WorkdirLock:
+    """A work directory as one run's own, until this is closed or the process ends, however it ends.
+
+    Args:
+        workdir: the folder; it is made.
+
+    Raises:
+        InputError: another run works there, or the folder cannot be written.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        path = workdir / LOCK
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run works
+        except OSError as error:
+            raise InputError(
+                "--workdir", workdir, f"a folder that can be written ({error.strerror})"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "an unknown process"
+            self._file.close()
+            raise InputError(
+                "--workdir", workdir, f"a folder in which no other run works; {owner} does"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"a run (pid {os.getpid()} on {socket.gethostname()})\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Let others work there."""
+        self._file.close()
+
+
 def claim_workdir(
     workdir: Path, settings: Settings, contents: dict[str, str], pipeline: str = "ablation"
-) -> None:
+) -> WorkdirLock:
     """Make the workdir this run's own, or find that it already is.
 
     Args:
@@ -186,8 +232,12 @@ def claim_workdir(
         contents: digests of what must not change between runs there.
         pipeline: name of the DAG.
 
+    Returns:
+        The lock that keeps other runs out.
+
     Raises:
-        InputError: it holds a run of another version, other settings or inputs, is a file, or its disk is full.
+        InputError: it holds a run of another version, other settings or inputs, another run works there, it is a file,
+            or its disk is full.
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError("--workdir", workdir, "a folder")
@@ -199,10 +249,24 @@ def claim_workdir(
         "pipeline": pipeline,
     }
     stored = workdir / "run.json"
+    if not stored.exists() and workdir.is_dir() and any(path.name != LOCK for path in workdir.iterdir()):
+        raise InputError("--workdir", workdir, "an empty or new folder, or one that holds a run")
+    lock = WorkdirLock(workdir)
+    try:
+        _claim(stored, identity)
+    except InputError:
+        lock.close()
+        raise
+    return lock
+
+
+def _claim(stored: Path, identity: dict[str, object]) -> None:
+    """Write what the workdir's run is, or compare it with what is there."""
+    workdir = stored.parent
     if stored.exists():
         try:
             before = json.loads(stored.read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError, RecursionError):
             raise InputError("--workdir", workdir, "a readable run.json") from None
         if isinstance(before, dict) and before.get("artifacts", 1) != SCHEMA_VERSION:
             raise InputError(
@@ -214,10 +278,7 @@ def claim_workdir(
             raise InputError(
                 "--workdir", workdir, f"a new folder; this one holds a run of {_difference(before, identity)}"
             )
-    elif workdir.is_dir() and any(workdir.iterdir()):
-        raise InputError("--workdir", workdir, "an empty or new folder, or one that holds a run")
-    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(workdir).free
     if free < MINIMUM_FREE_BYTES:
         raise InputError("--workdir", workdir, f"at least 512 MiB of free disk; {free // 2**20} MiB are left")
     if not stored.exists():

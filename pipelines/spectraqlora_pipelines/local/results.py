@@ -9,7 +9,7 @@ from typing import Any
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel, PreparedRows
-from spectraqlora.files import write_text
+from spectraqlora.files import link_or_copy, write_text
 
 from spectraqlora_pipelines.local.outputs import RunOutputs
 
@@ -63,6 +63,7 @@ def collect(outputs: RunOutputs, more: dict[str, Any] | None = None) -> dict[str
         "adapter": str(workdir / "adapter"),
         "merged_into": merged.merged_into,
         "merged_eval_loss": merged.verified_eval_loss,
+        "merge_warning": merged.warning,
         "published": merged.published,
         "registered": registered,
         "promotion": decision,
@@ -124,6 +125,6 @@ def _method_entry(evaluation: Evaluation) -> dict[str, Any]:
 def _replace_tree(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
+    shutil.copytree(source, partial, copy_function=link_or_copy)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_RANK = re.compile(r"^\[rank\d+\]: ?")
 _PROGRESS = re.compile(rf"{PROGRESS} (\d+)/(\d+) (.*)")
 
 
@@ -72,30 +74,76 @@ class StepFailed(Exception):
     """A step ended with an error that is not the user's input."""
 
 
+class _StepOutput:
+    """What of a step's lines says how it went, however many more it wrote afterwards."""
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        """What it said of its input."""
+        self.error: str | None = None
+        """The last line of its last traceback."""
+        self.last = ""
+        self._in_traceback = False
+
+    def add(self, line: str) -> None:
+        """Take a line as it was written, without colours."""
+        line = _RANK.sub("", line.rstrip())
+        clean = line.strip()
+        if not clean:
+            return
+        self.last = clean
+        if clean.startswith(f"{ERROR} "):
+            self.refusal = clean.removeprefix(f"{ERROR} ")
+        if clean.startswith("Traceback (most recent call last)"):
+            self._in_traceback = True
+        elif self._in_traceback and line[0] not in " \t|+":
+            self.error, self._in_traceback = clean, False
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, as far as its lines say."""
+        return self.error or self.last
+
+
 class _Lines(io.TextIOBase):
-    """Splits what kfp.local prints into lines: each goes to the log file and to a listener."""
+    """Splits what kfp.local prints into lines: each goes to the log file, to a listener, and to its step's output.
+
+    A step runs, and what it writes is printed, in the thread that executes its task: that is how lines of steps
+    that run at the same time are told apart.
+    """
 
     def __init__(self, log: Path, listen: Callable[[str], None]) -> None:
         self._file = open(log, "a", encoding="utf-8")  # noqa: SIM115 - closed with the stream
-        self._listen, self._rest = listen, ""
-        self.tail: list[str] = []
-        self.refusal: str | None = None
-        """What a step said of its input; other steps may have continued and written much after it."""
+        self._listen = listen
+        self._rest: dict[int, str] = {}
+        self._step: dict[int, str] = {}
+        self._written = ""
+        self.outputs: dict[str, _StepOutput] = {"": _StepOutput()}
+
+    def begin(self, step: str) -> None:
+        """From now on this thread writes for a step."""
+        self._step[threading.get_ident()] = step
+        self.outputs[step] = _StepOutput()
 
     def write(self, text: str) -> int:
-        # On a full disk the log is cut short; what counts is what the step says.
-        with contextlib.suppress(OSError):
-            self._file.write(_ANSI.sub("", text))
-            self._file.flush()
-        *lines, self._rest = (self._rest + text).split("\n")
+        thread = threading.get_ident()
+        step = self._step.get(thread, "")
+        *lines, self._rest[thread] = (self._rest.get(thread, "") + text).split("\n")
         for line in lines:
-            clean = _ANSI.sub("", line).strip()
-            if clean:
-                self.tail = [*self.tail[-60:], clean]
-                if clean.startswith(f"{ERROR} "):
-                    self.refusal = clean.removeprefix(f"{ERROR} ")
+            plain = _ANSI.sub("", line)
+            self._log(step, plain)
+            self.outputs[step].add(plain)
+            if clean := plain.strip():
                 self._listen(clean)
         return len(text)
+
+    def _log(self, step: str, line: str) -> None:
+        head = f"\n===== {step} =====\n" if step != self._written else ""
+        self._written = step
+        # On a full disk the log is cut short; what counts is what the step says.
+        with contextlib.suppress(OSError):
+            self._file.write(f"{head}{line}\n")
+            self._file.flush()
 
     def isatty(self) -> bool:
         return False
@@ -176,17 +224,25 @@ def run_locally(
     outputs = RunOutputs(workdir)
     try:
         in_containers = replace_kfps(access) if access else contextlib.nullcontext()
+
+        def on_step(name: str) -> None:
+            lines.begin(name)
+            on_task(name)
+
         with (
-            _steps_end_with_us(), _steps_know(key), in_containers, recorded(outputs, on_task, look), _captured(lines),
+            _steps_end_with_us(), _steps_know(key), in_containers, recorded(outputs, on_step, look), _captured(lines),
             warnings.catch_warnings(action="ignore"),
         ):  # fmt: skip
             pipeline(**arguments)
     except InputError:
         raise
     except Exception as error:
-        if lines.refusal is not None:
-            raise _Relayed(lines.refusal) from None
-        raise StepFailed(f"{_ANSI.sub('', str(error))} Last line: {_last(lines.tail)} Read {log}") from error
+        failed = outputs.failed or ""
+        said = lines.outputs.get(failed, lines.outputs[""])
+        if said.refusal is not None:
+            raise _Relayed(said.refusal) from None
+        reason = said.reason or " ".join(_ANSI.sub("", str(error)).split())
+        raise StepFailed(f"{failed or 'the run'} failed: {reason} (read {log})") from error
     finally:
         lines.close()
     return outputs
@@ -197,8 +253,3 @@ class _Relayed(InputError):
 
     def __init__(self, line: str) -> None:
         Exception.__init__(self, line)
-
-
-def _last(tail: list[str]) -> str:
-    telling = [line for line in tail if re.match(r"^[\w.]*(Error|Exception)\b", line)]
-    return repr((telling or tail or [""])[-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +96,73 @@ def test_a_hub_id_keeps_the_commit_of_the_first_run_in_a_workdir(
         assert claim("one") == first, "the same command resumes the same run"
         assert claim("two") == later
     assert claim("one", HF_HUB_OFFLINE="1") == first
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from spectraqlora.settings import parse
+from spectraqlora_pipelines.local import preflight
+lock = preflight.claim_workdir(Path(sys.argv[1]), parse({}), {})
+print("works", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_workdir_is_refused_with_the_first_ones_process_until_that_ends(
+    tmp_path: Path,
+) -> None:
+    workdir = tmp_path / "work"
+    path = os.pathsep.join(sys.path)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(workdir)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "works\n"
+        for settings in (parse({}), parse({"seed": 7})):
+            with pytest.raises(InputError) as refused:
+                preflight.claim_workdir(workdir, settings, {})
+            wanted = f"no other run works; a run (pid {first.pid} on {socket.gethostname()}) does"
+            assert str(refused.value).endswith(wanted)
+    finally:
+        first.kill()
+        first.communicate()
+    lock = preflight.claim_workdir(workdir, parse({}), {})
+    with pytest.raises(InputError, match=rf"pid {os.getpid()} on"):
+        preflight.claim_workdir(workdir, parse({}), {})
+    lock.close()
+    preflight.claim_workdir(workdir, parse({}), {}).close()
+
+
+def test_a_file_that_appears_beside_the_model_does_not_make_another_run(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    base = base_place(str(shutil.copytree(tiny_model, tmp_path / "model")))
+    source, workdir = data_place(str(tiny_rows)), tmp_path / "work"
+    first = preflight.contents(parse({}), base, source, workdir)
+    for name in (
+        ".DS_Store",
+        "notes.txt",
+        "eval_results.json",
+        "model.onnx",
+        "pytorch_model.bin",
+        "extra.safetensors",
+    ):
+        (base.path / name).write_text("by the way")
+    (base.path / ".cache" / "huggingface").mkdir(parents=True)
+    (base.path / ".cache" / "huggingface" / "config.json").write_text("{}")
+    (base.path / "onnx").mkdir()
+    (base.path / "onnx" / "config.json").write_text("{}")
+    assert preflight.contents(parse({}), base, source, workdir) == first
+    (base.path / "chat_template.jinja").write_text("{{ messages }}")
+    assert preflight.contents(parse({}), base, source, workdir) != first
+
+
+def test_a_foreign_folder_is_no_workdir_and_nothing_is_written_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="an empty or new folder"):
+        preflight.claim_workdir(tmp_path, parse({}), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

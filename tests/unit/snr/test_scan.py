@@ -26,7 +26,7 @@ from spectraqlora.snr import workers
 from spectraqlora.snr.journal import ScanJournal
 from spectraqlora.snr.marchenko_pastur import SnrStatistics, from_singular_values, statistics
 from spectraqlora.snr.scan import scan, scan_tensors
-from spectraqlora.snr.table import read_table, top_modules
+from spectraqlora.snr.table import order, read_table, top_modules
 from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora_pipelines.cli.snr import snr_table
@@ -55,11 +55,15 @@ def test_the_selection_equals_that_of_svdvals_in_float64(
         {
             "module": name,
             "type": "mlp.up_proj",
-            "snr": from_singular_values(torch.linalg.svdvals(weight.double()), (rows, cols)).snr,
+            "snr": exact.snr,
+            "signal": exact.signal,
+            "s1": exact.s1,
             "calibrated": 0.0,
         }
         for name, weight in weights.items()
+        for exact in [from_singular_values(torch.linalg.svdvals(weight.double()), (rows, cols))]
     )
+    exact["order"] = order(exact, "spectrum")
     found = scan(LocalTensors(tmp_path))
     for percent in (10, 25, 50, 75):
         assert top_modules(found, percent) == top_modules(exact, percent)

@@ -3,17 +3,20 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from spectraqlora.artifacts import ModelOutline
 from spectraqlora.errors import InputError
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import SnrSettings
-from spectraqlora.snr.scan import scan
+from spectraqlora.snr.scan import scan, scan_tensors
 from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json, unfrozen_yaml
-from spectraqlora.snr.table import read_table, top_modules, write_table
+from spectraqlora.snr.table import best_first, order, read_given, read_table, top_modules, write_table
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
 SHARED = Path(os.environ.get("SPECTRAQLORA_SHARED", Path(__file__).resolve().parents[3].parent / "shared"))
@@ -45,11 +48,76 @@ def test_top_modules_never_takes_nan_and_breaks_ties_at_infinity_by_the_calibrat
             "module": list("abcd"),
             "type": ["t"] * 4,
             "snr": [math.nan, math.inf, math.inf, 1.0],
+            "signal": [math.nan, 9.0, 9.0, 9.0],
+            "s1": [1.0] * 4,
             "calibrated": [9.0, 1.0, 2.0, 3.0],
         }
     )
+    table["order"] = order(table, "calibrated")
     assert top_modules(table, 25) == {"c"}
     assert top_modules(table, 100) == {"b", "c", "d"}
+
+
+def by_spectrums_program(weight: torch.Tensor) -> float:
+    """SNR as Spectrum's program computes it since April 2025 (`spectrum.py`, calculate_snr_for_layer): no noise is 1."""
+    values = torch.linalg.svdvals(weight.double())
+    quartiles = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=torch.float64))
+    rows, cols = weight.shape
+    beta = min(rows, cols) / max(rows, cols)
+    threshold = float((quartiles[1] - quartiles[0]) / 1.349 * (1 + math.sqrt(beta)))
+    noise = float(values[values <= threshold].sum()) or 1.0
+    return float(values[values > threshold].sum()) / noise / float(values[0])
+
+
+def test_matrices_without_noise_are_ordered_as_spectrums_program_orders_them() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights: dict[str, torch.Tensor] = {}
+    for layer in range(
+        10
+    ):  # Narrow ones have no noise; of the others one value is small, its noise below 1 or above.
+        weight = torch.randn(64, 256, generator=generator) * (0.02 + 0.03 * layer)
+        weight[0] *= 1 + layer % 4
+        if layer % 3 == 0:
+            left, values, right = torch.linalg.svd(weight, full_matrices=False)
+            values[-1] = values[-1] * 1e-3
+            weight = left @ torch.diag(values) @ right
+        weights[f"model.layers.{layer}.self_attn.v_proj"] = weight
+    table = scan_tensors(weights.items())
+    infinite = table["snr"].map(math.isinf)
+    assert infinite.sum() >= 5 and (~infinite).sum() >= 3
+    wanted = sorted(weights, key=lambda name: by_spectrums_program(weights[name]), reverse=True)
+    assert list(best_first(table)["module"]) == wanted
+    for percent in (20, 50, 80):
+        assert top_modules(table, percent) == set(wanted[: int(len(wanted) * percent / 100)])
+    calibrated = scan_tensors(weights.items(), ties="calibrated")
+    ordered = best_first(calibrated)
+    assert list(ordered["snr"].map(math.isinf)) == sorted(infinite, reverse=True), (
+        "infinity before all others"
+    )
+    flat = ordered[ordered["snr"].map(math.isinf)]
+    assert list(flat["calibrated"]) == sorted(flat["calibrated"], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: pd.concat([t, t[t["layer"] == 3].assign(module=lambda f: f["module"].str.replace(".3.", ".4."))]),
+         r"7 rows of layers that the model has not, model\.layers\.4\."),
+        (lambda t: t[t["layer"] < 3], r"7 have none, model\.layers\.3\."),
+        (lambda t: t.assign(rows=t["rows"] * 2), r"model\.layers\.0\.\S+ of 64x64; it is 128x64"),
+        (lambda t: pd.concat([t, t.head(1)]), "one row for each matrix"),
+    ],
+)  # fmt: skip
+def test_a_table_of_another_model_is_refused(
+    outline: Path, tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], words: str
+) -> None:
+    manifest = ModelOutline.read(outline)
+    table = scan(LocalTensors(Path(manifest.source_path)))
+    table.to_parquet(tmp_path / "own.parquet")
+    assert len(read_given(tmp_path / "own.parquet", manifest.modules)) == len(table)
+    change(table).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(InputError, match=rf"^snr\.table: .*{words}"):
+        read_given(tmp_path / "other.parquet", manifest.modules)
 
 
 def test_a_truncated_table_is_refused(tmp_path: Path) -> None:

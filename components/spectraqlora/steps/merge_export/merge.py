@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import Evaluation, FourBitModel, MergedModel, PreparedRows
-from spectraqlora.files import write_text
+from spectraqlora.errors import InputError
+from spectraqlora.files import apply_umask, write_text
 from spectraqlora.models import adapters
 from spectraqlora.models.four_bit import copy_dequantized
 from spectraqlora.models.loading import load_four_bit, load_plain, load_tokenizer, original_folder
 from spectraqlora.places import kind_of
-from spectraqlora.runtime.console import say
+from spectraqlora.runtime.console import say, warn
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings
@@ -69,6 +70,11 @@ def merge_export(
     losses, into = _write_better_merge(inputs, manifest, loss, output)
     leave_out = shutil.ignore_patterns("training.json")
     shutil.copytree(inputs.adapter, output / "adapter", dirs_exist_ok=True, ignore=leave_out)
+    for name in FOLDERS:
+        apply_umask(output / name)
+    warning = merge_warning(evaluation, losses[into])
+    if warning:
+        warn(warning)
     result = MergedModel(
         method=evaluation.method,
         base_digest=manifest.base_digest,
@@ -78,6 +84,8 @@ def merge_export(
         eval_loss_quantized=losses["quantized"],
         eval_loss_original=losses["original"],
         verified_eval_loss=_verified_loss(manifest, loss, output, losses[into]),
+        dtype=_exported_dtype(manifest),
+        warning=warning,
     )
     card = model_card(result, evaluation, manifest)
     for name in FOLDERS:
@@ -89,14 +97,85 @@ def merge_export(
     return result
 
 
+def merge_warning(evaluation: Evaluation, merged_loss: float) -> str:
+    """A sentence where the merge lost more than chance explains of what was trained; empty where it did not.
+
+    Args:
+        evaluation: of the adapter on the 4-bit base.
+        merged_loss: of the better merge on the same held-out rows.
+    """
+    lost = merged_loss - evaluation.eval_loss
+    if not lost > evaluation.eval_loss_stderr:
+        return ""
+    return (
+        f"the merged model's eval loss, {merged_loss:.4f}, is worse than the adapter's, {evaluation.eval_loss:.4f}, by "
+        f"more than its standard error, {evaluation.eval_loss_stderr:.4f}: use the adapter on the 4-bit base "
+        "(tracking.registered_form=adapter registers it), train longer, or with a higher select.rank"
+    )
+
+
+def make_savable(model: Any) -> None:
+    """Settle a generation config that contradicts itself, as published ones do: changed, it is not saved otherwise.
+
+    A temperature or the like without sampling means sampling; where that is not it, the token ids alone are kept.
+    """
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    for sampling in (config.do_sample, True) if config is not None else ():
+        config.do_sample = sampling
+        try:
+            config.validate(strict=True)
+            return
+        except ValueError:
+            continue
+    if config is not None:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(
+            **ids, decoder_start_token_id=config.decoder_start_token_id
+        )
+        warn("the base's generation config contradicts itself: the export's names its special tokens alone")
+
+
+def _exported_dtype(manifest: FourBitModel) -> str:
+    """The base's own type; of a base whose type is not known, the one that was computed in."""
+    return manifest.dtype or manifest.compute_dtype
+
+
+def _parameters_to_round(model: Any, dtype: torch.dtype) -> Iterator[torch.nn.Parameter]:
+    """The parameters that are exported in the base's type: all but those that the model keeps in float32."""
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.is_floating_point()
+            and parameter.dtype != dtype
+            and not any(part in name for part in kept)
+        ):
+            yield parameter
+
+
 def _merged(into: str, inputs: Inputs, manifest: FourBitModel) -> Any:
-    """The base with the adapter merged into its `quantized` or `original` weights."""
+    """The base with the adapter merged into its `quantized` or `original` weights.
+
+    Its numbers are rounded to the type that they are exported in: what is scored is what is written.
+
+    Raises:
+        InputError: a number is beyond what that type holds.
+    """
     dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
     plain = load_plain(original_folder(manifest), dtype, trust)
     if into == "quantized":
         transposed = {m.module for m in manifest.modules if m.transposed}
         copy_dequantized(load_four_bit(inputs.four_bit)[0], plain, transposed)
-    return adapters.merge(plain, inputs.adapter)
+    merged = adapters.merge(plain, inputs.adapter)
+    exported = getattr(torch, _exported_dtype(manifest))
+    for parameter in _parameters_to_round(merged, exported):
+        parameter.data.copy_(parameter.data.to(exported))
+        if not torch.isfinite(torch.stack(torch.aminmax(parameter.data))).all():
+            raise InputError(
+                "merged weights", _exported_dtype(manifest), "numbers that the base's type holds"
+            )
+    return merged
 
 
 def _write_better_merge(
@@ -114,8 +193,13 @@ def _write_better_merge(
     if better == "quantized":
         model = None
         model = _merged(better, inputs, manifest)
+    exported = getattr(torch, _exported_dtype(manifest))
+    for parameter in _parameters_to_round(model, exported):
+        parameter.data = parameter.data.to(exported)
+    model.config.dtype = exported
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
     end_turns(model, tokenizer, PreparedRows.read(inputs.rows))
+    make_savable(model)
     model.save_pretrained(output / "merged", safe_serialization=True)
     tokenizer.save_pretrained(output / "merged")
     return losses, better
@@ -157,6 +241,7 @@ Trained by SpectraQLoRA: a 4-bit NF4 frozen base with LoRA adapters ({result.met
 | exact-match accuracy | {base_accuracy} | {accuracy} | | |
 
 - Exported: merged into the {result.merged_into} weights, verified eval loss {result.verified_eval_loss:.4f}.
+{f"- Warning: {result.warning}.{chr(10)}" if result.warning else ""}\
 - Trainable parameters: {evaluation.trainable_parameters:,}.
 - Base digest: {manifest.base_digest}. Data digest: {evaluation.data_digest}.
 """

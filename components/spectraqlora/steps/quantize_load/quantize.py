@@ -11,11 +11,13 @@ from typing import Any
 from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
 from spectraqlora.models.families import check_computes
-from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, unquantized
+from spectraqlora.models.finite import check_finite
+from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, own_four_bit, unquantized
 from spectraqlora.models.hardware import compute_dtype
+from spectraqlora.models.inspection import Inspection, inspect_folder
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.models.modules import candidates
-from spectraqlora.models.tensors import check_model_folder
+from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.places import base_digest, base_place
 from spectraqlora.runtime.console import say, warn
 from spectraqlora.settings import ModelSettings
@@ -33,8 +35,8 @@ def quantize(settings: ModelSettings, output: Path, outline: Path, content: str 
         content: what the base model must be, as `Place.digest` says it; empty takes what is there.
 
     Raises:
-        InputError: the base model is another one, its folder is unreadable, holds pickles only, or needs remote
-            code; the model does not compute in 4 bits, looks ahead, or has nothing to adapt.
+        InputError: the base model is another one, or no base for training (models/README.md); it has numbers that are
+            not finite, does not compute in 4 bits, or looks ahead.
     """
     import torch
 
@@ -55,6 +57,7 @@ class _Base:
     content: str
     digest: str
     folder: Path
+    inspection: Inspection
 
 
 def _fetch(settings: ModelSettings, content: str) -> _Base:
@@ -63,10 +66,13 @@ def _fetch(settings: ModelSettings, content: str) -> _Base:
     if place.kind == "s3" and not content:
         content = place.digest()
     folder = place.local_copy(content)
-    check_model_folder(folder, settings.trust_remote_code)
+    inspection = inspect_folder(folder, settings.trust_remote_code, place)
+    for line in inspection.lines:
+        say(f"{place}: {line}")
     digest = base_digest(folder, settings.trust_remote_code)
     if place.kind == "path" and content not in ("", digest):
         raise InputError(place.field, place, "the content that this run began with; it was replaced since")
+    check_finite(LocalTensors(folder), place)
     return _Base(
         source=place.text,
         # The hub's client names the folder of a copy after its commit.
@@ -74,6 +80,7 @@ def _fetch(settings: ModelSettings, content: str) -> _Base:
         content=content if place.kind == "s3" else "",
         digest=digest,
         folder=folder,
+        inspection=inspection,
     )
 
 
@@ -83,11 +90,19 @@ def _write_four_bit(settings: ModelSettings, base: _Base, output: Path) -> FourB
     dtype = compute_dtype(settings.compute_dtype)
     model = load_in_four_bit(base.folder, dtype, trust)
     check_computes(model, base.source)
-    modules = candidates(model, base.source)
+    stored = {info.module: info.tensor for info in base.inspection.modules}
+    modules = [
+        info.model_copy(update={"tensor": stored.get(info.module, "")})
+        for info in candidates(model, base.source)
+    ]
     model.save_pretrained(output / "model", safe_serialization=True)
     load_tokenizer(base.folder, trust).save_pretrained(output / "model")
     total, four_bit = count_parameters(model)
+    own = own_four_bit(base.folder)
     manifest = FourBitModel(
+        quant_type=str(own.get("bnb_4bit_quant_type", "fp4" if own else "nf4")),
+        double_quant=bool(own.get("bnb_4bit_use_double_quant", not own)),
+        dtype=base.inspection.dtype,
         source=base.source,
         revision=base.revision,
         source_path=str(base.folder.resolve()),

@@ -68,7 +68,7 @@ def updated_table(
         (name, adapters.merged_weight(entries[name], rank_map, weights, weight))
         for name, weight in _base_weights(model, manifest, adapted, snr)
     )
-    return with_rows(before, scan_tensors(updated, snr.source))
+    return with_rows(before, scan_tensors(updated, snr.source, snr.ties))
 
 
 def _base_weights(

@@ -38,12 +38,14 @@ def analyze(inputs: Inputs, settings: SnrSettings, output: Path) -> None:
     """
     manifest = ModelOutline.read(inputs.outline)
     if settings.table:
-        write_table(read_given(given_table(settings.table), manifest.modules), output)
+        write_table(read_given(given_table(settings.table), manifest.modules, settings.ties), output)
         return
     checkpoint = _checkpoint(inputs, manifest, settings)
     journal = _journal(checkpoint.digest)
     progress = Progress("measuring SNR", len(manifest.modules))
-    table = scan(checkpoint, manifest.modules, lambda done, _, module: progress(done, module), journal)
+    table = scan(
+        checkpoint, manifest.modules, lambda done, _, module: progress(done, module), journal, settings.ties
+    )
     write_table(table, output)
     if journal:
         journal.remove()

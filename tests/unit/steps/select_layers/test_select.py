@@ -67,7 +67,7 @@ def _write_table(modules: list[LinearModule], folder: Path) -> None:
     ]
     calibrated = [i * 29 % 43 / 16 for i in range(len(modules))]
     table = pd.DataFrame(dict.fromkeys(COLUMNS, 0) | {"module": [m.module for m in modules]})
-    table["snr"], table["calibrated"] = snr, calibrated
+    table["snr"], table["order"], table["calibrated"] = snr, snr, calibrated
     folder.mkdir()
     table.to_parquet(folder / FILENAME)
 
