@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
@@ -30,6 +30,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, moment: datetime | None = None) -> None:
         self.tokenizer = tokenizer
         self.moment = moment or datetime.now()
+        self.tails: dict[Hashable, str] = {}
+        """By what precedes an answer, what the prompt for it ends with: the same for many conversations."""
 
     def text(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False

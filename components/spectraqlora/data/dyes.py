@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from spectraqlora.data.chat_template import ChatTemplate
@@ -21,6 +22,9 @@ _ALPHABETS = ((0x17000, 0x187F8), (0x20000, 0x2A6E0))
 _FIELDS = 4
 _TEXT, _REASONING, _ARGUMENTS, _NAME = range(_FIELDS)
 _LETTERS = r"""[^\s"'\\\x00-\x1f\x7f]"""
+_LINES = rf"(?<=\S)[ \t](?=\S)|{_LETTERS}"
+_WORDS = r"[^\W_]"
+"""What is replaced: letters and the space between two of them, which makes runs long; letters; or words alone, where a template writes other signs in a way of its own, such as HTML's."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -61,12 +65,14 @@ class Dyed:
         runs: in order.
         first: the alphabet's first letter.
         visible: which fields of which messages have letters to be found, as (message, field).
+        constants: texts that the template may look for, and that are in the messages.
     """
 
     messages: list[Message]
     text: str
     runs: list[Run]
     visible: frozenset[tuple[int, int]]
+    constants: frozenset[str]
     _pattern: re.Pattern[str]
     _first: int
 
@@ -100,32 +106,44 @@ def dyed(
         (
             (first, stop)
             for first, stop in _ALPHABETS
-            if len(messages) * _FIELDS <= stop - first
-            and not any(first <= ord(c) < stop for c in text if ord(c) >= _ALPHABETS[0][0])
+            if len(messages) * _FIELDS <= stop - first and not _letters(first, stop).search(text)
         ),
         None,
     )
     if alphabet is None:
         return None
     first, stop = alphabet
-    pattern = re.compile(rf"([{chr(first)}-{chr(stop - 1)}])\1*")
-    constants = [constant for constant in template.constants(tools) if len(constant) > 1]
-    marked = tuple(c for c in constants if not c.isalnum() and not c.isspace())
-    tried: set[tuple[str, ...]] = set()
-    for kept in (marked, tuple(constants), ()):
-        if kept in tried:
-            continue
-        tried.add(kept)
+    pattern = _letters(first, stop)
+    constants, marked = _constants(template.constants(tools))
+    ways = [(marked, _LINES), (constants, _LETTERS), (marked, _WORDS), ((), _LETTERS)]
+    for kept, letters in dict.fromkeys(ways):
         visible: set[tuple[int, int]] = set()
-        other = [_dye(message, index, first, kept, visible) for index, message in enumerate(messages)]
+        present: set[str] = set()
+        other = [
+            _dye(message, index, first, (kept, letters), visible, present)
+            for index, message in enumerate(messages)
+        ]
         try:
             rendered = template.text(other, tools)
         except RowRefused:
             continue
         runs = _runs(rendered, pattern, first)
         if _equal_elsewhere(text, rendered, runs):
-            return Dyed(other, rendered, runs, frozenset(visible), pattern, first)
+            return Dyed(other, rendered, runs, frozenset(visible), frozenset(present), pattern, first)
     return None
+
+
+@lru_cache
+def _letters(first: int, stop: int) -> re.Pattern[str]:
+    """Finds runs of one letter of an alphabet."""
+    return re.compile(rf"([{chr(first)}-{chr(stop - 1)}])\1*")
+
+
+@lru_cache
+def _constants(texts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Texts that may matter in a message, and those of them that no word is."""
+    constants = tuple(text for text in texts if len(text) > 1)
+    return constants, tuple(text for text in constants if not text.isalnum() and not text.isspace())
 
 
 def _runs(text: str, pattern: re.Pattern[str], first: int) -> list[Run]:
@@ -147,13 +165,18 @@ def _equal_elsewhere(text: str, other: str, runs: list[Run]) -> bool:
 
 
 def _dye(
-    message: Message, index: int, first: int, kept: tuple[str, ...], visible: set[tuple[int, int]]
+    message: Message,
+    index: int,
+    first: int,
+    way: tuple[tuple[str, ...], str],
+    visible: set[tuple[int, int]],
+    present: set[str],
 ) -> Message:
     def colour(field: int) -> Callable[[Any], Any]:
         letter = chr(first + index * _FIELDS + field)
 
         def text(value: str) -> str:
-            result = _replaced(value, letter, kept)
+            result = _replaced(value, letter, *way, present)
             if letter in result:
                 visible.add((index, field))
             return result
@@ -198,11 +221,12 @@ def _dyed_call(call: Any, colour: Callable[[int], Callable[[Any], Any]]) -> Any:
     return {**call, "function": changed}
 
 
-def _replaced(text: str, letter: str, kept: tuple[str, ...]) -> str:
+def _replaced(text: str, letter: str, kept: tuple[str, ...], letters: str, seen: set[str]) -> str:
     present = [constant for constant in kept if constant in text]
+    seen.update(present)
     if not present:
-        return re.sub(_LETTERS, letter, text)
+        return re.sub(letters, letter, text)
     pieces = re.split(f"({'|'.join(map(re.escape, present))})", text)
     return "".join(
-        piece if index % 2 else re.sub(_LETTERS, letter, piece) for index, piece in enumerate(pieces)
+        piece if index % 2 else re.sub(letters, letter, piece) for index, piece in enumerate(pieces)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,13 @@ def tokenized(
         return []
     if not tokenizer.is_fast:
         return [_by_prefix(tokenizer, text, part) for text, part in zip(texts, spans, strict=True)]
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
     return [
         (ids, labels_of(ids, offsets, part))
         for ids, offsets, part in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
@@ -44,12 +51,13 @@ def labels_of(ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]) ->
         spans: in order, apart from each other.
     """
     labels = [IGNORED] * len(ids)
-    place = 0
-    for index, (start, end) in enumerate(offsets):
-        while place < len(spans) and spans[place][1] <= start:
-            place += 1
-        if place < len(spans) and (end > spans[place][0] or start == end >= spans[place][0]):
-            labels[index] = ids[index]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    for first, stop in spans:
+        # Tokens of a character share its offsets, and a token without any may stand where a span begins.
+        inside = slice(bisect_right(ends, first), bisect_left(starts, stop))
+        while inside.start > 0 and starts[inside.start - 1] == ends[inside.start - 1] == first:
+            inside = slice(inside.start - 1, inside.stop)
+        labels[inside] = ids[inside]
     return labels
 
 

@@ -7,17 +7,20 @@ generates, by `{% generation %}`, that is taken.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spectraqlora.data.chat_template import ChatTemplate
-from spectraqlora.data.dyes import Dyed, dyed
+from spectraqlora.data.dyes import REASONING, Dyed, dyed
 from spectraqlora.data.rows import Message, RowRefused
 
 TrainOn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
 Tools = list[dict[str, Any]] | None
 _RESULTS = ("tool", "function", "ipython")
+_TAILS = 4096
+"""Prompts' ends that are remembered."""
 _UNMASKED = "the template cannot be masked safely"
 
 
@@ -189,30 +192,56 @@ def _start(
         first: the answer's first letter.
     """
     text = dyes.text
+    key = _shape(dyes, index) if index and not tools else None
+    tail = template.tails.get(key) if key else None
+    if tail is not None and text.startswith(tail, before):
+        return _behind_header(template, text, before + len(tail), first)
     try:
         prompt = template.text(dyes.messages[:index], tools, prompt=True) if index else ""
     except RowRefused:
         prompt = ""
     if not prompt:
         return _behind_opening(template, text, before, first, index)
+    runs = dyes.runs_of(prompt)
+    behind = runs[-1].end if runs else 0
+    tail, glue = prompt[behind:], text[before:first]
     if text.startswith(prompt):
         start = len(prompt)
-    else:
+    elif runs and (before == 0 or prompt[behind - 1] != text[before - 1]):
         # What the template wrote before may differ by what follows it; what is next to the answer may not.
-        runs = dyes.runs_of(prompt)
-        behind = runs[-1].end if runs else 0
-        tail, glue = prompt[behind:], text[before:first]
-        if runs and (before == 0 or prompt[behind - 1] != text[before - 1]):
-            return before + _behind_marker(template, tail, glue, index)
+        return before + _behind_marker(template, tail, glue, index)
+    else:
         shared = _shared(tail, glue)
         if shared != tail:
             shared = _whole(template, shared)
             if not shared.strip() or template.opener not in shared:
                 raise RowRefused(_UNMASKED, f"message {index + 1} does not begin as it is prompted for")
-        start = before + len(shared)
-    if template.header and text[start:first].startswith(template.header):
-        start += len(template.header)
-    return start
+            return _behind_header(template, text, before + len(shared), first)
+        start = before + len(tail)
+    if key and start == before + len(tail) and len(template.tails) < _TAILS:
+        template.tails[key] = tail
+    return _behind_header(template, text, start, first)
+
+
+def _behind_header(template: ChatTemplate, text: str, start: int, first: int) -> int:
+    header = template.header
+    return start + len(header) if header and text[start:first].startswith(header) else start
+
+
+def _shape(dyes: Dyed, index: int) -> Hashable:
+    """All that a template can go by in the messages before an answer, their letters being replaced."""
+    messages = tuple(
+        tuple((name, _outline(name, message[name])) for name in sorted(message))
+        for message in dyes.messages[:index]
+    )
+    return messages, dyes.constants
+
+
+def _outline(name: str, value: Any) -> Hashable:
+    """A message's value; of its text the beginning and the end."""
+    if isinstance(value, str) and name in ("content", *REASONING):
+        return value[:1], value[-1 - len(value) + len(value.rstrip()) :]
+    return repr(value)
 
 
 def _behind_marker(template: ChatTemplate, tail: str, glue: str, index: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -138,6 +139,40 @@ def test_a_call_without_words_in_its_arguments_is_learned_whole(name: str, argum
     assert call == whole or call == "\n" + whole
 
 
+@st.composite
+def errands(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Conversations in which some answers are found by calling, once or several times in a row."""
+    messages: list[dict[str, Any]] = []
+    for _ in range(draw(st.integers(1, 2))):
+        messages.append({"role": "user", "content": draw(ANSWERS)})
+        for _ in range(draw(st.integers(0, 2))):
+            _, call, result, _ = calling({"city": draw(ANSWERS), "days": draw(st.integers(0, 9))})
+            messages += [call, {**result, "content": draw(ANSWERS)}]
+        messages.append({"role": "assistant", "content": draw(ANSWERS)})
+    return messages
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - set(OFFERED)))
+@settings(QUIET, max_examples=12)
+@given(messages=errands())
+def test_every_call_and_answer_is_learned_and_nothing_of_the_results(
+    name: str, messages: list[dict[str, Any]]
+) -> None:
+    row = rendered(name, messages, TOOLS)
+    assert row.input_ids == own_ids(tokenizer_of(name), messages, TOOLS)
+    spoken = [message for message in messages if message["role"] == "assistant"]
+    assert row.turns == len(spoken) == len(row.spans)
+    family = FAMILIES[name]
+    for place, (message, learned) in enumerate(zip(spoken, shown(row), strict=True)):
+        if "tool_calls" in message:
+            city = json.dumps(message["tool_calls"][0]["function"]["arguments"]["city"], ensure_ascii=False)
+            assert city in learned and learned.count("weather") == 1
+            assert learned.endswith(CALLS[name].rpartition('"Rome"}')[2])
+        else:
+            answer = family.answer(message["content"], place == len(spoken) - 1)
+            assert learned in (answer, family.answer(message["content"], False))
+
+
 def test_two_calls_in_one_turn_are_learned() -> None:
     messages = calling({"city": "Rome"})
     messages[1]["tool_calls"] = [
@@ -255,6 +290,15 @@ def test_what_is_trained_on() -> None:
         rendered("chatml", TURNS[:1])
 
 
+def test_what_the_template_says_is_generated_is_what_transformers_takes_for_it() -> None:
+    tokenizer = tokenizer_of("chatml_generation")
+    made = tokenizer.apply_chat_template(
+        THINKING, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    row = render(tokenizer, THINKING)
+    assert [int(label != IGNORED) for label in row.labels] == made["assistant_masks"]
+
+
 def test_a_first_turn_of_the_assistants_is_learned_where_the_template_takes_it() -> None:
     messages = [{"role": "assistant", "content": "Hello!"}, *THINKING[:2]]
     for name in (
@@ -300,6 +344,27 @@ def with_template(template: str) -> Any:
     tokenizer = copy.copy(tokenizer_of("chatml"))
     tokenizer.chat_template = template
     return tokenizer
+
+
+ESCAPING = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | e }}<|im_end|>\n{% endfor %}"
+LOWERING = (
+    "{% for m in messages %}<|im_start|>{{ m.role | upper }}\n{{ m.content | lower }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_template_may_write_signs_and_letters_in_its_own_way() -> None:
+    messages = [{"role": "user", "content": "a<b?"}, {"role": "assistant", "content": "<b>Yes</b> & no"}]
+    assert shown(render(with_template(ESCAPING), messages)) == ["&lt;b&gt;Yes&lt;/b&gt; &amp; no<|im_end|>"]
+    assert shown(render(with_template(LOWERING), messages)) == ["<b>yes</b> & no<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["llama_4", "gemma_3"])
+def test_contents_in_parts_are_learned(name: str) -> None:
+    messages = [
+        {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
+        for message in THINKING
+    ]
+    assert shown(rendered(name, messages)) == [FAMILIES[name].answer(text, False) for text in "12"]
 
 
 def test_an_earlier_turn_that_the_template_drops_is_counted() -> None:

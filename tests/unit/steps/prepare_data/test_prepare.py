@@ -259,3 +259,23 @@ def test_answers_are_there_however_many_rows_rendering_drops(outline: Path, tmp_
     result = prepare(settings, outline, 1, tmp_path / "o")
     assert result.eval_rows == len(result.answers) == 4
     assert all(answer["prompt"].split()[1] == answer["answer"][1:] for answer in result.answers)
+
+
+def test_a_given_template_is_what_rows_and_questions_are_written_with(outline: Path, tmp_path: Path) -> None:
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "again"), ("assistant", "bye")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": [{**messages[0], "content": f"hi {i}"}, *messages[1:]]} for i in range(12)]
+    settings = DataSettings(
+        source=_jsonl(tmp_path / "d.jsonl", rows), chat_template="zephyr", train_on="last", packing="rows"
+    )
+    made = prepare(settings, outline, 1, tmp_path / "o")
+    tokenizer = load_tokenizer(outline / "model")
+    row = load_rows(tmp_path / "o", "train")[0]
+    learned = [token for token in row["labels"] if token != IGNORED]
+    assert tokenizer.decode(learned) == "bye</s>"
+    assert made.account.turns_without_labels == {"data.train_on=last": 12}
+    assert made.answers[0]["prompt"].endswith("<|user|>\nagain</s>\n<|assistant|>\n")
+    assert made.chat_template.startswith("{% for message in messages %}")
+    assert (made.turn_ends, made.shared_sequences) == ([tokenizer.eos_token_id], True)
+    with pytest.raises(InputError, match=r"data\.chat_template: 'chatml': .*'<\|im_end\|>'"):
+        prepare(settings.model_copy(update={"chat_template": "chatml"}), outline, 1, tmp_path / "p")

@@ -1,13 +1,14 @@
 """Training: same seed, same numbers; the best adapter is kept."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora.artifacts import TrainingLog
+from spectraqlora.artifacts import PreparedRows, TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
@@ -30,6 +31,22 @@ def test_same_seed_same_numbers(quantized: Path, prepared: Path, tmp_path: Path)
     assert logs[0].loss_curve == logs[1].loss_curve != logs[2].loss_curve
     assert logs[0].best_eval_loss == min(loss for _, loss in logs[0].eval_curve)
     assert TrainingLog.read(tmp_path / "a") == logs[0]
+
+
+def test_rows_that_share_sequences_train_the_same(quantized: Path, prepared: Path, tmp_path: Path) -> None:
+    rank_map(quantized, {Q0: 4, DOWN: 4}).write(tmp_path / "ranks")
+    shutil.copytree(prepared, tmp_path / "rows")
+    PreparedRows.read(prepared).model_copy(update={"shared_sequences": True}).write(tmp_path / "rows")
+    settings, logs = TrainSettings(max_steps=4, evaluations=2), []
+    for name, rows in (("alone", prepared), ("shared", tmp_path / "rows")):
+        inputs = Inputs(quantized, rows, tmp_path / "ranks")
+        logs.append(train(TrainRequest(inputs, tmp_path / name, 1, train=settings)))
+    alone, shared = logs
+    assert [loss for _, loss in shared.loss_curve] == pytest.approx(
+        [loss for _, loss in alone.loss_curve], rel=1e-4
+    )
+    assert shared.best_eval_loss == pytest.approx(alone.best_eval_loss, rel=1e-4)
+    assert shared.train_tokens == alone.train_tokens, "padding is not counted"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs every method recomputes")
