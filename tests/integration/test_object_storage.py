@@ -204,7 +204,7 @@ def test_what_is_wrong_with_an_address_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server.put_plain(tmp_path_with(tmp_path / "no-model", "notes.txt", "hello"), "no-model")
+    server.put_plain(tmp_path_with(tmp_path / "no-model", "notes.pdf", "hello"), "no-model")
     server.put_plain(tmp_path_with(tmp_path / "pickled", "pytorch_model.bin", "x", "config.json"), "pickled")
     server.put_plain(tmp_path_with(tmp_path / "columns", "a.jsonl", '{"foo": 1}\n'), "columns")
     table = json.dumps({"model.layers.0.mlp.up_proj": {"snr": 1.0, "type": "mlp.up_proj"}})
@@ -222,7 +222,7 @@ def test_what_is_wrong_with_an_address_is_one_line_and_exit_code_2(
         ({"--base-model": "s3://B/x"}, {}, ("model.base_model", "lower-case")),
         ({"--data": f"s3://{BUCKET}/nothing"}, {}, ("nothing", "there are none")),
         ({"--data": f"s3://{BUCKET}/no-model"}, {}, ("data.source", ".jsonl")),
-        ({"--data": f"s3://{BUCKET}/columns"}, {}, ("data columns",)),
+        ({"--data": f"s3://{BUCKET}/columns"}, {}, ("data.columns",)),
         ({"--snr-table": f"s3://{BUCKET}/table/snr.json"}, {}, ("snr.table", "a row for each")),
         ({"--set": "checkpoint.destination=/tmp/x"}, {}, ("checkpoint.destination", "s3://")),
         ({"--set": "checkpoint.destination=s3://no-such-bucket/c"}, {}, ("no-such-bucket",)),

@@ -34,6 +34,8 @@ COMPLETIONS = ("completion", "response", "output", "answer", "answers")
 TOOLS = ("tools", "functions")
 LABELS = ("label", "kto_tag")
 PICTURES = ("image", "images", "audio", "audios", "video", "videos")
+MARKED_BAD = "marked as bad"
+"""The reason of rows whose label says so."""
 _EXTRA = ("input", "context")
 _GUESSED_PROMPTS = (*PROMPTS, "user", "human", "problem", "task", "request", "source", "title")
 _GUESSED_COMPLETIONS = (*COMPLETIONS, "assistant", "solution", "reply", "target", "gpt", "result", "text")
@@ -72,7 +74,7 @@ class Layout:
                     "text alone; leave the column out to learn from text",
                 )
         if "label" in cells and not _good(cells["label"]):
-            raise RowRefused("marked as bad")
+            raise RowRefused(MARKED_BAD)
         if "chosen" in cells:
             return self._chosen(cells, origin)
         if "messages" in cells:
@@ -180,7 +182,7 @@ class Layouts:
 
     def _find(self, filled: tuple[str, ...], names: tuple[str, ...]) -> Layout:
         for columns in (filled, names):
-            found = _fitting(columns, names, self._settings, self._native)
+            found = _fitting(columns, names, self._settings, self._native, self._name)
             if found is not None:
                 return found
         if self._latest is not None:
@@ -203,14 +205,14 @@ def recognise(
         InputError: they fit none, or are preferences where `data.preference` does not say what to learn of them.
     """
     names = tuple(columns)
-    found = _fitting(names, names, settings or DataSettings(), False)
+    found = _fitting(names, names, settings or DataSettings(), False, name)
     if found is None:
         raise unknown_columns(name, names)
     return found
 
 
 def _fitting(
-    filled: Sequence[str], names: Sequence[str], settings: DataSettings, native: bool
+    filled: Sequence[str], names: Sequence[str], settings: DataSettings, native: bool, source: str
 ) -> Layout | None:
     there = set(filled)
     pictures = tuple(name for name in PICTURES if name in names)
@@ -230,7 +232,7 @@ def _fitting(
     if {"chosen", "rejected"} <= there:
         if settings.preference != "chosen":
             raise InputError(
-                "data columns",
+                f"{source}, columns",
                 "chosen, rejected",
                 "answers, not preferences; data.preference=chosen learns what was chosen",
             )

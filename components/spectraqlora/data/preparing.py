@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from spectraqlora.artifacts import IGNORED
 from spectraqlora.data.accounting import TOO_LONG, Counter
+from spectraqlora.data.layouts import MARKED_BAD
 from spectraqlora.data.rendering import RenderedRow, Renderer
 from spectraqlora.data.rows import Origin, Row, RowRefused, Text
 from spectraqlora.data.sources import Source, Split
@@ -89,7 +90,8 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
             try:
                 yield row_key(layout.row(record, origin))
             except RowRefused as refused:
-                counter.drop(refused.reason, origin, refused.detail)
+                asked_for = refused.reason == MARKED_BAD
+                counter.drop(refused.reason, origin, refused.detail, asked_for=asked_for)
 
     for split in source.splits:
         keys = np.fromiter(keys_of(split), np.uint64)
