@@ -256,12 +256,25 @@ class Place:
         except Exception as error:  # The hub's client lets those of its HTTP library through.
             raise self._away(error) from None
 
-    def _cached_commit(self) -> str:
+    def cached_copy(self, commit: str = "") -> Path | None:
+        """What this machine has of a hub id, be it complete or not; None where it has nothing.
+
+        Args:
+            commit: which one; the newest where it is empty.
+        """
+        commit = commit or self._cached_commit()
+        folder = self._copies() / "snapshots" / commit
+        return folder if commit and folder.is_dir() else None
+
+    def _copies(self) -> Path:
         from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.file_download import repo_folder_name
 
         kind = "model" if self.holds == "model" else "dataset"
-        copies = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.text, repo_type=kind)
+        return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.text, repo_type=kind)
+
+    def _cached_commit(self) -> str:
+        copies = self._copies()
         if (copies / "snapshots" / self.revision).is_dir():
             return self.revision
         reference = copies / "refs" / self.revision

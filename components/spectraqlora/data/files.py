@@ -44,6 +44,8 @@ _DELIMITERS = ",;\t|"
 _SNIFFED_RECORDS = 20
 _CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
+_BUFFER = 1 << 20
+"""Bytes of a Parquet column that are read at a time."""
 _WHITE = re.compile(r"[ \t\r\n]*")
 
 Record = dict[str, Any]
@@ -345,7 +347,9 @@ def _parquet(file: DataFile) -> Iterator[tuple[int, Record]]:
 
     with file.open_bytes() as raw:
         try:
-            yield from _batches(pq.ParquetFile(raw).iter_batches(_BATCH_ROWS))
+            yield from _batches(
+                pq.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER).iter_batches(_BATCH_ROWS)
+            )
         except (pa.ArrowException, OSError):
             raise InputError("data.source", file.name, "a readable Parquet file") from None
 

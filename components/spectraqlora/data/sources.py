@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import glob
 import io
 import os
 import re
@@ -142,21 +143,17 @@ def _hub_source(place: Place, settings: DataSettings, content: str) -> Source:
 
     name, revision = place.with_owner(), content or place.revision
     try:
-        try:
-            names = HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
-            chosen = _hub_choice(place, name, revision, names, settings)
-            patterns: list[str] | None = ["README.md", *(file.name for s in chosen.values() for file in s)]
-        except InputError:
-            raise
-        except Exception:  # The hub is away: what this machine has of it.
-            patterns = None
-        folder = Path(
-            snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns)
-        )
+        names = HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
+        chosen = _hub_choice(place, name, revision, names, settings)
+        read = ["README.md", *(glob.escape(file.name) for files in chosen.values() for file in files)]
+        folder = Path(snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=read))
     except InputError:
         raise
     except Exception as error:  # The hub's client lets those of its HTTP library through.
-        raise _no_hub_data(place, error) from None
+        cached = place.cached_copy(content)
+        if cached is None:
+            raise _no_hub_data(place, error) from None
+        folder = cached
     return _local_source(folder, settings)
 
 
@@ -175,7 +172,7 @@ def _hub_choice(
 
 def _hub_preview(place: Place, settings: DataSettings) -> Source | None:
     """A hub data set whose files are read where they are, in parts."""
-    from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub import HfApi
 
     name = place.with_owner()
     try:
@@ -183,7 +180,6 @@ def _hub_preview(place: Place, settings: DataSettings) -> Source | None:
     except Exception:  # It was asked for its commit before; what this machine has of it does.
         return None
     chosen = _hub_choice(place, name, place.revision, names, settings)
-    system = HfFileSystem()
     return Source(
         {
             split: [
@@ -191,13 +187,41 @@ def _hub_preview(place: Place, settings: DataSettings) -> Source | None:
                     file.name,
                     file.suffix,
                     file.compression,
-                    functools.partial(system.open, f"datasets/{name}/{file.name}", "rb"),
+                    functools.partial(_open_on_hub, place, name, file.name),
                 )
                 for file in files
             ]
             for split, files in chosen.items()
         }
     )
+
+
+def _open_on_hub(place: Place, name: str, file: str) -> BinaryIO:
+    try:
+        return _ranged(_HubReader(name, file))
+    except Exception as error:  # The hub's client lets those of its HTTP library through.
+        raise _no_hub_data(place, error) from None
+
+
+class _HubReader:
+    """Parts of a file of a data set on the hub."""
+
+    def __init__(self, name: str, file: str) -> None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        self._url = hf_hub_url(name, file, repo_type="dataset")
+        self.size = int(get_hf_file_metadata(self._url).size or 0)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes from an offset."""
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + length - 1}"}
+        answer = get_session().get(self._url, headers=headers, follow_redirects=True)
+        answer.raise_for_status()
+        content = bytes(answer.content)
+        # 206: a part, as asked for.
+        return content if answer.status_code == 206 else content[offset : offset + length]
 
 
 def _not_here(name: str) -> BinaryIO:
