@@ -256,7 +256,7 @@ class Place:
         except Exception as error:  # The hub's client lets those of its HTTP library through.
             raise self._away(error) from None
 
-    def cached_copy(self, commit: str = "") -> Path | None:
+    def partial_copy(self, commit: str = "") -> Path | None:
         """What this machine has of a hub id, be it complete or not; None where it has nothing.
 
         Args:

@@ -150,7 +150,7 @@ def _hub_source(place: Place, settings: DataSettings, content: str) -> Source:
     except InputError:
         raise
     except Exception as error:  # The hub's client lets those of its HTTP library through.
-        cached = place.cached_copy(content)
+        cached = place.partial_copy(content)
         if cached is None:
             raise _no_hub_data(place, error) from None
         folder = cached
@@ -214,7 +214,8 @@ class _HubReader:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes from an offset."""
-        from huggingface_hub.utils import build_hf_headers, get_session
+        from huggingface_hub import get_session
+        from huggingface_hub.utils._headers import build_hf_headers
 
         headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + length - 1}"}
         answer = get_session().get(self._url, headers=headers, follow_redirects=True)
