@@ -159,14 +159,6 @@ class Place:
             )
         return self._snapshot(content)
 
-    def local_description(self, suffixes: tuple[str, ...]) -> Path:
-        """A folder with those files of a base model on the hub whose names end so, and its code where it is trusted.
-
-        Raises:
-            InputError: the hub has no such model, or does not answer.
-        """
-        return self._fetched([f"*{suffix}" for suffix in (*suffixes, *([".py"] if self.trusted else []))])
-
     def description(self, folder: Path, content: str = "") -> tuple[Path, list[str]]:
         """What describes a base model on the hub or at an address, without its weights, and all its files' names.
 
@@ -186,10 +178,19 @@ class Place:
             names = list(storage.list_files(self.address))
             storage.download_folder(self.address, folder, wanted=lambda name: _describes(name, self.trusted))
             return folder, names
-        patterns = [*DESCRIPTION_FILES, *(["*.py"] if self.trusted else [])]
-        return self._fetched(patterns, content), [
-            file.rfilename for file in self._ask(content).siblings or ()
-        ]
+        folder = self.hub_description(content)
+        return folder, [file.rfilename for file in self._ask(content).siblings or ()]
+
+    def hub_description(self, content: str = "") -> Path:
+        """What describes a base model on the hub, in the hub's own cache; where it is there, nothing is asked.
+
+        Args:
+            content: the hub's commit; empty takes the place's revision.
+
+        Raises:
+            InputError: the hub has none, or does not answer.
+        """
+        return self._fetched([*DESCRIPTION_FILES, *(["*.py"] if self.trusted else [])], content)
 
     def cached_copy(self, content: str = "") -> Path | None:
         """The complete copy of a hub's model in the hub's cache; None where there is none. Nothing is asked of the hub."""

@@ -13,9 +13,6 @@ from spectraqlora.models.families import check_packable, context_length
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.places import Place
 from spectraqlora.settings import DataSettings
-from spectraqlora.storage import download_folder
-
-_DESCRIPTION = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -59,20 +56,17 @@ def row_model(folder: Path, settings: DataSettings, trust_remote_code: bool = Fa
     return RowModel(tokenizer, renderer, length, pairs)
 
 
-def description_of(base: Place, scratch: Path) -> Path:
+def description_of(base: Place, scratch: Path, commit: str = "") -> Path:
     """A folder with a base model's config and tokenizer: its own, or a copy without the weights.
 
     Args:
         base: of kind path, hub or s3.
         scratch: a folder for what an address has.
+        commit: of the hub; empty takes the place's revision.
 
     Raises:
         InputError: it is not there, or its hub or store does not answer.
     """
     if base.kind == "s3":
-        wanted = (*_DESCRIPTION, ".py") if base.trusted else _DESCRIPTION
-        download_folder(base.address, scratch, wanted=lambda name: name.endswith(wanted))
-        return scratch
-    if base.kind == "hub":
-        return base.local_description(_DESCRIPTION)
-    return base.path
+        return base.description(scratch)[0]
+    return base.hub_description(commit) if base.kind == "hub" else base.path

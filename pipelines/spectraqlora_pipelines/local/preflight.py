@@ -49,16 +49,16 @@ def check(settings: Settings, base: Place, source: Place, commit: str = "") -> l
         split_batch(settings.train, settings.train.processes)
     lines = [f"Base model: {text}" for text in _check_base_model(settings, base, commit)]
     with quiet():
-        return lines + [f"Data: {text}" for text in _check_data(settings, base, source)]
+        return lines + [f"Data: {text}" for text in _check_data(settings, base, source, commit)]
 
 
-def _check_data(settings: Settings, base: Place, source: Place) -> list[str]:
+def _check_data(settings: Settings, base: Place, source: Place, commit: str) -> list[str]:
     """Refuse data that cannot be read, or that the base model's template refuses."""
     from spectraqlora.data.checks import check_source
     from spectraqlora.data.for_model import description_of, row_model
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = description_of(base, Path(scratch) / "description")
+        folder = description_of(base, Path(scratch) / "description", commit)
         return check_source(source, settings.data, row_model(folder, settings.data, base.trusted))
 
 

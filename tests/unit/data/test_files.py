@@ -1,6 +1,7 @@
 """Files of every kind: the rows are what is written there, and damage is named."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -11,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from spectraqlora.data.files import DataFile, read_rows, suffixes
 from spectraqlora.errors import InputError
 
@@ -192,3 +195,20 @@ def test_damaged_parquet_of_real_rows_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"] * 1000}), out)
     with pytest.raises(InputError, match="Parquet"):
         values("d.parquet", out.getvalue()[:-20])
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_any_text_comes_back_as_it_was_written(texts: list[str]) -> None:
+    rows = [{"prompt": "q", "completion": text} for text in texts]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    escaped = "".join(json.dumps(row) + "\r\n" for row in rows)
+    assert values("d.jsonl", lines.encode()) == values("d.jsonl", escaped.encode()) == rows
+    assert values("d.json", json.dumps(rows, indent=1, ensure_ascii=False).encode()) == rows
+    for suffix, delimiter in (("csv", ","), ("csv", ";"), ("tsv", "\t")):
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+        writer.writerow(["prompt", "completion"])
+        writer.writerows([row["prompt"], row["completion"]] for row in rows)
+        assert values(f"d.{suffix}", table.getvalue().encode()) == rows
+        assert values(f"d.{suffix}", table.getvalue().encode("utf-16")) == rows
