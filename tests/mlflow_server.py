@@ -55,7 +55,12 @@ class MlflowServer:
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **self._environment},
+                env={
+                    **os.environ,
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # as the chart starts it
+                    **self._environment,
+                },
                 start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS

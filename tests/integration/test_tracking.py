@@ -90,6 +90,36 @@ def test_runs_say_where_they_come_from(
     assert dataset.dataset.digest == data.digest[:36] and "data.jsonl" in dataset.dataset.source
 
 
+def test_pipeline_run_and_mlflow_run_lead_to_each_other(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    key = "7c1f2c3d-0000-4000-8000-123456789abc"
+    monkeypatch.setenv("SPECTRAQLORA_KFP_UI", "https://kubeflow.example.com/pipeline/")
+    monkeypatch.setenv("SPECTRAQLORA_MLFLOW_UI", "https://mlflow.example.com")
+    client = MlflowClient(mlflow_server.uri)
+    # As KFP's MLflow plugin makes them: a run for the pipeline run, and one of the task below it.
+    other = client.create_experiment("KFP-Default")
+    theirs = client.create_run(other, tags={"kfp.pipeline_run_id": key}).info.run_id
+    task = client.create_run(other, tags={"mlflow.parentRunId": theirs}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", task)
+    tracker = Tracker(settings(mlflow_server, "linked"), key, "train")
+    run = client.get_run(tracker.pipeline_run())
+    pipeline_run = f"https://kubeflow.example.com/pipeline/#/runs/details/{key}"
+    assert pipeline_run in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["kfp.pipeline_run_url"] == pipeline_run
+    address = f"https://mlflow.example.com/#/experiments/{tracker.experiment}/runs/{run.info.run_id}"
+    assert tracker.address(run.info.run_id) == address and address in capfd.readouterr().out
+    assert client.get_run(theirs).data.tags["spectraqlora.mlflow_run"] == address
+    assert run.data.tags["kfp.mlflow_run"].endswith(f"/runs/{theirs}")
+
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    Tracker(settings(mlflow_server, "linked"), key, "compare").pipeline_run()
+    monkeypatch.delenv("SPECTRAQLORA_KFP_UI")
+    local = Tracker(settings(mlflow_server, "linked"), "demo-123", "train")
+    tags = client.get_run(local.pipeline_run()).data.tags
+    assert "mlflow.note.content" not in tags and "kfp.pipeline_run_url" not in tags
+
+
 def test_a_server_that_is_down_at_the_start_is_one_line_within_seconds() -> None:
     began = time.monotonic()
     with pytest.raises(
@@ -170,6 +200,77 @@ def test_what_could_not_be_sent_at_all_is_sent_by_the_next_step(
         later.log_evaluation(run_id, result, {"eval_loss": result.eval_loss})
         assert _history(later, run_id, "train_loss") == log.loss_curve
         assert later.client.get_run(run_id).data.metrics["eval_loss"] == result.eval_loss
+
+
+def test_a_slow_store_makes_an_upload_slow_and_cuts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time in which any other request is given up is 2 s here, and the store takes 5 s for each object."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+    def pause(request: s3.Request) -> None:
+        time.sleep(5 if request.method == "PUT" else 0)
+
+    with s3.Server(tmp_path / "s3") as store, s3.Proxy(store.port, pause) as slow:
+        server = MlflowServer(
+            tmp_path / "server",
+            artifacts=f"s3://{s3.BUCKET}/mlflow",
+            environment={**s3.environment(slow.endpoint), "MLFLOW_S3_ENDPOINT_URL": slow.endpoint},
+        )
+        with server:
+            tracker = Tracker(settings(server, "slow"), "run-6")
+            run_id = tracker.pipeline_run()
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "weights.safetensors").write_bytes(bytes(1 << 20))
+            tracker.log_folder(run_id, tmp_path / "model", "model")
+            assert len(list((store.folder / s3.BUCKET / "mlflow").rglob("weights.safetensors"))) == 1
+            assert slow.count("PUT") == 1, "sent once"
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_model_comes_through_the_server_only_where_its_store_is_out_of_reach(
+    reachable: bool, tmp_path: Path
+) -> None:
+    """As from outside of a cluster, where the store has no name: what MLflow signs for us gets no answer."""
+    from spectraqlora.tracking.registered_model import download_model
+    from spectraqlora.tracking.registry import Registry
+
+    def signed(request: s3.Request) -> bool:
+        return "X-Amz-Signature" in request.path
+
+    def hang_up(request: s3.Request) -> s3.Fault | None:
+        return s3.Fault("drop") if signed(request) and not reachable else None
+
+    with s3.Server(tmp_path / "s3") as store, s3.Proxy(store.port, hang_up) as seen:
+        server = MlflowServer(
+            tmp_path / "server",
+            artifacts=f"s3://{s3.BUCKET}/mlflow",
+            environment={**s3.environment(seen.endpoint), "MLFLOW_S3_ENDPOINT_URL": seen.endpoint},
+        )
+        with server:
+            chosen = settings(server, "outside", registered_model="m")
+            tracker = Tracker(chosen, "run-7")
+            run_id = tracker.pipeline_run()
+            (tmp_path / "model").mkdir()
+            for number in range(3):
+                (tmp_path / "model" / f"part-{number}").write_text("whole")
+            (tmp_path / "model" / "MLmodel").write_text("flavors: {}")
+            tracker.log_folder(run_id, tmp_path / "model", "model")
+            client = MlflowClient(server.uri)
+            client.create_registered_model("m")
+            client.create_model_version("m", f"{client.get_run(run_id).info.artifact_uri}/model", run_id)
+            registry = Registry(chosen)
+            for name in ("one", "two"):
+                (tmp_path / name).mkdir()
+            began = time.monotonic()
+            folder = download_model(chosen, registry.version(1), tmp_path / "one")
+            kept = registry.download(registry.version(1), "model", tmp_path / "two")
+            assert time.monotonic() - began < 30
+            names = ["MLmodel", *(f"part-{number}" for number in range(3))]
+            for found in (folder, kept):
+                assert set(names) <= {path.name for path in found.iterdir()}
+            asked = sum(map(signed, seen.requests))
+            assert asked > len(names) if reachable else asked == 1, "one question says that nobody answers"
 
 
 def test_basic_auth_allowed_hosts_and_artifacts_in_s3(

@@ -19,7 +19,7 @@ from spectraqlora.models.loading import load_plain, load_tokenizer
 from spectraqlora.places import base_place, kind_of
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.registry import TAG_LENGTH, Version
-from spectraqlora.tracking.server import explain_errors
+from spectraqlora.tracking.server import explain_errors, fetching, transferring
 
 _REQUIREMENTS = ("torch", "transformers", "safetensors", "accelerate")
 
@@ -50,7 +50,7 @@ def log_model(
     """
     import mlflow
 
-    with _as_default(settings):
+    with _as_default(settings), transferring(settings):
         client = mlflow.MlflowClient()
         for model in client.search_logged_models(
             [client.get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'"
@@ -112,8 +112,13 @@ def download_model(settings: TrackingSettings, version: Version, target: Path) -
     import mlflow
 
     with _as_default(settings):
-        uri = f"models:/{version.name}/{version.number}"
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target)))
+        client = mlflow.MlflowClient()
+        location = client.get_model_version_download_uri(version.name, str(version.number))
+        if location.startswith("models:/"):
+            location = client.get_logged_model(location.removeprefix("models:/")).artifact_location
+        with fetching(settings, f"{location}/MLmodel"):
+            uri = f"models:/{version.name}/{version.number}"
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target)))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from spectraqlora.artifacts import RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.settings import TrackingSettings
-from spectraqlora.tracking.server import connect, explain_errors
+from spectraqlora.tracking.server import connect, explain_errors, fetching
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 HELD_OUT, ADAPTER = "eval_rows", "adapter"
@@ -163,7 +163,7 @@ class Registry:
         """
         from mlflow.exceptions import MlflowException
 
-        with explain_errors(self.settings):
+        with fetching(self.settings, self._location(version, folder)):
             try:
                 return Path(self.client.download_artifacts(version.run_id, folder, str(target)))
             except (MlflowException, OSError) as error:
@@ -172,6 +172,13 @@ class Registry:
                 raise InputError(
                     f"{self.name} version {version.number}", folder, "these artifacts of its run"
                 ) from None
+
+    def _location(self, version: Version, folder: str) -> str:
+        """MLflow's address of a file in a folder of the artifacts of the version's run; empty where there is none."""
+        with explain_errors(self.settings):
+            root = self.client.get_run(version.run_id).info.artifact_uri
+            files = (entry.path for entry in self.client.list_artifacts(version.run_id, folder))
+            return next((f"{root}/{path}" for path in files), "")
 
     def champion_adapter(self, target: Path) -> tuple[Version, Path] | None:
         """The champion and its adapter with the rank map; None where there is no champion or no adapter."""

@@ -16,14 +16,19 @@ from spectraqlora.artifacts import Evaluation, PreparedRows, TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.places import kind_of
 from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
-from spectraqlora.runtime.console import warn
+from spectraqlora.runtime.console import say, warn
 from spectraqlora.runtime.images import image_reference
 from spectraqlora.settings import TrackingSettings
-from spectraqlora.tracking.server import ServerAway, connect, explain_errors
+from spectraqlora.tracking.server import ServerAway, connect, explain_errors, transferring
 
 RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
+KFP_UI, MLFLOW_UI = "SPECTRAQLORA_KFP_UI", "SPECTRAQLORA_MLFLOW_UI"
+"""Environment variables: where people reach the two UIs, which links between the runs begin with."""
 IMAGE, REVISION = "SPECTRAQLORA_IMAGE_REFERENCE", "SPECTRAQLORA_REVISION"
 """Environment variables of a step's container: its image in full, and the source revision it was built from."""
+PLUGINS_RUN = "MLFLOW_RUN_ID"
+"""Environment variable in which KFP's MLflow plugin names the MLflow run of the task."""
+_LINK = "spectraqlora.mlflow_run"
 _PARENT, _WINNER = "pipeline", "spectraqlora.run_id"
 _PARAM_LENGTH = 500
 _BATCH = 900
@@ -80,8 +85,30 @@ class Tracker:
         if os.environ.get(REVISION):
             tags["mlflow.source.git.commit"] = os.environ[REVISION]
         if _UUID.fullmatch(self.run_key):
-            tags["kfp.run_id"] = self.run_key
+            # By the last two KFP's own MLflow plugin names a pipeline run; so one search finds its run and ours.
+            tags |= {
+                "kfp.run_id": self.run_key,
+                "kfp.pipeline_run_id": self.run_key,
+                "kfp.pipeline_run_url": self._pipeline_address(),
+            }
         return tags
+
+    def _pipeline_address(self) -> str:
+        """Where KFP's UI shows the pipeline run; only the path where nobody said where the UI is."""
+        return f"{os.environ.get(KFP_UI, '').rstrip('/')}/#/runs/details/{self.run_key}"
+
+    def address(self, run_id: str) -> str:
+        """Where MLflow's UI shows a run; empty for a database without a server."""
+        root = os.environ.get(MLFLOW_UI) or self.settings.uri
+        if not root.startswith(("http://", "https://")):
+            return ""
+        return f"{root.rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
+
+    def _note(self) -> dict[str, str]:
+        """The description that MLflow's UI shows on top of the pipeline's run: a link to KFP's."""
+        if not (_UUID.fullmatch(self.run_key) and os.environ.get(KFP_UI)):
+            return {}
+        return {"mlflow.note.content": f"[Pipeline run {self.run_key}]({self._pipeline_address()})"}
 
     def _create(self, branch: str, name: str, tags: dict[str, str]) -> str:
         run = self.client.create_run(
@@ -98,7 +125,31 @@ class Tracker:
         if self.step:
             self.client.set_tag(chosen, f"image.{self.step}", step_image())
         self._runs[branch] = chosen
+        if branch == _PARENT and self.step:
+            self._link(chosen)
         return chosen
+
+    def _link(self, run_id: str) -> None:
+        """Say where the run is shown, and lead from the run of KFP's own MLflow plugin to ours and back.
+
+        The plugin gives the pipeline run an MLflow run with one nested run per task, whose id it puts into the step's
+        environment (proposals/12862-mlflow-integration of kubeflow/pipelines).
+        """
+        from mlflow.exceptions import MlflowException
+
+        if address := self.address(run_id):
+            say(f"MLflow run: {address}")
+        task = os.environ.get(PLUGINS_RUN)
+        if not task:
+            return
+        try:
+            theirs = self.client.get_run(task).data.tags["mlflow.parentRunId"]
+            tags = self.client.get_run(theirs).data.tags
+        except (KeyError, MlflowException):
+            return  # A run of something else, or in another MLflow.
+        if tags.get("kfp.pipeline_run_id") == self.run_key and _LINK not in tags:
+            self.client.set_tag(theirs, _LINK, address or run_id)
+            self.client.set_tag(run_id, "kfp.mlflow_run", self.address(theirs) or theirs)
 
     def pipeline_run(self) -> str:
         """Id of the MLflow run of the pipeline run."""
@@ -110,7 +161,7 @@ class Tracker:
         with explain_errors(self.settings):
             decided = self.client.get_experiment_by_name(ballot)
             if decided is None:
-                candidate = self._create(_PARENT, self.run_key, {})
+                candidate = self._create(_PARENT, self.run_key, self._note())
                 try:
                     made = self.client.create_experiment(ballot, tags={_WINNER: candidate})
                     self.client.delete_experiment(made)
@@ -219,12 +270,12 @@ class Tracker:
 
     def log_file(self, run_id: str, path: Path, folder: str = "") -> None:
         """Keep a file among the run's artifacts."""
-        with explain_errors(self.settings):
+        with transferring(self.settings):
             self.client.log_artifact(run_id, str(path), folder or None)
 
     def log_folder(self, run_id: str, path: Path, folder: str) -> None:
         """Keep a folder's files among the run's artifacts."""
-        with explain_errors(self.settings):
+        with transferring(self.settings):
             self.client.log_artifacts(run_id, str(path), folder)
 
     def has_files(self, run_id: str, folder: str) -> bool:

@@ -7,18 +7,28 @@ import logging
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from spectraqlora.errors import InputError
 from spectraqlora.settings import TrackingSettings
 
+TRANSFER_SECONDS = 1800
+"""How long one file may take between MLflow, and the store behind it, and us; MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT
+names another time."""
+_PROBE_SECONDS = 5
+_TRANSFER, _TIMEOUT = "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_PAST_THE_SERVER = "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"
+_ARTIFACTS = "mlflow-artifacts"
 _AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
 # MLflow's own retries would hold a step for four minutes before it could say that nobody answers.
 _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    _TIMEOUT: "30",
 }
+_stores: dict[str, bool] = {}
+"""By server: whether the store behind it answered us."""
 
 
 class ServerAway(InputError):
@@ -69,3 +79,77 @@ def explain_errors(settings: TrackingSettings) -> Iterator[None]:
         raise InputError("tracking.uri", settings.uri, expected) from None
     except OSError as error:
         raise ServerAway(settings, str(error)) from error
+
+
+@contextlib.contextmanager
+def transferring(settings: TrackingSettings) -> Iterator[None]:
+    """`explain_errors`, and inside requests may take as long as a file does in a slow store.
+
+    The server answers an upload when its store has the file, and a proxied download when it has it from there; the
+    30 seconds after which any other request is given up would cut both, and each try sends the complete file again.
+    """
+    seconds = os.environ.get(_TRANSFER) or str(TRANSFER_SECONDS)
+    with _variable(_TIMEOUT, seconds), explain_errors(settings):
+        yield
+
+
+@contextlib.contextmanager
+def fetching(settings: TrackingSettings, location: str) -> Iterator[None]:
+    """`transferring`, and inside downloads come through the server where its store does not answer us.
+
+    MLflow hands out addresses of its store, by the name that the store has where the server is: outside of the
+    cluster, or behind a network policy or a private authority, nobody answers there, which takes minutes to find out.
+
+    Args:
+        settings: the `tracking` section.
+        location: MLflow's address of a file among those that are fetched.
+    """
+    through = location.startswith(f"{_ARTIFACTS}:") and _PAST_THE_SERVER not in os.environ
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(transferring(settings))
+        if through and not _store_answers(settings.uri, urlsplit(location).path.lstrip("/")):
+            stack.enter_context(_variable(_PAST_THE_SERVER, "false"))
+        yield
+
+
+def _store_answers(uri: str, path: str) -> bool:
+    """Whether the store answers at the address that the server hands out for a file; asked once for a server."""
+    if uri not in _stores:
+        _stores[uri] = _ask_store(uri, path)
+    return _stores[uri]
+
+
+def _ask_store(uri: str, path: str) -> bool:
+    import requests
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    endpoint = f"/api/2.0/{_ARTIFACTS}/presigned/{quote(path)}"
+    try:
+        given = http_request(get_default_host_creds(uri), endpoint, "GET", raise_on_status=False)
+    except MlflowException:
+        return True  # The download will say what is wrong with the server.
+    if given.status_code != 200:
+        return True  # It hands out none.
+    signed = given.json()
+    headers = {**(signed.get("headers") or {}), "Range": "bytes=0-0"}
+    try:
+        with requests.get(signed["url"], headers=headers, timeout=_PROBE_SECONDS, stream=True):
+            return True
+    except requests.RequestException:
+        return False
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Inside, an environment variable has this value; MLflow reads its own at every request."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

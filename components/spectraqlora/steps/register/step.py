@@ -38,4 +38,7 @@ def run(
     tracker.log_data(pipeline_run, PreparedRows.read(inputs.rows))
     write_text(output_folder(registered) / "registered.json", json.dumps({"name": name, "version": version}))
     registered.metadata.update(name=name, version=version)
+    if address := tracker.address(pipeline_run):
+        # What KFP's UI shows of the artifact: the way from the pipeline run to MLflow's.
+        registered.metadata["mlflow_run"] = address
     tracker.finish(pipeline_run)
