@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -30,7 +30,19 @@ from spectraqlora_pipelines.cli.kubeflow import (
 from spectraqlora_pipelines.cli.options import ConfigOrVariable, Set
 from spectraqlora_pipelines.cli.screen import console, line
 
+if TYPE_CHECKING:
+    from spectraqlora_pipelines.cluster.client import Kubeflow
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
+Owner = Annotated[
+    str,
+    typer.Option(
+        envvar="SPECTRAQLORA_SCHEDULE_OWNER",
+        show_envvar=False,
+        metavar="WHO",
+        help="Who keeps it, such as a Helm release.",
+    ),
+]
 
 
 def create(
@@ -61,6 +73,7 @@ def create(
             "--paused", envvar="SPECTRAQLORA_PAUSED", show_envvar=False, help="Create it, but paused."
         ),
     ] = False,
+    owner: Owner = "",
     config: ConfigOrVariable = None,
     set_: Set = None,
     values: Values = None,
@@ -79,7 +92,7 @@ def create(
 
     Missed times are not made up for, and runs never overlap. The same command
     again changes nothing. Times are in the time zone of KFP, UTC unless it was
-    set otherwise.
+    set otherwise. With an owner, its schedules under other names are deleted.
 
     Example:
     spectraqlora schedule create nightly --cron "0 3 * * *" --config my.yaml
@@ -95,11 +108,15 @@ def create(
     server = connect(host, namespace, token_file, ca_file)
     uploaded = upload(server, settings, pipeline, pipeline_name, package, placed)
     how = launch(settings, placed, experiment, service_account, pipeline_root)
-    done = server.schedule(uploaded, name, arguments, how, cron_fields, seconds, enabled=not paused)
+    done = server.schedule(
+        uploaded, name, arguments, how, cron_fields, seconds, enabled=not paused, owner=owner
+    )
     when = f"cron {cron_fields}" if cron_fields else f"every {seconds} s"
     if cron_fields and cron_fields != cron.strip():
         when += f" (KFP's cron begins with seconds; {cron!r} became this)"
     line(f"Schedule {name} {done}: {when}")
+    if owner:
+        _delete_of(server, owner, keep=name)
 
 
 def list_(
@@ -155,18 +172,35 @@ def resume(
 
 
 def delete(
-    name: Name,
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the schedule.")] = "",
+    owner: Owner = "",
     host: Host = "",
     namespace: Namespace = "",
     token_file: TokenFile = "",
     ca_file: CaFile = "",
 ) -> None:
-    """Delete a schedule; deleting what is not there is fine.
+    """Delete a schedule, or all that an owner keeps; what is not there is fine.
 
     Example: spectraqlora schedule delete nightly --host http://localhost:8080
     """
-    count = connect(host, namespace, token_file, ca_file).change(name, "delete")
+    if bool(name) == bool(owner):
+        raise InputError("NAME", name, "either the name of a schedule or --owner")
+    server = connect(host, namespace, token_file, ca_file)
+    if owner:
+        if not _delete_of(server, owner):
+            line(f"{owner} keeps no schedule")
+        return
+    count = server.change(name, "delete")
     line(f"Schedule {name} {'deleted' if count else 'was not there'}")
+
+
+def _delete_of(server: Kubeflow, owner: str, keep: str = "") -> int:
+    """Delete an owner's schedules but the one to keep; how many names there were."""
+    names = {run.display_name for run in server.schedules_of(owner)} - {keep}
+    for name in sorted(names):
+        server.change(name, "delete")
+        line(f"Schedule {name} deleted: {owner} keeps it no more")
+    return len(names)
 
 
 schedule = typer.Typer(no_args_is_help=True, help="Recurring runs: create, list, pause, resume, delete.")

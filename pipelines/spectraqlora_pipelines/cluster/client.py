@@ -17,6 +17,8 @@ from spectraqlora import __version__
 from spectraqlora.errors import InputError
 
 _PAGE = 100
+_OWNED = "Kept by "
+"""Before the owner's name in a recurring run's description: KFP has no labels for recurring runs."""
 
 
 @dataclass(frozen=True)
@@ -183,17 +185,27 @@ class Kubeflow:
         cron: str = "",
         every_seconds: int = 0,
         enabled: bool = True,
+        owner: str = "",
     ) -> str:
         """Make the recurring run of that name be this one: `created`, `updated` or `unchanged`.
 
         Missed times are not made up for, and a run starts only when the one before it has ended. KFP cannot
         change a recurring run, so the new one is created before the old one is deleted: no time is missed in
-        between. A paused one stays paused.
+        between. A paused one stays paused. Its owner is in the recurring run's description, and stays where none
+        is given.
+
+        Raises:
+            InputError: the name belongs to another owner.
         """
         with self._asking():
             experiment = self._experiment(launch.experiment)
         before = self.schedules(name)
+        for run in before:
+            if owner and owner_of(run) not in ("", owner):
+                raise InputError("NAME", name, f"a name of its own; this schedule is kept by {owner_of(run)}")
+        owner = owner or next(filter(None, map(owner_of, before)), "")
         wanted = {
+            "owner": owner,
             "version": uploaded.version_id,
             "parameters": json.loads(json.dumps(arguments)),
             "cron": cron,
@@ -209,6 +221,7 @@ class Kubeflow:
             self._client.create_recurring_run(
                 experiment,
                 name,
+                description=f"{_OWNED}{owner}" if owner else None,
                 cron_expression=cron or None,
                 interval_second=every_seconds or None,
                 max_concurrency=1,
@@ -223,6 +236,10 @@ class Kubeflow:
             for run in before:
                 self._client.delete_recurring_run(run.recurring_run_id)
         return "updated" if before else "created"
+
+    def schedules_of(self, owner: str) -> list[Any]:
+        """Recurring runs that this owner keeps, whatever their names are."""
+        return [run for run in self.schedules() if owner_of(run) == owner]
 
     def change(self, name: str, action: str) -> int:
         """`pause`, `resume` or `delete` the recurring runs of a name; how many there were.
@@ -245,6 +262,12 @@ class Kubeflow:
         return len(runs)
 
 
+def owner_of(run: Any) -> str:
+    """Who keeps a recurring run; empty where nobody is named."""
+    description = run.description or ""
+    return description.removeprefix(_OWNED) if description.startswith(_OWNED) else ""
+
+
 def timing(run: Any) -> str:
     """When a recurring run starts, in words."""
     if run.trigger and run.trigger.cron_schedule:
@@ -259,6 +282,7 @@ def _content(run: Any) -> dict[str, Any]:
     periodic = run.trigger.periodic_schedule if run.trigger else None
     runtime, reference = run.runtime_config, run.pipeline_version_reference
     return {
+        "owner": owner_of(run),
         "version": reference.pipeline_version_id if reference else "",
         "parameters": (runtime.parameters if runtime else None) or {},
         "cron": (cron.cron if cron else "") or "",
