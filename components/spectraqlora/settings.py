@@ -310,7 +310,11 @@ class CheckpointSettings(_Section):
         description="Local folder of training checkpoints; empty is the work directory, or a pod's scratch",
     )
     every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0 goes by time alone")
-    every_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints; 0 goes by steps alone")
+    every_minutes: float = Field(
+        10.0,
+        ge=0,
+        description="Minutes between checkpoints; 0 goes by steps alone. submit and schedule take 3 unless it is given",
+    )
     keep: int = Field(2, ge=1, description="How many of a training's newest checkpoints are kept")
 
 

@@ -80,6 +80,15 @@ def test_submit_uploads_a_version_once_and_starts_runs_with_the_settings_files_a
     assert experiment["display_name"] == "nightly"
 
 
+def test_checkpoints_are_closer_on_a_cluster_unless_the_settings_say_otherwise(
+    server: KfpServer, command: Command
+) -> None:
+    for assignments in ([], ["--set", "checkpoint.keep=3"], ["--set", "checkpoint.every_minutes=10"]):
+        assert command("submit", *assignments).exit_code == 0
+    given = [run["runtime_config"]["parameters"]["checkpoint"] for run in server.state.runs.values()]
+    assert [part["every_minutes"] for part in given] == [3.0, 3.0, 10.0]
+
+
 def test_another_dag_is_another_version_of_the_same_pipeline(server: KfpServer, command: Command) -> None:
     assert command("submit", "--upload-only").exit_code == 0
     assert command("submit", "--upload-only", "--set", "rounds=2").exit_code == 0
@@ -137,6 +146,36 @@ def test_pause_resume_and_delete(server: KfpServer, command: Command) -> None:
     assert "deleted" in command("schedule", "delete", "nightly").output and modes() == []
     assert "was not there" in command("schedule", "delete", "nightly").output
     assert "there is none" in refusal(command("schedule", "pause", "nightly"))
+
+
+def test_an_owner_keeps_one_schedule_whatever_its_name_was(server: KfpServer, command: Command) -> None:
+    def names() -> list[str]:
+        return sorted(run["display_name"] for run in server.state.recurring.values())
+
+    create = ("schedule", "create")
+    assert command(*create, "by-hand", "--every", "1d").exit_code == 0
+    for number in range(3):
+        assert command(*create, f"theirs-{number}", "--every", "1d", "--owner", f"t/{number}").exit_code == 0
+    assert command(*create, "nightly", "--every", "1d", "--owner", "team/tuning").exit_code == 0
+    unchanged = command(*create, "nightly", "--every", "1d", "--owner", "team/tuning")
+    assert "unchanged" in unchanged.output and "deleted" not in unchanged.output
+    renamed = command(*create, "weekly", "--every", "7d", "--owner", "team/tuning")
+    assert "Schedule nightly deleted: team/tuning keeps it no more" in renamed.output
+    assert names() == ["by-hand", "theirs-0", "theirs-1", "theirs-2", "weekly"]
+
+    assert "updated" in command(*create, "weekly", "--every", "8d").output
+    taken = command(*create, "weekly", "--every", "8d", "--owner", "other/tuning")
+    assert "kept by team/tuning" in refusal(taken), "changed by hand it stays its owner's"
+    adopted = command(*create, "by-hand", "--every", "1d", "--owner", "team/other")
+    assert "updated" in adopted.output
+
+    gone = command("schedule", "delete", "--owner", "team/tuning")
+    assert gone.exit_code == 0 and names() == ["by-hand", "theirs-0", "theirs-1", "theirs-2"]
+    assert (
+        "keeps no schedule" in command("schedule", "delete", SPECTRAQLORA_SCHEDULE_OWNER="team/tuning").output
+    )
+    assert "either the name" in refusal(command("schedule", "delete"))
+    assert "either the name" in refusal(command("schedule", "delete", "by-hand", "--owner", "team/other"))
 
 
 def test_the_environment_alone_is_enough(server: KfpServer, command: Command) -> None:

@@ -31,6 +31,8 @@ _SECTIONS = (
 )
 SHARED_STEPS = 8
 """Steps of every pipeline outside its branches: `shared_steps` makes them."""
+CLUSTER_CHECKPOINT_MINUTES = 3.0
+"""checkpoint.every_minutes where nothing else is given: a pod that goes is not asked to save what it has first."""
 _RECIPE = ("model", "data", "snr", "select", "train", "retrain")
 _DESCRIPTIONS: dict[Dag, str] = {
     "ablation": "QLoRA and Spectrum ablations, from base to registry",
@@ -160,6 +162,9 @@ def cluster_arguments(name: str, settings: Settings) -> dict[str, Any]:
     uri = settings.tracking.uri
     if not uri.startswith(("http://", "https://", "databricks")):
         raise InputError("tracking.uri", uri, "the address of an MLflow server that the steps can reach")
+    if "every_minutes" not in settings.checkpoint.model_fields_set:
+        checkpoint = settings.checkpoint.model_copy(update={"every_minutes": CLUSTER_CHECKPOINT_MINUTES})
+        settings = settings.model_copy(update={"checkpoint": checkpoint})
     return arguments(kind, settings, settings.model.base_model, settings.data.source)
 
 
