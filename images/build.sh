@@ -42,7 +42,7 @@ for lock in images/*/requirements.lock; do
     step=$(basename "$(dirname "$lock")")
     case $step in
     base) ;;
-    light) build light light --build-arg BASE="$REPOSITORY/base:$TAG" "$@" ;;
+    light | mlflow) build "$step" "$step" --build-arg BASE="$REPOSITORY/base:$TAG" "$@" ;;
     *) build "$step" step --build-arg BASE="$REPOSITORY/torch:$TAG" --build-arg STEP="$step" "$@" ;;
     esac
 done

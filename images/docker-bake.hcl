@@ -13,7 +13,7 @@ variable "REVISION" { default = "" }
 variable "TAG" { default = "latest" }
 
 group "default" {
-  targets = ["light", "step"]
+  targets = ["light", "mlflow", "step"]
 }
 
 target "offline" {
@@ -40,6 +40,14 @@ target "light" {
   contexts   = { below = "target:base" }
   args       = { BASE = "below", VERSION = VERSION, REVISION = REVISION }
   tags       = ["${REPOSITORY}/light:${TAG}"]
+}
+
+target "mlflow" {
+  inherits   = ["offline"]
+  dockerfile = "images/mlflow/Dockerfile"
+  contexts   = { below = "target:base" }
+  args       = { BASE = "below", VERSION = VERSION, REVISION = REVISION }
+  tags       = ["${REPOSITORY}/mlflow:${TAG}"]
 }
 
 target "step" {

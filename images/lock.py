@@ -24,6 +24,8 @@ HEADER = "# Written by images/lock.py (make lock) from {}.\n"
 _CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton$)")
 LEFT_OUT = ("databricks-sdk", "google-auth", "pyasn1", "pyasn1-modules")
 """What MLflow asks for to talk to Databricks' own servers, which no step does."""
+WITHOUT_TORCH = ("light", "mlflow")
+"""Images that stand on `base` and not on `torch`."""
 _NAME = re.compile(r"^([a-zA-Z0-9._-]+)")
 
 
@@ -43,9 +45,10 @@ def names(text: str) -> list[str]:
 
 
 def bounds() -> str:
-    """The project's own bounds as constraints; images carry mlflow without its server."""
+    """The project's own bounds as constraints; the steps' images carry mlflow without its server."""
     project = tomllib.loads((IMAGES.parent / "pyproject.toml").read_text())["project"]["dependencies"]
-    return "".join(f"{line.replace('mlflow>', 'mlflow-skinny>')}\n" for line in project)
+    skinny = [line.replace("mlflow>", "mlflow-skinny>") for line in project if line.startswith("mlflow>")]
+    return "".join(f"{line}\n" for line in [*project, *skinny])
 
 
 SOURCE_ONLY = ("kfp-server-api",)
@@ -99,10 +102,10 @@ def main() -> None:
         lock(IMAGES / "light" / "source.in", IMAGES / "light" / "source.lock", "--no-deps")
         for source in sorted(IMAGES.glob("*/requirements.in")):
             if source.parent != BASE:
-                light = source.parent.name == "light"
-                stands_on = [*common, "kfp"] if light else [*common, *above]
+                name = source.parent.name
+                stands_on = [*common, "kfp"] if name in WITHOUT_TORCH else [*common, *above]
                 # KFP's client signs in with google-auth; the other images have no client.
-                left_out = LEFT_OUT[:1] if light else LEFT_OUT
+                left_out = LEFT_OUT[:1] if name == "light" else LEFT_OUT
                 lock(source, source.with_suffix(".lock"), *without([*stands_on, *left_out, *SOURCE_ONLY]))
 
 

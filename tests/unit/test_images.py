@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from spectraqlora.runtime import command_line
 from spectraqlora.runtime.images import images
@@ -18,6 +19,8 @@ LOCKS = sorted(IMAGES.glob("*/*.lock"))
 _PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
 DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
 """Import names that are not the name of the package."""
+SERVERS = {"mlflow"}
+"""Images that run no step."""
 NOT_REACHED = {
     "light": {"bitsandbytes", "peft", "scipy", "torch"},
     "re-evaluate": {"scipy"},
@@ -33,13 +36,13 @@ def pins(*locks: Path) -> dict[str, str]:
 
 def locks_of(image: str) -> list[Path]:
     own = [IMAGES / image / f"{name}.lock" for name in ("requirements", "source")]
-    below = ["requirements", "kfp"] + ([] if image == "light" else ["torch", "torch-cpu"])
+    below = ["requirements", "kfp"] + ([] if image in ("light", *SERVERS) else ["torch", "torch-cpu"])
     return [IMAGES / "base" / f"{name}.lock" for name in below] + [path for path in own if path.exists()]
 
 
 def test_every_image_that_a_component_names_has_a_folder_and_its_own_name() -> None:
     folders = {path.parent.name for path in IMAGES.glob("*/requirements.lock")} - {"base"}
-    assert folders == set(images())
+    assert folders == set(images()) | SERVERS
     assert set(command_line.steps()) == {
         path.parent.name.replace("_", "-") for path in PACKAGE.glob("steps/*/component.py")
     }
@@ -49,6 +52,7 @@ def test_the_bake_file_builds_the_same_images() -> None:
     text = (IMAGES / "docker-bake.hcl").read_text()
     (matrix,) = re.findall(r"step = \[(.*?)\]", text)
     assert sorted([*re.findall(r'"([a-z-]+)"', matrix), "light"]) == sorted(images())
+    assert set(re.findall(r'^target "([a-z-]+)"', text, re.M)) >= SERVERS
     used = set(re.findall(r"^ARG (\w+)", "".join(p.read_text() for p in IMAGES.glob("*/Dockerfile")), re.M))
     given = set(re.findall(r"(\w+) = ", "".join(re.findall(r"args\s+= \{(.*)\}", text))))
     assert given == used
@@ -84,6 +88,17 @@ def test_what_an_image_asks_for_is_locked() -> None:
             locks.append(IMAGES / "base" / "torch-cpu.lock")
         below = [] if source.parent.name == "base" else locks_of(source.parent.name)
         assert set(asked) <= pins(*locks, *below, IMAGES / "base" / "requirements.lock").keys(), source
+
+
+def test_the_mlflow_image_has_the_driver_that_sqlalchemy_takes_for_its_database() -> None:
+    from sqlalchemy.engine import make_url
+
+    held = pins(*locks_of("mlflow"))
+    driver = make_url("postgresql://me@host/mlflow").get_driver_name()
+    assert {driver, f"{driver}-binary", "boto3", "mlflow"} <= held.keys()
+    assert held["mlflow"] == held["mlflow-skinny"], "the server has the version of the steps' client"
+    chart = yaml.safe_load((ROOT / "charts" / "spectraqlora" / "values.yaml").read_text())
+    assert chart["mlflow"]["server"]["image"]["repository"] == "spectraqlora/mlflow"
 
 
 def imports(tree: ast.AST) -> tuple[set[str], set[str]]:
