@@ -38,6 +38,17 @@ from spectraqlora_pipelines.cluster.fields import (
 NEVER_CACHED = frozenset({"detect-changes", "start-point", "register", "promote"})
 """Steps that read or change what is kept elsewhere: an old result would miss what happened there since."""
 
+SCRATCH = "scratch"
+"""Name of a step's own volume."""
+LACKING = {
+    "ephemeral_storage": "scratch.size, which reserves a volume for the step's files",
+    "fs_group": "nothing here",
+    "pod_affinity": "affinity, which is about nodes",
+    "priority_class": "nothing here",
+    "runtime_class": "nothing here",
+}
+"""What a pod may have and KFP has no place for, and what there is instead."""
+_WITHOUT_KFP = "KFP has no place for it; pipelines/README.md, What KFP has no place for, names a way"
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE", re.IGNORECASE)
 _USER_INFO = re.compile(r"://[^/\s@]+:[^/\s@]+@")
 
@@ -118,25 +129,78 @@ class RetryValues(_Part):
     max_backoff: Duration = Field("1h", description="Longest wait")
 
 
-class SecretValues(_Part):
+class _Source(_Part):
+    """What a Secret or a ConfigMap gives: variables, files, or both."""
+
+    name: str
+    env: dict[EnvName, str]
+    mount: MountPath | None
+
+    @model_validator(mode="after")
+    def _gives_something(self) -> _Source:
+        if not self.env and not self.mount:
+            raise ValueError("env, mount or both")
+        if self.mount and (len(self.name) > 63 or "." in self.name):
+            # KFP calls the pod's volume after it, and a volume's name has neither.
+            raise _At(("name",), self.name, "a name of at most 63 characters without dots, to be mounted")
+        return self
+
+
+class SecretValues(_Source):
     name: Name = Field(description="Existing Secret in the namespace of the runs")
-    env: dict[EnvName, str] = Field(
-        min_length=1, description="Environment variable: key inside the Secret; names only"
+    env: dict[EnvName, str] = Field({}, description="Environment variable: key inside the Secret; names only")
+    mount: MountPath | None = Field(
+        None, description="Folder in which each key of the Secret is a file, such as /etc/s3"
     )
     optional: bool = Field(False, description="Whether steps start without the Secret")
 
 
-class ConfigMapValues(_Part):
+class ConfigMapValues(_Source):
     name: Name = Field(description="Existing ConfigMap in the namespace of the runs")
-    env: dict[EnvName, str] = Field(
-        min_length=1, description="Environment variable: key inside the ConfigMap"
+    env: dict[EnvName, str] = Field({}, description="Environment variable: key inside the ConfigMap")
+    mount: MountPath | None = Field(
+        None, description="Folder in which each key of the ConfigMap is a file, such as /etc/company-ca"
     )
     optional: bool = Field(False, description="Whether steps start without the ConfigMap")
 
 
+class AffinityRule(_Part):
+    key: LabelKey = Field(description="Node label")
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field(
+        "In", description="How the label's value is compared"
+    )
+    values: tuple[LabelValue, ...] = Field((), description="What it is compared with")
+
+    @model_validator(mode="after")
+    def _has_what_it_compares_with(self) -> AffinityRule:
+        counts = {"In": range(1, 1000), "NotIn": range(1, 1000), "Gt": range(1, 2), "Lt": range(1, 2)}
+        if len(self.values) not in counts.get(self.operator, range(1)):
+            raise _At(
+                ("values",), list(self.values), f"as many values as operator {self.operator} compares with"
+            )
+        return self
+
+
+class AffinityValues(_Part):
+    rules: tuple[AffinityRule, ...] = Field(min_length=1, description="All of these hold for the node")
+    weight: int | None = Field(
+        None, ge=1, le=100, description="Prefer such nodes by this weight; none asks for one of them"
+    )
+
+
+class ScratchValues(_Part):
+    size: Memory | None = Field(
+        None, description="Size of a volume for the step's own files; none is no volume"
+    )
+    path: MountPath = Field("/tmp", description="Where it is mounted")
+    storage_class: Name | None = Field(None, description="Its storage class; none is the cluster's default")
+
+
 class CacheValues(_Part):
     claim: Name | None = Field(
-        None, description="Existing claim (ReadWriteMany) that all steps share; HF_HOME is in it"
+        None,
+        description="Existing claim (ReadWriteMany) that all steps share for copies from the hub (HF_HOME) and from "
+        "S3 (XDG_CACHE_HOME); their user or group must be able to write it",
     )
     path: MountPath = Field("/cache", description="Where it is mounted, the same path in every step")
     sub_path: str = Field("", description="Folder inside the volume")
@@ -157,15 +221,21 @@ class StepValues(_Part):
     memory: MemoryValues = MemoryValues()
     gpu: GpuValues = GpuValues()
     node_selector: dict[LabelKey, LabelValue] = Field({}, description="Labels that the node must carry")
+    affinity: tuple[AffinityValues, ...] = Field(
+        (), description="Nodes that are asked for (one of those without a weight) or preferred"
+    )
     tolerations: tuple[TolerationValues, ...] = Field((), description="Taints that the step tolerates")
     retries: RetryValues = RetryValues()
     caching: bool = Field(
         True, description="Take the result of an earlier task with the same inputs; register never does"
     )
     env: dict[EnvName, str] = Field({}, description="Plain environment variables; no secrets")
-    secrets: tuple[SecretValues, ...] = Field((), description="Environment variables from Secrets")
-    config_maps: tuple[ConfigMapValues, ...] = Field((), description="Environment variables from ConfigMaps")
+    secrets: tuple[SecretValues, ...] = Field((), description="Environment variables and files from Secrets")
+    config_maps: tuple[ConfigMapValues, ...] = Field(
+        (), description="Environment variables and files from ConfigMaps"
+    )
     cache: CacheValues = CacheValues()
+    scratch: ScratchValues = ScratchValues()
     shm: Memory | None = Field(
         None,
         description="Size of a /dev/shm in memory, counted in the memory limit; train has 1Gi by default",
@@ -188,7 +258,31 @@ class StepValues(_Part):
                     if name in seen:
                         raise _At((kind, place, "env", name), source.env[name], "a variable that is set once")
                     seen.add(name)
+        mounted: dict[str, tuple[str | int, ...]] = {}
+        volumes: set[str] = set()
+        for path, key, volume in self._mounts():
+            if path in mounted:
+                raise _At(key, path, f"a path of its own; {'.'.join(map(str, mounted[path]))} is there")
+            if volume in volumes:
+                raise _At(
+                    (*key[:-1], "name"), volume, "a name that is mounted once; KFP names the volume after it"
+                )
+            mounted[path] = key
+            volumes.add(volume)
         return self
+
+    def _mounts(self) -> Iterator[tuple[str, tuple[str | int, ...], str]]:
+        """Every mounted path, which key names it, and the name of its volume."""
+        if self.cache.claim:
+            yield self.cache.path, ("cache", "path"), self.cache.claim
+        if self.scratch.size:
+            yield self.scratch.path, ("scratch", "path"), SCRATCH
+        if self.shm:
+            yield "/dev/shm", ("shm",), "shm"
+        for kind in ("secrets", "config_maps"):
+            for number, source in enumerate(getattr(self, kind)):
+                if source.mount:
+                    yield source.mount, (kind, number, "mount"), source.name
 
 
 class RunValues(_Part):
@@ -290,6 +384,8 @@ def _first(error: ValidationError) -> tuple[tuple[str | int, ...], object, str]:
     inner = fault.get("ctx", {}).get("error")
     if isinstance(inner, _At):
         return (*place, *inner.place), inner.value, str(inner)
+    if fault["type"] == "extra_forbidden" and place and place[-1] in LACKING:
+        return place, fault["input"], f"{LACKING[str(place[-1])]}; {_WITHOUT_KFP}"
     if fault["type"] == "extra_forbidden":
         return place, fault["input"], f"a known key, one of: {', '.join(_keys_at(place[:-1]))}"
     if fault["type"] == "missing":

@@ -10,8 +10,16 @@ from spectraqlora.runtime import run_key
 from spectraqlora.runtime.threads import CPUS
 
 from spectraqlora_pipelines.cluster.fields import seconds, whole_cores
-from spectraqlora_pipelines.cluster.values import NEVER_CACHED, ClusterValues, StepValues, image_name
+from spectraqlora_pipelines.cluster.values import (
+    NEVER_CACHED,
+    SCRATCH,
+    ClusterValues,
+    StepValues,
+    image_name,
+)
 
+CACHED = {"HF_HOME": "huggingface", "XDG_CACHE_HOME": "cache"}
+"""Environment variables of what is kept in the cache claim, and its folder there: copies from the hub, and from S3."""
 RUN_ID = "metadata.labels['pipeline/runid']"
 """Where KFP writes the id of a run on each of its pods."""
 
@@ -77,6 +85,9 @@ def _place(task: Any, values: StepValues) -> Any:
 
     for key, value in values.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
+    for term in values.affinity:
+        rules = [rule.model_dump() | {"values": list(rule.values)} for rule in term.rules]
+        kubernetes.add_node_affinity(task, match_expressions=rules, weight=term.weight)
     for toleration in values.tolerations:
         kubernetes.add_toleration(
             task,
@@ -103,14 +114,26 @@ def _place(task: Any, values: StepValues) -> Any:
         task.set_env_variable(name, value)
     for secret in values.secrets:
         keys = {key: env for env, key in secret.env.items()}
-        kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
+        if keys:
+            kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
+        if secret.mount:
+            kubernetes.use_secret_as_volume(task, secret.name, secret.mount, optional=secret.optional)
     for config in values.config_maps:
         keys = {key: env for env, key in config.env.items()}
-        kubernetes.use_config_map_as_env(task, config.name, keys, optional=config.optional)
+        if keys:
+            kubernetes.use_config_map_as_env(task, config.name, keys, optional=config.optional)
+        if config.mount:
+            kubernetes.use_config_map_as_volume(task, config.name, config.mount, optional=config.optional)
+    scratch = values.scratch
+    if scratch.size:
+        kubernetes.add_ephemeral_volume(
+            task, SCRATCH, scratch.path, ["ReadWriteOnce"], scratch.size, scratch.storage_class
+        )
     if values.cache.claim:
         kubernetes.mount_pvc(task, values.cache.claim, values.cache.path, values.cache.sub_path)
-        if "HF_HOME" not in values.env:
-            task.set_env_variable("HF_HOME", f"{values.cache.path}/huggingface")
+        for name, folder in CACHED.items():
+            if name not in values.env:
+                task.set_env_variable(name, f"{values.cache.path}/{folder}")
 
     kubernetes.set_security_context(
         task,
