@@ -1,5 +1,7 @@
 """Every table in the READMEs that code can write: `make docs` writes them, a test compares.
 
+So it does the part of the chart's schema that says what settings and values file take.
+
 A README has such a table between two comments, and everything outside of them is written by hand:
 
     <!-- generated: settings -->
@@ -23,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import METHODS
 from spectraqlora.runtime import command_line
@@ -30,6 +34,7 @@ from spectraqlora.runtime.images import images, step_names
 from spectraqlora.settings import Settings, parse
 from spectraqlora.settings import reference as settings_reference
 
+from spectraqlora_pipelines.cluster.values import ClusterValues
 from spectraqlora_pipelines.cluster.values import reference as values_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +129,52 @@ def chart_rows(schema: dict[str, Any], values: Any, prefix: str = "") -> Iterato
             yield from chart_rows(part, values[name], f"{key}.")
         else:
             yield key, json.dumps(values[name]), part["description"]
+
+
+def chart_schema() -> str:
+    """values.schema.json with what settings and values file take, so that helm refuses what they refuse."""
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    _, made = models_json_schema(
+        [(Settings, "validation"), (ClusterValues, "validation")],
+        ref_template="#/definitions/{model}",
+        schema_generator=_HelmSchema,
+    )
+    definitions = made["$defs"]
+    definitions["ClusterValues"]["properties"]["steps"]["propertyNames"] = {"enum": list(step_names())}
+    given = schema["properties"]["pipeline"]["properties"]
+    for key, model in (("settings", "Settings"), ("values", "ClusterValues")):
+        described = given[key]["description"]
+        given[key] = {
+            "description": described,
+            "type": "object",
+            "allOf": [{"$ref": f"#/definitions/{model}"}],
+        }
+    schema["definitions"] = dict(sorted(definitions.items()))
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+class _HelmSchema(GenerateJsonSchema):
+    """The JSON schema of what is accepted, and not of what it becomes; without defaults and titles.
+
+    Values are given as YAML, where `on` is true and 2 is a number: what is turned into text may be one as well.
+    """
+
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
+        inner = self.generate_inner(schema["schema"])
+        if inner.get("type") == "string":
+            return {"anyOf": [inner, {"type": ["boolean", "number"]}]}
+        return {"anyOf": [inner, {"type": "string"}]} if inner.get("type") == "array" else inner
+
+    def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
+        # `helm --set` makes a text of every number with a point.
+        text = {"type": "string", "pattern": r"^-?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$"}
+        return {"anyOf": [super().float_schema(schema), text]}
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
 
 def methods(folder: str) -> str:
@@ -395,6 +446,10 @@ def main() -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(path.relative_to(ROOT))
+    path, text = CHART / "values.schema.json", chart_schema()
+    if path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

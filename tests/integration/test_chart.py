@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import requests
 import typer
 import yaml
+from kubernetes.utils.quantity import parse_quantity
+from mlflow import MlflowClient
+from spectraqlora_pipelines.dags.placement import CACHED
 from spectraqlora_pipelines.reference import CHART
 
 from tests.helm import ROOT, helm
+from tests.s3 import free_port
 
 pytestmark = pytest.mark.e2e
 
 CASES = {"default": None, "minimal": CHART / "ci/minimal-values.yaml", "full": CHART / "ci/full-values.yaml"}
+REQUIRED = {
+    "pipeline": {"settings": {"model": {"base_model": "owner/model"}, "data": {"source": "owner/data"}}},
+    "mlflow": {"uri": "http://mlflow"},
+}
+"""What has no default: nobody else knows the model, the data and the MLflow of a team."""
+GIVEN = [
+    "pipeline.settings.model.base_model=owner/model",
+    "pipeline.settings.data.source=owner/data",
+    "mlflow.uri=http://mlflow",
+]
 MODES = ["", "schedule.mode=cronjob", "hook.enabled=false"]
+TRUST = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+SECRETS = ("s3-credentials", "mlflow-login", "hub-token")
 OLDEST_KUBERNETES = "1.25"
 Object = dict[str, Any]
 
@@ -30,9 +52,8 @@ def run_helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 def rendered_text(case: str, mode: str = "") -> str:
     values = CASES[case]
     options = ["--values", str(values)] if values else []
-    options += ["--set", mode] if mode else []
-    if "cronjob" in mode and case == "default":
-        options += ["--set", "mlflow.uri=http://mlflow"]
+    assignments = [*(GIVEN if case == "default" else ()), *([mode] if mode else ())]
+    options += [part for assignment in assignments for part in ("--set", assignment)]
     done = run_helm("template", "release", str(CHART), "--namespace", "team", *options)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -44,7 +65,7 @@ def rendered(case: str, mode: str = "") -> list[Object]:
 
 def values_of(case: str) -> dict[str, Any]:
     path = CASES[case]
-    return yaml.safe_load(path.read_text()) if path else {}
+    return yaml.safe_load(path.read_text()) if path else copy.deepcopy(REQUIRED)
 
 
 def find(objects: list[Object], kind: str, ending: str = "") -> Object:
@@ -117,8 +138,6 @@ def test_helm_4_lints_and_renders_the_same(case: str, mode: str) -> None:
         section, _, rest = mode.partition(".")
         key, _, value = rest.partition("=")
         values.setdefault(section, {})[key] = yaml.safe_load(value)
-        if "cronjob" in mode and case == "default":
-            values["mlflow"] = {"uri": "http://mlflow"}
     report = helm_python.lint(str(CHART), values, strict=True)
     assert not report["errors"] and not [m for m in report["messages"] if m["severity"] >= 2], report
     with helm_python.Chart.load(str(CHART)) as chart:
@@ -159,20 +178,78 @@ def test_helm_4_lints_and_renders_the_same(case: str, mode: str) -> None:
         (["secrets.s3.value=hunter2"], "value"),
         (["commonLabels.app\\.kubernetes\\.io/name=x"], "commonLabels"),
         (["jobs.resources.limits.memory=plenty"], "jobs.resources.limits.memory"),
-        (["mlflow.server.enabled=true"], "an image with mlflow"),
-        (["mlflow.server.enabled=true", "mlflow.server.image.repository=m"], "mlflow.server.database.secret"),
-        (["schedule.mode=kfp"], "an MLflow address"),
+        (["mlflow.server.enabled=true"], "mlflow.server.database.secret"),
+        (["mlflow.server.enabled=true", "mlflow.server.database.secret=d"], "mlflow.server.artifacts"),
+        (["mlflow.server.env[0].value=1"], "mlflow.server.env"),
+        (["mlflow.server.volumeMounts[0].name=a"], "mountPath"),
+        (["mlflow.server.tmpSize=lots"], "mlflow.server.tmpSize"),
+        (["mlflow.server.fsGroup=staff"], "mlflow.server.fsGroup"),
+        (["jobs.affinity.nodes.a=b"], "nodes"),
+        (["networkPolicy.dns.ports={dns}"], "networkPolicy.dns.ports"),
+        (["pipeline.values.defaults.config_maps[0].name=A"], "pipeline.values.defaults.config_maps.0.name"),
+        (["pipeline.values.defaults.affinity[0].weight=1"], "rules"),
+        (["mlflow.uri="], "mlflow.uri: an MLflow address"),
+        (["schedule.cron=0 24 * * *"], "schedule.cron"),
+        (["schedule.cron=0 3 * * 8"], "schedule.cron"),
+        (["pipeline.settings.model.base_model=sample"], "pipeline.settings.model.base_model"),
+        (["pipeline.settings.data.source=rows.jsonl"], "pipeline.settings.data.source"),
+        (["pipeline.settings.data.source=./rows"], "pipeline.settings.data.source"),
+        (["pipeline.settings.select.percent=200"], "pipeline.settings.select.percent"),
+        (["pipeline.settings.train.max_step=5"], "max_step"),
+        (["pipeline.settings.train.optimizer=sgd"], "pipeline.settings.train.optimizer"),
+        (["pipeline.settings.trian.max_steps=5"], "trian"),
+        (["pipeline.values.steps.trian.shm=1Gi"], "pipeline.values.steps"),
+        (["pipeline.values.defaults.memory.limit=lots"], "pipeline.values.defaults.memory.limit"),
+        (["pipeline.values.steps.train.gpu.count=-1"], "pipeline.values.steps.train.gpu.count"),
+        (["pipeline.values.defaults.retries.backoff=soon"], "pipeline.values.defaults.retries.backoff"),
         (["cache.enabled=true", "cache.existingClaim=x"], "either a new claim or an existing one"),
-        (["kfp.tokenSecret.name=x", "kfp.projectedToken.enabled=true"], "one way to sign in"),
+        (
+            ["kfp.tokenSecret.name=x", "kfp.projectedToken.enabled=true", "kfp.namespace=t"],
+            "one way to sign in",
+        ),
+        (["kfp.projectedToken.enabled=true"], "kfp.namespace: the profile's namespace"),
         (["quota.enabled=true"], "at least one resource"),
     ],
 )
 def test_nonsense_is_refused_with_the_value_and_a_reason(assignments: list[str], reason: str) -> None:
-    options = [part for assignment in assignments for part in ("--set", assignment)]
+    if "mlflow.server.enabled=true" in assignments:
+        assignments = ["mlflow.uri=", *assignments]
+    options = [part for assignment in [*GIVEN, *assignments] for part in ("--set", assignment)]
     done = run_helm("template", "release", str(CHART), *options)
     assert done.returncode != 0 and not done.stdout.strip()
     assert reason in done.stderr, done.stderr
     assert "hunter2" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", GIVEN)
+def test_what_only_the_team_knows_is_asked_for_by_its_name_before_anything_is_installed(missing: str) -> None:
+    options = [part for assignment in GIVEN if assignment != missing for part in ("--set", assignment)]
+    done = run_helm("template", "release", str(CHART), *options)
+    assert done.returncode != 0 and f"{missing.partition('=')[0]}: " in done.stderr, done.stderr
+    without_jobs = run_helm("template", "release", str(CHART), *options, "--set", "hook.enabled=false")
+    assert without_jobs.returncode == 0, "no job needs it"
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "pipeline.settings.methods=qlora\\,hybrid",
+        "pipeline.settings.methods={qlora,hybrid}",
+        "pipeline.settings.train.gradient_checkpointing=on",
+        "pipeline.settings.train.gradient_checkpointing=true",
+        "pipeline.settings.train.learning_rate=2",
+        "pipeline.settings.promote.guards.accuracy=0.05",
+        "pipeline.values.defaults.cpu.limit=2",
+        "pipeline.values.defaults.cpu.limit=500m",
+        "pipeline.values.defaults.labels.team=7",
+        "schedule.cron=*/15 0-6\\,20 ? JAN-MAR mon",
+        "schedule.cron=@daily",
+    ],
+)
+def test_what_settings_and_values_file_take_the_chart_takes(assignment: str) -> None:
+    options = [part for each in [*GIVEN, assignment] for part in ("--set", each)]
+    done = run_helm("template", "release", str(CHART), *options)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -186,8 +263,9 @@ def test_every_pod_meets_the_restricted_pod_security_level(case: str, mode: str)
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys(), name
         assert pod["automountServiceAccountToken"] is False, name
         for volume in pod["volumes"]:
-            assert volume.keys() - {"name"} <= {"emptyDir", "configMap", "projected", "secret"}, name
-        for container in pod["containers"]:
+            allowed = {"emptyDir", "configMap", "projected", "secret", "persistentVolumeClaim"}
+            assert volume.keys() - {"name"} <= allowed, name
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
             security = container["securityContext"]
             assert security["allowPrivilegeEscalation"] is False, name
             assert security["capabilities"] == {"drop": ["ALL"]}, name
@@ -222,11 +300,191 @@ def test_the_config_map_holds_settings_and_a_values_file_that_we_accept(case: st
         assert settings.tracking.uri == "http://tuning-mlflow.team.svc:5000"
         assert settings.select.percent == 25
         assert (train.image.tag, train.image.registry) == ("0.1.0-cuda", "registry.example.com/ml")
-        assert [s.name for s in train.secrets] == ["s3-credentials", "mlflow-login", "hub-token"]
+        assert [s.name for s in train.secrets] == [*SECRETS, "artifactory-netrc"]
         assert train.cache.claim == "tuning-cache" and train.gpu.count == 1
+        assert train.secrets[-1].mount == "/etc/netrc", "added to the chart's own"
         environment = find(rendered(case), "ConfigMap", "-environment")
-        assert {c.name for c in train.config_maps} == {environment["metadata"]["name"]}
+        assert [c.name for c in train.config_maps] == [environment["metadata"]["name"], "company-ca"]
         assert set(train.config_maps[0].env.values()) == environment["data"].keys()
+        folder = train.config_maps[1].mount
+        assert train.env == dict.fromkeys(TRUST, f"{folder}/ca.crt")
+        assert train.affinity[0].rules[0].values == ("eu-central-1a",) and train.scratch.size == "200Gi"
+
+
+def test_one_bundle_of_certificates_is_trusted_by_jobs_mlflow_and_steps() -> None:
+    pods = pod_specs(rendered("full"))
+    assert len(pods) >= 5
+    for name, pod in pods.items():
+        assert {"name": "trust", "configMap": {"name": "company-ca"}} in pod["volumes"], name
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            (mount,) = [m for m in container["volumeMounts"] if m["name"] == "trust"]
+            given = {e["name"]: e.get("value") for e in container["env"]}
+            assert {given[variable] for variable in TRUST} == {f"{mount['mountPath']}/ca.crt"}, name
+    assert not [
+        v for pod in pod_specs(rendered("minimal")).values() for v in pod["volumes"] if v["name"] == "trust"
+    ]
+
+
+def test_mlflow_has_its_account_environment_volumes_and_place() -> None:
+    objects = rendered("full")
+    given = values_of("full")["mlflow"]["server"]
+    template = find(objects, "Deployment")["spec"]["template"]
+    pod = template["spec"]
+    account = find(objects, "ServiceAccount", pod["serviceAccountName"])
+    assert account["metadata"]["annotations"] == given["serviceAccount"]["annotations"]
+    assert account["metadata"]["name"] == "tuning-mlflow"
+    assert given["podLabels"].items() <= template["metadata"]["labels"].items()
+    assert template["metadata"]["annotations"] == given["podAnnotations"]
+    assert pod["securityContext"]["fsGroup"] == given["fsGroup"]
+    for key in ("nodeSelector", "tolerations", "affinity", "priorityClassName", "runtimeClassName"):
+        assert pod[key] == given[key]
+    assert given["volumes"][0] in pod["volumes"]
+    for container in (*pod["containers"], *pod["initContainers"]):
+        assert given["volumeMounts"][0] in container["volumeMounts"]
+        assert all(entry in container["env"] for entry in given["env"])
+        named = [entry["name"] for entry in container["env"]]
+        assert len(set(named)) == len(named)
+    minimal = run_helm(
+        "template", "r", str(CHART), *[p for each in GIVEN[:2] for p in ("--set", each)],
+        *[p for each in SERVER for p in ("--set", each)],
+    )  # fmt: skip
+    deployment = find([o for o in yaml.safe_load_all(minimal.stdout) if o], "Deployment")
+    assert "fsGroup" not in deployment["spec"]["template"]["spec"]["securityContext"], minimal.stderr
+
+
+def test_jobs_stay_out_of_the_mesh_and_go_where_they_are_told() -> None:
+    for case in ("minimal", "full"):
+        objects = rendered(case)
+        for item in [o for o in objects if o["kind"] in ("Job", "Pod")]:
+            metadata = item["spec"]["template"]["metadata"] if item["kind"] == "Job" else item["metadata"]
+            for place in ("labels", "annotations"):
+                assert metadata[place]["sidecar.istio.io/inject"] == "false", item["metadata"]["name"]
+    given = values_of("full")["jobs"]
+    pod = find(objects, "Job", "-publish")["spec"]["template"]["spec"]
+    for key in ("nodeSelector", "tolerations", "affinity", "priorityClassName", "runtimeClassName"):
+        assert pod[key] == given[key]
+    assert given["volumes"][0] in pod["volumes"]
+    assert given["volumeMounts"][0] in pod["containers"][0]["volumeMounts"]
+    assert given["env"][0] in pod["containers"][0]["env"]
+
+
+def test_policies_let_dns_and_the_clouds_credentials_through() -> None:
+    def open_to(case: str, ending: str) -> tuple[set[Any], set[Any]]:
+        (rule,) = find(rendered(case), "NetworkPolicy", ending)["spec"]["egress"]
+        ports = {(part["protocol"], part["port"]) for part in rule["ports"]}
+        return ports, {to["ipBlock"]["cidr"] for to in rule["to"] if "ipBlock" in to}
+
+    for case in CASES:
+        dns, _ = open_to(case, "-dns")
+        assert dns == {(kind, port) for kind in ("UDP", "TCP") for port in (53, 5353)}
+        ports, cidrs = open_to(case, "-metadata")
+        assert ports == {("TCP", 80)} and "169.254.170.23/32" in cidrs
+        assert ("169.254.169.254/32" in cidrs) == (case == "full"), "a node's role is nobody's by default"
+
+
+def test_a_job_makes_the_cache_claim_writable_to_the_group_that_the_steps_have() -> None:
+    assert not [o for o in rendered("minimal") if o["metadata"]["name"].endswith("-cache")]
+    job = find(rendered("full"), "Job", "-cache")
+    pod = job["spec"]["template"]["spec"]
+    dockerfile = (ROOT / "images" / "base" / "Dockerfile").read_text()
+    assert f"USER 10001:{pod['securityContext']['fsGroup']}\n" in dockerfile
+    assert int(job["metadata"]["annotations"]["helm.sh/hook-weight"]) < 0, "before a run can start"
+    assert {"name": "cache", "persistentVolumeClaim": {"claimName": "tuning-cache"}} in pod["volumes"]
+    (container,) = pod["containers"]
+    data = find(rendered("full"), "ConfigMap", "tuning")["data"]
+    path = yaml.safe_load(data["cluster-values.yaml"])["defaults"]["cache"]["path"]
+    assert [*container["command"], *container["args"]] == [
+        *("mkdir", "-p", "-m", "2775"),
+        *(f"{path}/{folder}" for folder in CACHED.values()),
+    ]
+
+
+SERVER = [
+    "mlflow.server.enabled=true",
+    "mlflow.server.database.secret=db",
+    "mlflow.server.artifacts=s3://bucket/mlflow",
+]
+
+
+def _server(folder: Path, container: Object, uri: str, port: int) -> subprocess.Popen[bytes]:
+    """The MLflow container as a process of this machine, on this database and a folder."""
+    given = {entry["name"]: entry.get("value", uri) for entry in container["env"]}
+    arguments = [
+        a.replace("$(MLFLOW_BACKEND_STORE_URI)", uri)
+        .replace("s3://bucket/mlflow", str(folder / "artifacts"))
+        .replace("--port=5000", f"--port={port}")
+        .replace("--host=0.0.0.0", "--host=127.0.0.1")
+        .replace("--allowed-hosts=", f"--allowed-hosts=127.0.0.1:{port},")
+        for a in container.get("args", [])
+    ]
+    (folder / "tmp").mkdir(exist_ok=True)
+    program = Path(sys.executable).with_name(container["command"][0])
+    with open(folder / "server.log", "ab") as log:
+        return subprocess.Popen(
+            [str(program), *container["command"][1:], *arguments],
+            env={**os.environ, **given, "HOME": str(folder / "tmp"), "TMPDIR": str(folder / "tmp")},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def test_the_mlflow_server_idles_within_its_request_and_takes_two_uploads_at_once_within_its_limit(
+    tmp_path: Path,
+) -> None:
+    options = [part for each in [*GIVEN[:2], *SERVER] for part in ("--set", each)]
+    done = run_helm("template", "r", str(CHART), *options)
+    pod = find([o for o in yaml.safe_load_all(done.stdout) if o], "Deployment")["spec"]["template"]["spec"]
+    uri, port = f"sqlite:///{tmp_path}/mlflow.db", free_port()
+    upgrade = _server(tmp_path, pod["initContainers"][0], uri, port)
+    assert upgrade.wait(timeout=120) == 0, (tmp_path / "server.log").read_text()
+    (container,) = pod["containers"]
+    amounts = {
+        kind: int(parse_quantity(container["resources"][kind]["memory"])) for kind in ("requests", "limits")
+    }
+    server = _server(tmp_path, container, uri, port)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if requests.get(f"{address}/health", timeout=2).ok:
+                    break
+            except requests.RequestException:
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    tmp_path / "server.log"
+                ).read_text()
+                time.sleep(0.2)
+        client = MlflowClient(address)
+        run = client.create_run(client.create_experiment("memory")).info
+
+        def resident() -> int:
+            """Of all processes of the server; what they share counts in each."""
+            parts = [psutil.Process(server.pid)]
+            parts += parts[0].children(recursive=True)
+            return sum(part.memory_info().rss for part in parts if part.is_running())
+
+        assert resident() < amounts["requests"], f"{resident() / 2**20:.0f} MiB idle"
+        target = f"{address}/api/2.0/mlflow-artifacts/artifacts/{run.experiment_id}/{run.run_id}/artifacts"
+        size, block = 400 * 2**20, bytes(2**20)
+        peak = 0
+        with ThreadPoolExecutor(2) as pool:
+            sent = [
+                pool.submit(requests.put, f"{target}/{name}", data=(block for _ in range(400)), timeout=300)
+                for name in ("one", "two")
+            ]
+            while not all(future.done() for future in sent):
+                peak = max(peak, resident())
+                time.sleep(0.05)
+        assert [future.result().status_code for future in sent] == [200, 200]
+        assert sorted(p.stat().st_size for p in (tmp_path / "artifacts").rglob("*") if p.is_file()) == [
+            size,
+            size,
+        ]
+        assert peak < amounts["limits"], f"{peak / 2**20:.0f} MiB at most"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_policies_deny_by_default_and_select_our_pods_and_the_steps(tmp_path: Path) -> None:
@@ -244,7 +502,10 @@ def test_policies_deny_by_default_and_select_our_pods_and_the_steps(tmp_path: Pa
         if template:
             assert selected.items() <= template["metadata"]["labels"].items()
     assert {"tuning-dns", "tuning-s3", "tuning-mlflow", "tuning-kfp", "tuning-hub"} <= policies.keys()
-    closed = run_helm("template", "r", str(CHART), "--set", "networkPolicy.egress.hub.enabled=false").stdout
+    options = [
+        part for each in [*GIVEN, "networkPolicy.egress.hub.enabled=false"] for part in ("--set", each)
+    ]
+    closed = run_helm("template", "r", str(CHART), *options).stdout
     assert "name: r-spectraqlora-hub" not in closed and "name: r-spectraqlora-s3" in closed
 
 
@@ -255,9 +516,100 @@ def test_the_hook_creates_the_recurring_run_and_removes_it_with_the_release() ->
     assert remove["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete"
     arguments = publish["spec"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[:5] == ["schedule", "create", "nightly", "--cron", "30 2 * * *"]
+    owned = ["--owner", "team/release"]
+    assert arguments[arguments.index("--owner") :][:2] == owned
+    assert remove["spec"]["template"]["spec"]["containers"][0]["args"] == ["schedule", "delete", *owned]
     cron = find(rendered("minimal", "schedule.mode=cronjob"), "CronJob")["spec"]
     assert cron["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][0] == "submit"
     assert cron["concurrencyPolicy"] == "Forbid"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_job_tries_bad_input_once_and_says_how_it_ended(case: str, mode: str) -> None:
+    objects = rendered(case, mode)
+    jobs = [o["spec"] for o in objects if o["kind"] == "Job"]
+    assert all(job["ttlSecondsAfterFinished"] >= 3600 for job in jobs), "a failed hook goes by itself"
+    jobs += [o["spec"]["jobTemplate"]["spec"] for o in objects if o["kind"] == "CronJob"]
+    assert jobs or mode == "hook.enabled=false"
+    for job in jobs:
+        first = job["podFailurePolicy"]["rules"][0]
+        assert first["action"] == "FailJob" and first["onExitCodes"] == {"operator": "In", "values": [2]}
+        assert job["template"]["spec"]["restartPolicy"] == "Never", "a policy for failures needs that"
+    for pod in pod_specs(objects).values():
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_bad_input_ends_a_hook_with_the_code_that_is_not_tried_again(tmp_path: Path) -> None:
+    container = find(rendered("minimal"), "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]
+    (tmp_path / "settings.yaml").write_text("train: {max_steps: none}")
+    (tmp_path / "cluster-values.yaml").write_text("{}")
+    done = _run(container, tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 2 and "train.max_steps" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_helm_can_show_the_logs_of_each_test(case: str) -> None:
+    tests = [o for o in rendered(case) if o["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"]
+    assert {o["metadata"]["name"].rpartition("spectraqlora")[2].removeprefix("tuning") for o in tests} == {
+        "-test",
+        "-test-mlflow",
+    }
+    for pod in tests:
+        assert pod["kind"] == "Pod" and len(pod["spec"]["containers"]) == 1
+        assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
+def _run(container: Object, folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    """A job's container as a process of this machine, its ConfigMap in `folder`."""
+    arguments = [a.replace("/etc/spectraqlora", str(folder)) for a in container["args"]]
+    return subprocess.run(
+        [sys.executable, *container["command"][1:], *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HOME": str(folder), "SPECTRAQLORA_KFP_HOST": endpoint},
+    )
+
+
+def _hook(
+    release: str, assignments: list[str], folder: Path, endpoint: str, ending: str = "-publish"
+) -> None:
+    """What helm runs after an install, an upgrade or a rollback, or with ending -unschedule before an uninstall."""
+    options = [part for each in [*GIVEN, *assignments] for part in ("--set", each)]
+    done = run_helm("template", release, str(CHART), "--namespace", "team", *options)
+    assert done.returncode == 0, done.stderr
+    objects = [part for part in yaml.safe_load_all(done.stdout) if part]
+    data = find([o for o in objects if "settings.yaml" in o.get("data", {})], "ConfigMap")["data"]
+    for name, text in data.items():
+        (folder / name).write_text(text)
+    pod = find(objects, "Job", ending)["spec"]["template"]["spec"]
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        done = _run(container, folder, endpoint)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_releases_recurring_run_follows_its_name_and_mode_and_goes_with_it(tmp_path: Path) -> None:
+    from tests.kfp_server import KfpServer
+
+    def names() -> list[str]:
+        return sorted(run["display_name"] for run in server.state.recurring.values())
+
+    with KfpServer() as server:
+        nightly = ["schedule.mode=kfp", "schedule.name=nightly"]
+        _hook("other", ["schedule.mode=kfp", "schedule.name=theirs"], tmp_path, server.endpoint)
+        _hook("tuning", nightly, tmp_path, server.endpoint)
+        assert names() == ["nightly", "theirs"]
+        _hook("tuning", ["schedule.mode=kfp", "schedule.name=weekly"], tmp_path, server.endpoint)
+        assert names() == ["theirs", "weekly"], "another name"
+        _hook("tuning", [], tmp_path, server.endpoint)
+        assert names() == ["theirs"], "another mode"
+        _hook("tuning", nightly, tmp_path, server.endpoint)
+        assert names() == ["nightly", "theirs"], "rolled back"
+        _hook("tuning", nightly, tmp_path, server.endpoint, "-unschedule")
+        assert names() == ["theirs"], "uninstalled"
+        assert server.problems == []
 
 
 @pytest.mark.parametrize("case", ["full", "minimal"])
@@ -266,23 +618,11 @@ def test_the_hooks_own_command_publishes_to_kubeflow_pipelines(case: str, tmp_pa
 
     objects = rendered(case)
     data = find([o for o in objects if "settings.yaml" in o.get("data", {})], "ConfigMap")["data"]
-    if case == "minimal":
-        settings = yaml.safe_load(data["settings.yaml"])
-        settings |= {"model": {"base_model": "owner/model"}, "data": {"source": "owner/data"}}
-        data["settings.yaml"] = yaml.safe_dump(settings)
     for name, text in data.items():
         (tmp_path / name).write_text(text)
     container = find(objects, "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]
     with KfpServer() as server:
-        command = [sys.executable, *container["command"][1:]]
-        arguments = [a.replace("/etc/spectraqlora", str(tmp_path)) for a in container["args"]]
-        done = subprocess.run(
-            [*command, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "HOME": str(tmp_path), "SPECTRAQLORA_KFP_HOST": server.endpoint},
-        )
+        done = _run(container, tmp_path, server.endpoint)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(server.state.versions) == 1
         if case == "full":
@@ -303,7 +643,8 @@ def test_the_jobs_environment_has_names_that_the_command_line_reads() -> None:
     for option in (option for command in commands for option in command.params):
         known |= {option.envvar} if isinstance(option.envvar, str) else set(option.envvar or ())
     container = find(rendered("full"), "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]
-    names = {e["name"] for e in container["env"]} - {"HOME"}
+    own = {e["name"] for e in values_of("full")["jobs"]["env"]}
+    names = {e["name"] for e in container["env"]} - {"HOME", *TRUST} - own
     assert len(names) >= 3
     assert names <= known, names - known
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import yaml
-from spectraqlora_pipelines.reference import CHART, chart_rows
+from spectraqlora_pipelines.reference import CHART, chart_rows, chart_schema
 
 
 def test_schema_and_values_have_the_same_keys() -> None:
@@ -21,6 +21,10 @@ def test_schema_and_values_have_the_same_keys() -> None:
 
     compare(schema, values, "values")
     assert all(meaning for _, _, meaning in chart_rows(schema, values))
+
+
+def test_the_schema_of_settings_and_values_file_is_as_the_code_has_it() -> None:
+    assert (CHART / "values.schema.json").read_text() == chart_schema(), "make docs"
 
 
 def test_the_chart_has_the_packages_version() -> None:

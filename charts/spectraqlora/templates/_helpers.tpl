@@ -114,17 +114,29 @@ AWS_REGION: {{ . | quote }}
 {{- $defaults := dict "image" $image "labels" (fromYaml (include "spectraqlora.partOf" .)) -}}
 {{- with $secrets -}}{{- $_ := set $defaults "secrets" . -}}{{- end -}}
 {{- with .Values.image.pullSecrets -}}{{- $_ := set $defaults "pull_secrets" . -}}{{- end -}}
+{{- $maps := list -}}
 {{- with fromYaml (include "spectraqlora.environment" .) -}}
 {{- $env := dict -}}
 {{- range $key, $_ := . -}}{{- $_ := set $env $key $key -}}{{- end -}}
-{{- $_ := set $defaults "config_maps" (list (dict "name" (printf "%s-environment" (include "spectraqlora.fullname" $)) "env" $env)) -}}
+{{- $maps = append $maps (dict "name" (printf "%s-environment" (include "spectraqlora.fullname" $)) "env" $env) -}}
 {{- end -}}
+{{- with .Values.ca.configMap -}}
+{{- $maps = append $maps (dict "name" . "mount" (include "spectraqlora.caFolder" $)) -}}
+{{- $_ := set $defaults "env" (fromYaml (include "spectraqlora.caVariables" $)) -}}
+{{- end -}}
+{{- with $maps -}}{{- $_ := set $defaults "config_maps" . -}}{{- end -}}
 {{- with include "spectraqlora.cacheClaim" . -}}
 {{- $_ := set $defaults "cache" (dict "claim" . "path" $.Values.cache.mountPath) -}}
 {{- end -}}
 {{- $run := dict "service_account" (include "spectraqlora.stepsAccount" .) "experiment" .Values.kfp.experiment -}}
 {{- with .Values.kfp.pipelineRoot -}}{{- $_ := set $run "pipeline_root" . -}}{{- end -}}
-{{- toYaml (mergeOverwrite (dict "run" $run "defaults" $defaults) (deepCopy .Values.pipeline.values)) -}}
+{{- $values := deepCopy .Values.pipeline.values -}}
+{{- range $key := list "secrets" "config_maps" "pull_secrets" -}}
+{{- $known := get $defaults $key | default list -}}
+{{- $own := dig "defaults" $key list $values -}}
+{{- if and $known $own -}}{{- $_ := set $values.defaults $key (concat $known $own) -}}{{- end -}}
+{{- end -}}
+{{- toYaml (mergeOverwrite (dict "run" $run "defaults" $defaults) $values) -}}
 {{- end -}}
 
 {{- define "spectraqlora.podSecurity" -}}
@@ -140,6 +152,29 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
+{{/* Who keeps the recurring runs: KFP is asked for all of this release's. */}}
+{{- define "spectraqlora.owner" -}}
+{{- printf "%s/%s" .Release.Namespace .Release.Name -}}
+{{- end -}}
+
+{{/* How a job ends: wrong input (exit code 2) is not tried again, and a pod that its node lost is not counted. */}}
+{{- define "spectraqlora.jobEnd" -}}
+backoffLimit: {{ .Values.hook.retries }}
+activeDeadlineSeconds: {{ .Values.hook.deadlineSeconds }}
+podFailurePolicy:
+  rules:
+    - action: FailJob
+      onExitCodes:
+        operator: In
+        values: [2]
+      # Kubernetes 1.25 asks for the key.
+      onPodConditions: []
+    - action: Ignore
+      onPodConditions:
+        - type: DisruptionTarget
+          status: "True"
+{{- end -}}
+
 {{/* Pod of a job that talks to Kubeflow Pipelines. Arguments: .root, .arguments, .component. */}}
 {{- define "spectraqlora.jobPod" -}}
 {{- $root := .root -}}
@@ -148,6 +183,13 @@ metadata:
   labels:
     {{- include "spectraqlora.labels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ $.component }}
+    {{- with .jobs.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .jobs.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 spec:
   restartPolicy: Never
   serviceAccountName: {{ include "spectraqlora.jobsAccount" $root }}
@@ -160,18 +202,12 @@ spec:
     - name: {{ . }}
     {{- end }}
   {{- end }}
-  {{- with .jobs.nodeSelector }}
-  nodeSelector:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with .jobs.tolerations }}
-  tolerations:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "spectraqlora.scheduling" .jobs | nindent 2 }}
   containers:
     - name: spectraqlora
       image: {{ include "spectraqlora.image" (dict "image" .image "default" $root.Chart.AppVersion) }}
       imagePullPolicy: {{ .image.pullPolicy }}
+      terminationMessagePolicy: FallbackToLogsOnError
       command: [python3, -m, spectraqlora_pipelines.cli]
       args:
         {{- toYaml $.arguments | nindent 8 }}
@@ -205,6 +241,13 @@ spec:
         {{- if .kfp.ca.configMap }}
         - name: SPECTRAQLORA_KFP_CA_FILE
           value: /etc/spectraqlora-ca/{{ .kfp.ca.key }}
+        {{- else if .ca.configMap }}
+        - name: SPECTRAQLORA_KFP_CA_FILE
+          value: {{ include "spectraqlora.caFolder" $root }}/{{ .ca.key }}
+        {{- end }}
+        {{- include "spectraqlora.caEnv" $root | nindent 8 }}
+        {{- with .jobs.env }}
+        {{- toYaml . | nindent 8 }}
         {{- end }}
       resources:
         {{- toYaml .jobs.resources | nindent 8 }}
@@ -225,6 +268,10 @@ spec:
         - name: ca
           mountPath: /etc/spectraqlora-ca
           readOnly: true
+        {{- end }}
+        {{- include "spectraqlora.caMount" $root | nindent 8 }}
+        {{- with .jobs.volumeMounts }}
+        {{- toYaml . | nindent 8 }}
         {{- end }}
   volumes:
     - name: tmp
@@ -247,6 +294,10 @@ spec:
       configMap:
         name: {{ .kfp.ca.configMap }}
     {{- end }}
+    {{- include "spectraqlora.caVolume" $root | nindent 4 }}
+    {{- with .jobs.volumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end -}}
 {{- end -}}
 
@@ -255,4 +306,122 @@ spec:
 /etc/spectraqlora/settings.yaml
 --values
 /etc/spectraqlora/cluster-values.yaml
+{{- end -}}
+
+{{/* Environment of the MLflow server and of what prepares its database. */}}
+{{- define "spectraqlora.mlflowEnv" -}}
+- name: HOME
+  value: /tmp
+# Its job runner is for evaluations of traces; it idles in seven processes, 225 MB each.
+- name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION
+  value: "false"
+- name: MLFLOW_DISABLE_TELEMETRY
+  value: "true"
+- name: MLFLOW_BACKEND_STORE_URI
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.mlflow.server.database.secret }}
+      key: {{ .Values.mlflow.server.database.key }}
+{{- with .Values.secrets.s3 }}
+{{- if .name }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom:
+    secretKeyRef:
+      name: {{ .name }}
+      key: {{ .accessKey }}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ .name }}
+      key: {{ .secretKey }}
+{{- end }}
+{{- end }}
+{{- with .Values.s3.endpointUrl }}
+- name: MLFLOW_S3_ENDPOINT_URL
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.s3.region }}
+- name: AWS_REGION
+  value: {{ . | quote }}
+{{- end }}
+{{- include "spectraqlora.caEnv" . }}
+{{- with .Values.mlflow.server.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "spectraqlora.mlflowMounts" -}}
+- name: tmp
+  mountPath: /tmp
+{{- include "spectraqlora.caMount" . }}
+{{- with .Values.mlflow.server.volumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "spectraqlora.mlflowAccount" -}}
+{{- $account := .Values.mlflow.server.serviceAccount -}}
+{{- if $account.create -}}
+{{- default (printf "%s-mlflow" (include "spectraqlora.fullname" .)) $account.name -}}
+{{- else -}}
+{{- default "default" $account.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Where a pod may run, from values that have these keys. */}}
+{{- define "spectraqlora.scheduling" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* The certificates that everything of this release trusts: folder, volume, mount, environment. */}}
+{{- define "spectraqlora.caFolder" -}}
+/etc/spectraqlora-trust
+{{- end -}}
+
+{{- define "spectraqlora.caVolume" -}}
+{{- if .Values.ca.configMap }}
+- name: trust
+  configMap:
+    name: {{ .Values.ca.configMap }}
+{{- end }}
+{{- end -}}
+
+{{- define "spectraqlora.caMount" -}}
+{{- if .Values.ca.configMap }}
+- name: trust
+  mountPath: {{ include "spectraqlora.caFolder" . }}
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{/* By these boto3, requests and the hub's client are told. */}}
+{{- define "spectraqlora.caVariables" -}}
+{{- if .Values.ca.configMap -}}
+{{- $file := printf "%s/%s" (include "spectraqlora.caFolder" .) .Values.ca.key -}}
+{{- toYaml (dict "AWS_CA_BUNDLE" $file "REQUESTS_CA_BUNDLE" $file "SSL_CERT_FILE" $file) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.caEnv" -}}
+{{- range $name, $file := include "spectraqlora.caVariables" . | fromYaml }}
+- name: {{ $name }}
+  value: {{ $file }}
+{{- end }}
 {{- end -}}
