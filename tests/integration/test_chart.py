@@ -19,6 +19,7 @@ import typer
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 from mlflow import MlflowClient
+from spectraqlora.tracking.runs import KFP_UI, MLFLOW_UI
 from spectraqlora_pipelines.dags.placement import CACHED
 from spectraqlora_pipelines.reference import CHART
 
@@ -307,7 +308,8 @@ def test_the_config_map_holds_settings_and_a_values_file_that_we_accept(case: st
         assert [c.name for c in train.config_maps] == [environment["metadata"]["name"], "company-ca"]
         assert set(train.config_maps[0].env.values()) == environment["data"].keys()
         folder = train.config_maps[1].mount
-        assert train.env == dict.fromkeys(TRUST, f"{folder}/ca.crt")
+        links = {KFP_UI: "https://kubeflow.example.com/pipeline", MLFLOW_UI: "https://mlflow.example.com"}
+        assert train.env == dict.fromkeys(TRUST, f"{folder}/ca.crt") | links
         assert train.affinity[0].rules[0].values == ("eu-central-1a",) and train.scratch.size == "200Gi"
 
 
@@ -644,7 +646,7 @@ def test_the_jobs_environment_has_names_that_the_command_line_reads() -> None:
         known |= {option.envvar} if isinstance(option.envvar, str) else set(option.envvar or ())
     container = find(rendered("full"), "Job", "-publish")["spec"]["template"]["spec"]["containers"][0]
     own = {e["name"] for e in values_of("full")["jobs"]["env"]}
-    names = {e["name"] for e in container["env"]} - {"HOME", *TRUST} - own
+    names = {e["name"] for e in container["env"]} - {"HOME", KFP_UI, *TRUST} - own
     assert len(names) >= 3
     assert names <= known, names - known
 

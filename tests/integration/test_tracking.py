@@ -256,7 +256,7 @@ def test_a_model_comes_through_the_server_only_where_its_store_is_out_of_reach(
                 (tmp_path / "model" / f"part-{number}").write_text("whole")
             (tmp_path / "model" / "MLmodel").write_text("flavors: {}")
             tracker.log_folder(run_id, tmp_path / "model", "model")
-            client = MlflowClient(server.uri)
+            client = tracker.client
             client.create_registered_model("m")
             client.create_model_version("m", f"{client.get_run(run_id).info.artifact_uri}/model", run_id)
             registry = Registry(chosen)

@@ -120,10 +120,13 @@ AWS_REGION: {{ . | quote }}
 {{- range $key, $_ := . -}}{{- $_ := set $env $key $key -}}{{- end -}}
 {{- $maps = append $maps (dict "name" (printf "%s-environment" (include "spectraqlora.fullname" $)) "env" $env) -}}
 {{- end -}}
+{{- $variables := include "spectraqlora.caVariables" . | fromYaml -}}
 {{- with .Values.ca.configMap -}}
 {{- $maps = append $maps (dict "name" . "mount" (include "spectraqlora.caFolder" $)) -}}
-{{- $_ := set $defaults "env" (fromYaml (include "spectraqlora.caVariables" $)) -}}
 {{- end -}}
+{{- with .Values.kfp.ui -}}{{- $_ := set $variables "SPECTRAQLORA_KFP_UI" . -}}{{- end -}}
+{{- with .Values.mlflow.ui -}}{{- $_ := set $variables "SPECTRAQLORA_MLFLOW_UI" . -}}{{- end -}}
+{{- with $variables -}}{{- $_ := set $defaults "env" . -}}{{- end -}}
 {{- with $maps -}}{{- $_ := set $defaults "config_maps" . -}}{{- end -}}
 {{- with include "spectraqlora.cacheClaim" . -}}
 {{- $_ := set $defaults "cache" (dict "claim" . "path" $.Values.cache.mountPath) -}}
@@ -216,6 +219,10 @@ spec:
           value: /tmp
         - name: SPECTRAQLORA_KFP_HOST
           value: {{ .kfp.host | quote }}
+        {{- with .kfp.ui }}
+        - name: SPECTRAQLORA_KFP_UI
+          value: {{ . | quote }}
+        {{- end }}
         {{- with .kfp.namespace }}
         - name: SPECTRAQLORA_KFP_NAMESPACE
           value: {{ . | quote }}
