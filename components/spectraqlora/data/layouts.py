@@ -7,7 +7,7 @@
 | `chosen` and `rejected` | a preference: with `data.preference=chosen`, what was chosen |
 | `text` | plain text |
 
-`label` or `kto_tag` (true or false) next to a prompt or messages marks good and bad rows: with `data.preference=chosen`
+`label` or `kto_tag` (true or false, 1 or 0) next to a prompt or messages marks good and bad rows: with `data.preference=chosen`
 the good ones are learned from. Where nothing fits, `data.columns` says which column is what.
 """
 
@@ -36,6 +36,7 @@ LABELS = ("label", "kto_tag")
 PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 MARKED_BAD = "marked as bad"
 """The reason of rows whose label says so."""
+_MARKS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _EXTRA = ("input", "context")
 _GUESSED_PROMPTS = (*PROMPTS, "user", "human", "problem", "task", "request", "source", "title")
 _GUESSED_COMPLETIONS = (*COMPLETIONS, "assistant", "solution", "reply", "target", "gpt", "result", "text")
@@ -285,11 +286,12 @@ def check_label(record: Mapping[str, Any], layout: Layout, settings: DataSetting
     if settings.preference == "chosen" or settings.columns or layout.name == "text":
         return
     for name in LABELS:
-        if str(record.get(name)).lower() in ("true", "false"):
+        if str(record.get(name)).lower() in _MARKS:
             raise InputError(
                 f"{origin}, {name}",
                 record[name],
-                "rows without marks of good and bad; data.preference=chosen learns from the good ones",
+                "rows without marks of good and bad; data.preference=chosen learns from the good ones, and "
+                "data.columns says that such a column is something else",
             )
 
 
@@ -325,11 +327,10 @@ def _first(names: Sequence[str], there: Iterable[str]) -> str | None:
 
 
 def _good(cell: Cell) -> bool:
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     value = str(cell.value).lower()
-    if value not in known:
+    if value not in _MARKS:
         raise cell.refusal("true or false: a good row or a bad one")
-    return known[value]
+    return _MARKS[value]
 
 
 def _first_answer(cell: Cell) -> Cell:

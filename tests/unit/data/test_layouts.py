@@ -199,7 +199,7 @@ def test_preferences_are_refused_or_what_was_chosen_is_learned(record: dict[str,
 
 @pytest.mark.parametrize("name", ["label", "kto_tag"])
 def test_rows_marked_good_or_bad_are_refused_or_the_good_ones_are_learned(name: str) -> None:
-    for mark in (True, False, "true", "False"):
+    for mark in (True, False, "true", "False", 1, 0, "0", 1.0):
         record = {"messages": CHAT, name: mark}
         layout = recognise(record)
         with pytest.raises(InputError, match=rf"row 3, {name}.*data\.preference=chosen"):
@@ -214,6 +214,8 @@ def test_a_class_label_next_to_text_is_no_mark() -> None:
     check_label(record, recognise(record), DataSettings(), AT)
     named = {"prompt": "q", "completion": "a", "label": "greeting"}
     check_label(named, recognise(named), DataSettings(), AT)
+    columns = {"prompt": "prompt", "completion": "completion"}
+    check_label({**named, "label": 1}, recognise(named), DataSettings(columns=columns), AT)
 
 
 def test_rows_of_one_file_may_leave_columns_out() -> None:
