@@ -29,6 +29,8 @@ class Hub:
         self._commits: dict[tuple[str, str, str], dict[str, bytes]] = {}
         self.fetched: list[str] = []
         """`commit/file` of every download."""
+        self.sent = 0
+        """Bytes of files that were sent."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -106,7 +108,8 @@ class Hub:
                 commit, files = stored
                 if body:
                     self.fetched.append(f"{commit}/{route['name']}")
-                return self._file(request, commit, files[route["name"]], body)
+                self.sent += self._file(request, commit, files[route["name"]], body)
+                return None
             if stored:
                 return self._refuse(request, "EntryNotFound")
         kind = "datasets" if "/datasets/" in path else "models"
@@ -127,14 +130,20 @@ class Hub:
         request.wfile.write(content)
 
     @staticmethod
-    def _file(request: BaseHTTPRequestHandler, commit: str, content: bytes, body: bool) -> None:
-        request.send_response(200)
+    def _file(request: BaseHTTPRequestHandler, commit: str, content: bytes, body: bool) -> int:
+        """Send a file, or the range of it that is asked for; returns the bytes sent."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        part = content[int(asked[1]) : int(asked[2]) + 1] if asked else content
+        request.send_response(206 if asked else 200)
+        if asked:
+            request.send_header("Content-Range", f"bytes {asked[1]}-{asked[2]}/{len(content)}")
         request.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         request.send_header("X-Repo-Commit", commit)
-        request.send_header("Content-Length", str(len(content)))
+        request.send_header("Content-Length", str(len(part)))
         request.end_headers()
         if body:
-            request.wfile.write(content)
+            request.wfile.write(part)
+        return len(part) if body else 0
 
     @staticmethod
     def _redirect(request: BaseHTTPRequestHandler, path: str) -> None:

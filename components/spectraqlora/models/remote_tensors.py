@@ -129,8 +129,9 @@ class _HubReader:
         self._system, self._path, self.size = system, path, size
 
     def read(self, offset: int, length: int) -> bytearray:
-        return (
-            bytearray(self._system.cat_file(self._path, start=offset, end=offset + length))
-            if length
-            else bytearray()
-        )
+        if not length:
+            return bytearray()
+        # Without a cache, which would read megabytes ahead.
+        with self._system.open(self._path, "rb", cache_type="none") as stream:
+            stream.seek(offset)
+            return bytearray(stream.read(length))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from spectraqlora.errors import InputError
+from spectraqlora.runtime.cache import plainly_named
 from spectraqlora.settings import Settings
 
 from spectraqlora_pipelines.cli.options import load_settings
@@ -34,11 +35,11 @@ def registry_settings(uri: str, name: str, config: Path | None, assignments: lis
     Raises:
         InputError: `uri` is neither, or there is none anywhere.
     """
-    database = Path(uri, "mlflow.db")
+    database = Path(uri, "mlflow.db").expanduser()
     if uri and "://" not in uri:
         if not database.is_file():
             raise InputError("--uri", uri, "the address of an MLflow server, or the workdir of a local run")
-        uri = f"sqlite:///{database.absolute()}"
+        uri = f"sqlite:///{plainly_named(database.parent)}/mlflow.db"
     given = {"tracking.uri": uri or None, "tracking.registered_model": name or None}
     settings = load_settings(config, given, assignments)
     if not settings.tracking.uri:

@@ -13,6 +13,7 @@ from rich.table import Table
 from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place, base_place, data_place, file_place
+from spectraqlora.runtime.cache import plainly_named
 from spectraqlora.settings import Settings
 
 from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
@@ -189,7 +190,7 @@ def _kept_in(workdir: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     tracking, checkpoint = arguments["tracking"], arguments["checkpoint"]
     # Checkpoints are below the root that every runner's steps see.
     return {
-        "tracking": {**tracking, "uri": tracking["uri"] or f"sqlite:///{workdir}/mlflow.db"},
+        "tracking": {**tracking, "uri": tracking["uri"] or f"sqlite:///{plainly_named(workdir)}/mlflow.db"},
         "checkpoint": {
             **checkpoint,
             "folder": os.path.expanduser(checkpoint["folder"]) or str(workdir / "artifacts" / "checkpoints"),

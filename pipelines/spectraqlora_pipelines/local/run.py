@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 _GRACE_S = 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_RANK = re.compile(r"^\[rank\d+\]: ?")
+_KFPS = re.compile(r"\d\d:\d\d:\d\d\.\d+ - |\[KFP Executor |-{40}")
+"""How lines begin that kfp.local writes around those of a step."""
+_RANK = re.compile(r"^(\s*)\[rank\d+\]: ?")
 _PROGRESS = re.compile(rf"{PROGRESS} (\d+)/(\d+) (.*)")
 
 
@@ -83,21 +85,24 @@ class _StepOutput:
         self.error: str | None = None
         """The last line of its last traceback."""
         self.last = ""
-        self._in_traceback = False
+        self._traceback: int | None = None
+        """How far the traceback that is being written is indented, as kfp.local indents a step's lines."""
 
     def add(self, line: str) -> None:
         """Take a line as it was written, without colours."""
-        line = _RANK.sub("", line.rstrip())
+        line = _RANK.sub(r"\1", line.rstrip())
         clean = line.strip()
         if not clean:
             return
-        self.last = clean
+        if not _KFPS.match(clean):
+            self.last = clean
         if clean.startswith(f"{ERROR} "):
             self.refusal = clean.removeprefix(f"{ERROR} ")
+        indent = len(line) - len(line.lstrip())
         if clean.startswith("Traceback (most recent call last)"):
-            self._in_traceback = True
-        elif self._in_traceback and line[0] not in " \t|+":
-            self.error, self._in_traceback = clean, False
+            self._traceback = indent
+        elif self._traceback is not None and indent <= self._traceback:
+            self.error, self._traceback = clean, None
 
     @property
     def reason(self) -> str:

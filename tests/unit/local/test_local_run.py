@@ -27,9 +27,11 @@ def test_the_last_line_of_a_traceback_is_the_reason_however_much_is_written_afte
         lines.begin("train")
         lines.write(TRACEBACK + "cleaning up\n" * 500 + "-" * 40 + "\n")
         lines.begin("merge-export")
-        lines.write("".join(f"[rank1]: {line}\n" for line in TRACEBACK.splitlines()))
+        lines.write("".join(f"    [rank1]: {line}\n" for line in TRACEBACK.splitlines()))
         lines.begin("register")
-        lines.write("one line\nKilled\n\n")
+        lines.write(
+            "one line\n    Killed\n\n19:46:44.097 - ERROR - Task 'register' finished with status FAILURE\n"
+        )
         reasons = {step: output.reason for step, output in lines.outputs.items() if step}
     broken = "spectraqlora.made_up.Broken: no such thing"
     assert reasons == {"train": broken, "merge-export": broken, "register": "Killed"}

@@ -10,7 +10,7 @@ import pytest
 from kfp import dsl
 from spectraqlora.errors import InputError
 from spectraqlora_pipelines.local.outputs import RunOutputs, read_outputs
-from spectraqlora_pipelines.local.run import run_locally
+from spectraqlora_pipelines.local.run import StepFailed, run_locally
 
 
 @dsl.component(install_kfp_package=False)
@@ -108,6 +108,61 @@ def test_what_comes_from_the_cache_is_an_output_of_the_run_that_took_it(tmp_path
     assert third.path(step, "made") == first.path(step, "made")
     assert third.path("last", "final") != first.path("last", "final")
     assert third.path("last", "final").read_text() == "a3"
+
+
+ODD = "a b#c?d%20é=~ü&'x"
+
+
+def test_a_workdir_may_have_any_name_that_a_file_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from spectraqlora.runtime.cache import cache_folder, plainly_named
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    workdir = tmp_path / ODD
+    first, _ = run(workdir, "a", "1")
+    assert first.path("last", "final").is_relative_to(workdir)
+    assert first.path("last", "final").read_text() == "a1"
+    first.write()
+    assert read_outputs(workdir).path("last", "final").read_text() == "a1"
+    uri = f"sqlite:///{plainly_named(workdir)}/mlflow.db"
+    MlflowClient(tracking_uri=uri).create_experiment("x")
+    assert (workdir / "mlflow.db").stat().st_size > 0
+    assert plainly_named(workdir) == plainly_named(workdir) and plainly_named(tmp_path) == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ODD, "cache"])
+    assert cache_folder() == tmp_path / "cache" / "spectraqlora"
+
+
+@dsl.component(install_kfp_package=False)
+def fails(text: str) -> str:
+    import sys
+
+    try:
+        raise RuntimeError(f"no room for {text}")
+    except RuntimeError:
+        import traceback
+
+        traceback.print_exc()
+    for number in range(300):
+        print("cleaning up", number)
+    sys.exit(1)
+
+
+@dsl.pipeline
+def failing(text: str):
+    task = fails(text=text)
+    task.set_display_name("train (hybrid, round 1)")
+
+
+def test_a_failing_steps_own_error_is_what_the_command_shows_however_much_it_wrote_after_it(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(StepFailed) as failed:
+        run_locally(failing, {"text": "it"}, "key", tmp_path, None, lambda name: None, lambda *progress: None)
+    wanted = f"train (hybrid, round 1) failed: RuntimeError: no room for it (read {tmp_path / 'run.log'})"
+    assert str(failed.value) == wanted
+    assert "===== train (hybrid, round 1) =====" in (tmp_path / "run.log").read_text()
 
 
 def test_steps_that_a_condition_leaves_out_have_no_outputs(tmp_path: Path) -> None:

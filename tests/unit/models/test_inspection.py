@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from spectraqlora.places import base_place
 from spectraqlora.settings import ModelSettings
 from spectraqlora.steps.quantize_load.quantize import quantize
 
+from tests.hub import Hub
 from tests.models import WEIGHTS, change_header, change_json, change_weights, copied
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -282,3 +286,47 @@ def test_random_weights_never_enter_a_model_that_a_later_step_loads(tiny_model: 
     change_weights(folder, lambda tensors: tensors.pop(UP))
     with pytest.raises(InputError, match=rf"it has no {UP}"):
         load_plain(folder, torch.float32)
+
+
+LOOK = """
+import sys
+from spectraqlora.errors import InputError
+from spectraqlora.models.inspection import inspect_base
+from spectraqlora.places import base_place
+for name, commit in (line.split() for line in sys.argv[1:]):
+    try:
+        print(len(inspect_base(base_place(name), commit).modules), "modules")
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_on_the_hub_headers_are_read_and_no_weights_at_the_commit_that_was_asked_for(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = copied(tiny_model, tmp_path / "broken")
+    change_weights(broken, lambda tensors: tensors.pop(UP))
+    packed = copied(tiny_model, tmp_path / "packed")
+    change_json(
+        packed / "config.json", lambda config: config.update(quantization_config={"quant_method": "hqq"})
+    )
+    # Weights that would be noticed among what is sent.
+    change_weights(
+        broken,
+        lambda tensors: tensors.update(
+            {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"].double()}
+        ),
+    )
+    with Hub() as hub:
+        commits = [hub.publish("models", "owner/name", folder) for folder in (tiny_model, broken, packed)]
+        done = subprocess.run(
+            [sys.executable, "-c", LOOK, *(f"owner/name {commit}" for commit in commits)],
+            capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **hub.environment(tmp_path / "home")},
+        )  # fmt: skip
+        good, missing, quantized = done.stdout.splitlines()
+        weights = sum((folder / WEIGHTS).stat().st_size for folder in (tiny_model, broken, packed))
+        assert hub.sent < weights / 2
+    assert good == "28 modules"
+    assert missing.startswith(f"model.base_model: 'owner/name/{WEIGHTS}': ") and UP in missing
+    assert "quant_method one of" in quantized and "'hqq'" in quantized
