@@ -1,8 +1,11 @@
 """What measure-base leaves for the steps after it, for tests that begin there."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import load_from_disk
+from spectraqlora.artifacts import PreparedRows
 from spectraqlora.settings import EvaluateSettings, SelectSettings
 
 
@@ -19,4 +22,14 @@ def write_measurement(
     from spectraqlora.steps.measure_base.measure import Inputs, measure_base
 
     measure_base(Inputs(four_bit, rows), methods, select, evaluate, seed, folder)
+    return folder
+
+
+def with_test_rows(prepared: Path, folder: Path) -> Path:
+    """A copy of prepared rows in which five of the rows to train on are test rows instead; returns it."""
+    rows = load_from_disk(str(prepared / "train"))
+    shutil.copytree(prepared, folder, ignore=lambda _, names: {"train"} & set(names))
+    rows.select(range(5, len(rows))).save_to_disk(str(folder / "train"))
+    rows.select(range(5)).save_to_disk(str(folder / "test"))
+    PreparedRows.read(prepared).model_copy(update={"test_rows": 5}).write(folder)
     return folder

@@ -177,6 +177,7 @@ class BaseMeasurement(_Manifest):
     row_losses: list[float] = Field(description="summed loss of every held-out row, nats")
     row_tokens: list[int] = Field(description="counted tokens of every held-out row")
     sketched: bool = Field(description="whether the gradients of the base were measured")
+    test_loss: float | None = Field(None, description="mean loss of the test rows, where there are any")
 
     @classmethod
     def filename(cls) -> str:
@@ -184,7 +185,12 @@ class BaseMeasurement(_Manifest):
 
     def headline(self) -> dict[str, float]:
         """The numbers that KFP shows of a measurement."""
-        values = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
+        values = {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "test_loss": self.test_loss,
+        }
         return {name: value for name, value in values.items() if value is not None}
 
     def check_origin(self, base_digest: str, rows_digest: str = "") -> None:
@@ -344,6 +350,11 @@ class Evaluation(_Manifest):
     rounds: list[RoundResult]
     snr_after: dict[str, float | None]
     similarity: Similarity | None = None
+    test_loss: float | None = Field(
+        None, description="mean loss of the test rows, which chose nothing, after the last round"
+    )
+    test_loss_stderr: float | None = None
+    base_test_loss: float | None = None
 
     @classmethod
     def filename(cls) -> str:
@@ -357,6 +368,8 @@ class Evaluation(_Manifest):
             "perplexity": self.perplexity,
             "accuracy": self.accuracy,
             "base_accuracy": self.base_accuracy,
+            "test_loss": self.test_loss,
+            "base_test_loss": self.base_test_loss,
             "trainable_parameters": float(self.trainable_parameters),
             "train_seconds": self.train_seconds,
             "train_tokens_per_second": self.train_tokens_per_second,

@@ -16,7 +16,7 @@ from spectraqlora.models.families import decoder_start
 
 
 def load_rows(prepared: str | Path, split: str) -> Any:
-    """The `train` or `held_out` rows among prepared ones, as a `datasets.Dataset`.
+    """The `train`, `held_out` or `test` rows among prepared ones, as a `datasets.Dataset`.
 
     Raises:
         InputError: they are missing or cut short.

@@ -1,4 +1,4 @@
-"""The rows a model was scored on, kept next to it so that a later one can be scored on the same."""
+"""The rows a model was scored on, kept next to it so that a later one can be scored on the same; and the test rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.scoring.batches import load_rows
+from spectraqlora.scoring.loss import Score, score
 
 _ROWS, _ANSWERS = "rows.parquet", "answers.json"
 
@@ -45,3 +46,20 @@ def read_held_out(folder: Path) -> tuple[Any, list[dict[str, str]]]:
         return rows, json.loads((folder / _ANSWERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError("held-out rows", folder, f"{_ROWS} and {_ANSWERS}, complete") from None
+
+
+def score_test_rows(model: Any, prepared: Path, batch_size: int) -> Score | None:
+    """Losses of the test rows, which chose neither checkpoint nor winner; none where there are no such rows.
+
+    Args:
+        model: language model.
+        prepared: prepared rows artifact.
+        batch_size: rows per forward pass.
+
+    Raises:
+        InputError: the rows are missing or cut short.
+    """
+    manifest = PreparedRows.read(prepared)
+    if not manifest.test_rows:
+        return None
+    return score(model, load_rows(prepared, "test"), batch_size, packing=manifest.shared_sequences)

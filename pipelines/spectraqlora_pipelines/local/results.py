@@ -101,6 +101,8 @@ def _method_entry(evaluation: Evaluation) -> dict[str, Any]:
         include={
             "eval_loss",
             "eval_loss_stderr",
+            "test_loss",
+            "test_loss_stderr",
             "perplexity",
             "accuracy",
             "trainable_parameters",

@@ -14,6 +14,7 @@ from spectraqlora.methods.catalogue import method
 from spectraqlora.models.loading import load_four_bit, load_tokenizer
 from spectraqlora.runtime.console import say
 from spectraqlora.scoring.batches import load_rows
+from spectraqlora.scoring.held_out import score_test_rows
 from spectraqlora.scoring.loss import accuracy, score
 from spectraqlora.settings import EvaluateSettings, SelectSettings
 from spectraqlora.signals.gradients import write_sketches
@@ -67,6 +68,7 @@ def _score(
     held_out, prepared = load_rows(inputs.rows, "held_out"), PreparedRows.read(inputs.rows)
     say(f"scoring the base model on {len(held_out)} held-out rows, once for all branches")
     result = score(model, held_out, evaluate.batch_size, packing=prepared.shared_sequences)
+    test = score_test_rows(model, inputs.rows, evaluate.batch_size)
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
     answers = prepared.answers[: evaluate.accuracy_rows]
     return BaseMeasurement(
@@ -80,4 +82,5 @@ def _score(
         row_losses=result.losses,
         row_tokens=result.tokens,
         sketched=sketched,
+        test_loss=test.loss if test else None,
     )

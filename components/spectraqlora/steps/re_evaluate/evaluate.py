@@ -25,6 +25,7 @@ from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit, load_tokenizer
 from spectraqlora.runtime.console import say
 from spectraqlora.scoring.batches import load_rows
+from spectraqlora.scoring.held_out import score_test_rows
 from spectraqlora.scoring.loss import Score, accuracy, score
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
 from spectraqlora.snr.table import finite_snr, read_table, write_table
@@ -101,6 +102,8 @@ def re_evaluate(
     say(f"scoring the adapter on {len(held_out)} held-out rows")
     result = score(wrapped, held_out, sections.evaluate.batch_size, packing=trained.rows.shared_sequences)
     exact = _accuracy(model, trained, inputs, sections.evaluate)
+    follows = method(rank_map.method).moves and round < rounds
+    test = None if follows else score_test_rows(wrapped, inputs.rows, sections.evaluate.batch_size)
 
     active = len(rank_map.active())
     say(f"measuring the {active} updated weight matrices of {len(manifest.modules)}")
@@ -111,7 +114,7 @@ def re_evaluate(
     write_table(table, outputs.evaluation)
 
     changes: list[str] = []
-    if method(rank_map.method).moves and round < rounds:
+    if follows:
         changes = write_following_round(
             wrapped, trained, inputs, outputs, sections.select, table, spectra, seed
         )
@@ -119,6 +122,13 @@ def re_evaluate(
         for folder in (outputs.next_rank_map, outputs.next_adapter):
             write_nothing(folder, f"no round follows round {round} of {rank_map.method}")
     evaluation = _evaluation(trained, sections, result, exact, finite_snr(table), spectra, changes)
+    if test:
+        own = {
+            "test_loss": test.loss,
+            "test_loss_stderr": test.stderr,
+            "base_test_loss": trained.base.test_loss,
+        }
+        evaluation = evaluation.model_copy(update=own)
     evaluation.write(outputs.evaluation)
     say(f"{rank_map.method} round {rank_map.round}: eval loss {trained.base.loss:.4f} to {result.loss:.4f}")
     return evaluation

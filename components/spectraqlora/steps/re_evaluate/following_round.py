@@ -11,7 +11,6 @@ from spectraqlora.methods.catalogue import moving
 from spectraqlora.models import adapters
 from spectraqlora.runtime.console import say
 from spectraqlora.settings import SelectSettings
-from spectraqlora.signals.gradients import starting_directions
 from spectraqlora.signals.scores import calibration_sketches, module_scores
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def write_following_round(
     """Write the next rank map and the adapter fitted to it; what moved, in words.
 
     The task's signal is that of the model as it is now, of every module: what is left to gain there. Modules that enter
-    start from the directions of that gradient where first adapters do.
+    start at random: a start from the directions of that gradient was no better.
 
     Args:
         model: PEFT model with this round's adapters; they are taken off it.
@@ -62,8 +61,7 @@ def write_following_round(
     if not moves:
         shutil.copytree(inputs.adapter, outputs.next_adapter, dirs_exist_ok=True)
     else:
-        starts = starting_directions(sketches, next_map) if select.gradient_init != "off" else {}
-        fitted = adapters.attach(model.unload(), next_map, start=carried, gradient_init=starts)
+        fitted = adapters.attach(model.unload(), next_map, start=carried)
         adapters.save(fitted, outputs.next_adapter, trained.manifest.source)
         trained.log.write(outputs.next_adapter)
     return next_map.changes

@@ -16,6 +16,8 @@ from spectraqlora.signals.scores import calibration_sketches
 from spectraqlora.steps.measure_base import measure
 from spectraqlora.steps.measure_base.measure import Inputs, measure_base
 
+from tests.measured import with_test_rows
+
 EVALUATE = EvaluateSettings(accuracy_rows=2, max_new_tokens=4)
 ENERGY = SelectSettings(calibration_batches=2)
 SPECTRUM = ENERGY.model_copy(update={"signal": "spectrum"})
@@ -57,6 +59,16 @@ def test_it_holds_the_bases_own_numbers(quantized: Path, prepared: Path, tmp_pat
     assert result.base_digest == manifest.base_digest
     assert result.rows_digest == PreparedRows.read(prepared).digest
     assert result.accuracy == 0.0 and set(result.headline()) == {"loss", "perplexity", "accuracy"}
+
+
+def test_test_rows_are_scored_where_there_are_some(quantized: Path, prepared: Path, tmp_path: Path) -> None:
+    rows = with_test_rows(prepared, tmp_path / "rows")
+    result = measure_base(Inputs(quantized, rows), ["qlora"], ENERGY, EVALUATE, 1, tmp_path / "measurement")
+    model, _ = load_four_bit(quantized)
+    assert result.test_loss == score(model, load_rows(rows, "test"), EVALUATE.batch_size).loss != result.loss
+    assert result.headline()["test_loss"] == result.test_loss
+    held_out = score(model, load_rows(prepared, "held_out"), EVALUATE.batch_size)
+    assert result.row_losses == held_out.losses, "they are among no other rows"
 
 
 def test_its_sketches_are_those_of_a_base_that_was_only_calibrated(

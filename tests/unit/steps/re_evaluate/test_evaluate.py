@@ -19,6 +19,7 @@ from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.scoring import loss
+from spectraqlora.scoring.batches import load_rows
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
 from spectraqlora.signals import gradients
 from spectraqlora.signals.scores import calibration_sketches
@@ -31,7 +32,7 @@ from spectraqlora.steps.re_evaluate.evaluate import Inputs, Outputs, Sections, r
 from spectraqlora.steps.snr_analyze.analyze import Inputs as SnrInputs
 from spectraqlora.steps.snr_analyze.analyze import analyze
 
-from tests.measured import write_measurement
+from tests.measured import with_test_rows, write_measurement
 from tests.unit.models.test_adapters import DOWN, Q0, randomize, rank_map
 
 EVALUATE = EvaluateSettings(accuracy_rows=2, max_new_tokens=4, update_energy=1.0)
@@ -161,9 +162,8 @@ def test_where_a_round_follows_its_rank_map_and_adapter_are_made(trained: Make) 
     assert TrainingLog.read(outputs.next_adapter) == LOG
 
 
-@pytest.mark.parametrize("start", ["auto", "off"])
-def test_what_training_used_up_leaves_and_what_enters_starts_where_its_gradient_points(
-    start: str, trained: Make, quantized: Path
+def test_what_training_used_up_leaves_and_what_enters_changes_nothing_yet(
+    trained: Make, quantized: Path
 ) -> None:
     """All scores are of the model as it is now; the first map's own scores, which nothing reaches, decide nothing."""
     inputs, outputs = trained("hybrid")
@@ -172,7 +172,7 @@ def test_what_training_used_up_leaves_and_what_enters_starts_where_its_gradient_
         m.model_copy(update={"score": 1e9, "tier": "selected"}) if m.rank else m for m in before.modules
     ]
     before.model_copy(update={"modules": modules, "budget": 10**6}).write(inputs.rank_map)
-    select = SELECT.model_copy(update={"signal": "energy", "gradient_init": start, "percent": 25.0})
+    select = SELECT.model_copy(update={"signal": "energy", "percent": 25.0})
     result = re_evaluate(inputs, outputs, replace(SECTIONS, select=select), 1, 2, 1)
     following = RankMap.read(outputs.next_rank_map)
     model = adapters.attach(
@@ -191,11 +191,34 @@ def test_what_training_used_up_leaves_and_what_enters_starts_where_its_gradient_
     carried = adapters.read_adapter_weights(outputs.next_adapter)
     entered = [m.module for m in following.trained() if m.module not in (Q0, DOWN)]
     assert len(entered) >= 5
-    for name in entered:
-        a, b = carried[f"{name}.lora_A"], carried[f"{name}.lora_B"]
-        assert not b.any()
-        orthogonal = torch.allclose(a @ a.T, torch.eye(4) / 3, atol=1e-5)
-        assert orthogonal == (start == "auto")
+    assert not any(carried[f"{name}.lora_B"].any() for name in entered)
+
+
+def test_test_rows_are_scored_after_the_last_round_alone(
+    trained: Make, quantized: Path, prepared: Path, tmp_path: Path
+) -> None:
+    inputs, outputs = trained()
+    rows = with_test_rows(prepared, tmp_path / "rows")
+    measurement = write_measurement(
+        quantized, rows, SELECT, 1, tmp_path / "measurement", ("qlora",), EVALUATE
+    )
+    inputs = replace(inputs, rows=rows, measurement=measurement)
+    between = re_evaluate(inputs, outputs, SECTIONS, 1, 2, 1)
+    assert between.test_loss is between.base_test_loss is None and "test_loss" not in between.headline()
+    last = re_evaluate(inputs, Outputs(*(tmp_path / name for name in "abc")), SECTIONS, 1, 1, 1)
+    model = adapters.attach(
+        load_four_bit(quantized)[0],
+        RankMap.read(inputs.rank_map),
+        start=adapters.read_adapter_weights(inputs.adapter),
+    )
+    expected = loss.score(model.eval(), load_rows(rows, "test"), EVALUATE.batch_size)
+    assert (last.test_loss, last.test_loss_stderr) == (
+        pytest.approx(expected.loss),
+        pytest.approx(expected.stderr),
+    )
+    assert last.base_test_loss == BaseMeasurement.read(measurement).test_loss
+    assert last.eval_loss == between.eval_loss
+    assert Evaluation.read(tmp_path / "a") == last
 
 
 def test_a_branch_keeps_the_rounds_before(trained: Make) -> None:
