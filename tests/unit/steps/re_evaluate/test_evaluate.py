@@ -121,7 +121,9 @@ def test_the_base_is_taken_from_its_measurement_and_not_scored_again(
 ) -> None:
     inputs, outputs = trained()
     calls: list[object] = []
-    monkeypatch.setattr(evaluate, "score", lambda *given: calls.append(given) or loss.score(*given))
+    monkeypatch.setattr(
+        evaluate, "score", lambda *given, **named: calls.append(given) or loss.score(*given, **named)
+    )
     result = re_evaluate(inputs, outputs, SECTIONS, 1, 1, 1)
     assert len(calls) == 1
     assert "scoring the base" not in capfd.readouterr().out
