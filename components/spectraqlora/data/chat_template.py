@@ -14,7 +14,8 @@ from spectraqlora.data.rows import Message, RowRefused
 from spectraqlora.models.families import replaced
 
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-_PROBE_PROMPT, _PROBE_ANSWER, _PROBE_TOOL = "probing", "probed", "probe_tool"
+_PROBE_PROMPT, _PROBE_ANSWER, _PROBE_TOOL = "亖亖", "亗亗", "probe_tool"
+"""Of a conversation that stands for all: letters without case, which few write."""
 UNSEEN = ("weight", "train")
 """Keys of a message that say whether it is learned, and are no part of what the template sees."""
 
@@ -164,7 +165,9 @@ class ChatTemplate:
     def openers(self) -> frozenset[str]:
         """Special tokens that begin messages, as far as a user's and an assistant's show them."""
         asked = self._probe([_PROBE_PROMPT])
-        before, _, after = asked.partition(_PROBE_PROMPT)
+        before, prompt, after = asked.partition(_PROBE_PROMPT)
+        if not prompt:
+            return frozenset()
         names = self.special.findall(before) + self.special.findall(self.opening)
         return frozenset(names) - set(self.special.findall(after)) - set(self.special.findall(self.end))
 
@@ -208,7 +211,8 @@ class ChatTemplate:
 
     @cached_property
     def _after_answer(self) -> str:
-        return self.sample.rpartition(_PROBE_ANSWER)[2]
+        _, answer, after = self.sample.rpartition(_PROBE_ANSWER)
+        return after if answer else ""
 
     def _probe(
         self, contents: list[str], prompt: bool = False, tools: list[dict[str, Any]] | None = None

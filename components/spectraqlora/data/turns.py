@@ -192,7 +192,7 @@ def _start(
         first: the answer's first letter.
     """
     text = dyes.text
-    key = _shape(dyes, index) if index and not tools else None
+    key = (_shape(dyes, index), repr(tools)) if index else None
     tail = template.tails.get(key) if key else None
     if tail is not None and text.startswith(tail, before):
         return _behind_header(template, text, before + len(tail), first)

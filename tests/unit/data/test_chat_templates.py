@@ -356,6 +356,40 @@ def test_a_template_may_write_signs_and_letters_in_its_own_way() -> None:
     messages = [{"role": "user", "content": "a<b?"}, {"role": "assistant", "content": "<b>Yes</b> & no"}]
     assert shown(render(with_template(ESCAPING), messages)) == ["&lt;b&gt;Yes&lt;/b&gt; &amp; no<|im_end|>"]
     assert shown(render(with_template(LOWERING), messages)) == ["<b>yes</b> & no<|im_end|>"]
+    titled = LOWERING.replace("lower", "title")
+    assert shown(render(with_template(titled), messages)) == ["<B>yes</b> & No<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        (
+            "{% for m in messages %}{{ '<|user|>' + m.role + '\n' + m.content.strip() + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}",
+            ["1\n", "2\n"],
+        ),
+        (
+            "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}",
+            ["1\n\n", "2\n\n"],
+        ),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", ["1\n", "2\n"]),
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}",
+            ["1", "2\n<|endoftext|>"],
+        ),
+        (
+            "{% for m in messages %}{{ '<|end|>' + m.role + m.content }}{% endfor %}<|end|>",
+            ["1<|end|>", "2<|end|>"],
+        ),
+        ("{% for m in messages %}{{ m | tojson + '\n' }}{% endfor %}", ['1"}', '2"}']),
+    ],
+    ids=["a line ends", "two lines end", "no prompt", "one end for all", "one token on both sides", "json"],
+)
+def test_an_answer_ends_as_its_template_ends_it(template: str, learned: list[str]) -> None:
+    messages = [{"role": m["role"], "content": m["content"]} for m in THINKING]
+    assert shown(render(with_template(template), messages)) == learned
 
 
 @pytest.mark.parametrize("name", ["llama_4", "gemma_3"])
