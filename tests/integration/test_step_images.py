@@ -17,6 +17,8 @@ from tests.containers import contained, engine
 
 pytestmark = pytest.mark.e2e
 LIMIT_BYTES = {"light": 600e6, "train": 2.0e9}
+MLFLOW = "mlflow"
+"""The image of MLflow's server, which runs no step."""
 IMPORTS = """
 import importlib.util, os, sys
 from spectraqlora.runtime.command_line import steps
@@ -35,7 +37,7 @@ def docker() -> Any:
     return engine()
 
 
-@pytest.mark.parametrize("name", images())
+@pytest.mark.parametrize("name", [*images(), MLFLOW])
 def test_labels_user_and_size(docker: Any, name: str) -> None:
     found = docker.images.get(image_reference(name))
     config = found.attrs["Config"]
@@ -50,7 +52,7 @@ def test_labels_user_and_size(docker: Any, name: str) -> None:
     assert found.attrs["Size"] < LIMIT_BYTES.get(name, 2.0e9)
 
 
-@pytest.mark.parametrize("name", images())
+@pytest.mark.parametrize("name", [*images(), MLFLOW])
 def test_no_compiler_no_cache_no_installer_and_nothing_of_the_build_machine(docker: Any, name: str) -> None:
     script = r"""
 for program in gcc cc g++ clang make ld pip pip3 git curl; do command -v $program && echo found; done
@@ -60,7 +62,7 @@ find /var/lib/apt/lists /var/cache/apt -type f -not -name lock -not -name '*.bin
 env | grep -iE 'proxy|token|secret|password|index|cert'
 ls /usr/local/share/ca-certificates
 """
-    code, said = contained(docker, name, "sh", "-c", script)
+    code, said = contained(docker, name, "-c", script, entrypoint=["sh"])
     if "/usr/local/bin/pip" in said:  # Docker's own Python image brings the installer.
         said = re.sub(r"/usr/local/bin/pip3?\nfound\n", "", said)
     assert (code, said) == (0, "")
@@ -128,3 +130,11 @@ def test_steps_run_by_hand_with_plain_arguments(
 def test_bad_input_is_one_line_with_exit_code_2(docker: Any) -> None:
     code, said = contained(docker, "train", "--train-settings", "{}")
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_mlflows_server_has_all_that_it_needs(docker: Any) -> None:
+    code, said = contained(docker, MLFLOW, "db", "upgrade", "sqlite:////tmp/mlflow.db")
+    assert code == 0, said
+    script = "import boto3, psycopg, mlflow.server.fastapi_app; print(psycopg.pq.__impl__)"
+    code, said = contained(docker, MLFLOW, "-c", script, entrypoint=["python3"])
+    assert code == 0 and said.split()[-1] == "binary", said
