@@ -80,6 +80,10 @@ class Dyed:
         """Of another rendering of these messages, or of some of them."""
         return _runs(text, self._pattern, self._first)
 
+    def has_words(self, message: int) -> bool:
+        """Whether anything of a message can be found."""
+        return any(place == message for place, _ in self.visible)
+
     def calls_of(self, message: int) -> bool:
         """Whether a call's name or arguments can be found of a message."""
         return {(message, _ARGUMENTS), (message, _NAME)} & self.visible != set()

@@ -73,9 +73,13 @@ def learned(template: ChatTemplate, messages: list[Message], tools: Tools, train
         if template.marks_answers(tools)
         else _found(template, seen, tools, dyes)
     )
+    empty = {index for index in wanted if not dyes.has_words(index)}
     unlearned = {
+        "no answer": sum(marked[index] and index in empty for index in wanted),
         "weight 0 or train: false": sum(not marked[index] for index in wanted),
-        "the template leaves it out": sum(marked[index] and index not in spans_of for index in wanted),
+        "the template leaves it out": sum(
+            marked[index] and index not in spans_of and index not in empty for index in wanted
+        ),
         "data.train_on=last": sum(
             marked[index] and index not in chosen for index in wanted if index in spans_of
         ),
@@ -88,6 +92,8 @@ def learned(template: ChatTemplate, messages: list[Message], tools: Tools, train
         if message["role"] not in ("assistant", *_RESULTS) and dyes.loses(index):
             left_out[f"{message['role']} messages"] = left_out.get(f"{message['role']} messages", 0) + 1
     turns = [index for index in chosen if index in spans_of]
+    if len(empty) == len(wanted):
+        raise RowRefused("no answer")
     if not turns:
         raise RowRefused("no turn is learned", next((why for why, count in unlearned.items() if count), ""))
     spans = [span for index in turns for span in spans_of[index]]

@@ -326,6 +326,15 @@ def test_dates_are_the_same_in_all_renderings() -> None:
         ], "microseconds pass between renderings"
 
 
+def test_an_empty_answer_is_not_learned() -> None:
+    empty = {"role": "assistant", "content": " \n"}
+    row = rendered("chatml", [TURNS[0], empty, *TURNS[2:4]])
+    assert (shown(row), row.unlearned) == (["good<|im_end|>"], {"no answer": 1})
+    for name in ("chatml", "llama_3"):
+        with pytest.raises(RowRefused, match=r"^no answer$"):
+            rendered(name, [TURNS[0], empty])
+
+
 DROPPING = (
     "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
