@@ -2,8 +2,8 @@
 
 | kind | a row is | its number |
 | --- | --- | --- |
-| .jsonl, .ndjson | a line, an object of JSON | the line's |
-| .json | an object of the list, or of those one after the other | its place |
+| .jsonl, .ndjson | a line, an object of JSON; or as .json, where the file is a list | the line's |
+| .json | an object of the list, or of those one after the other; a list may be the only one in an object | its place |
 | .csv, .tsv | a record below the header; every field is text | its place |
 | .parquet, .arrow | a row with the types that the file declares | its place |
 | .txt | what blank lines part; a line, where there are none | its first line's |
@@ -105,9 +105,9 @@ def read_rows(
         InputError: the file is damaged, cut short, in another encoding, or not of its kind.
     """
     readers: dict[str, Callable[[], Iterator[tuple[int, Record]]]] = {
-        ".jsonl": lambda: _json_lines(file, encoding),
-        ".ndjson": lambda: _json_lines(file, encoding),
-        ".json": lambda: _json_documents(file, encoding),
+        ".jsonl": lambda: _json(file, encoding, set(wanted)),
+        ".ndjson": lambda: _json(file, encoding, set(wanted)),
+        ".json": lambda: _documents(file, encoding, set(wanted)),
         ".csv": lambda: _table(file, encoding, set(wanted)),
         ".tsv": lambda: _table(file, encoding, set(wanted)),
         ".txt": lambda: _paragraphs(file, encoding),
@@ -196,10 +196,39 @@ def _decoder() -> json.JSONDecoder:
     return json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=float)
 
 
+def _json(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[int, Record]]:
+    """Lines; or, whatever the file is called, one list."""
+    with _text(file, encoding) as stream:
+        first = next((line for line in stream if line.strip("\ufeff \t\r\n")), "")
+    listed = first.lstrip("\ufeff \t").startswith("[")
+    return _documents(file, encoding, wanted) if listed else _json_lines(file, encoding)
+
+
+def _documents(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[int, Record]]:
+    """The rows of `_json_documents`; of one object around a list of them, those of the list."""
+    rows = _json_documents(file, encoding)
+    first, second = next(rows, None), next(rows, None)
+    if first is not None and second is None:
+        inner = _inner_rows(first[1], wanted)
+        if inner is not None:
+            yield from enumerate(inner, 1)
+            return
+    yield from (row for row in (first, second) if row is not None)
+    yield from rows
+
+
+def _inner_rows(row: Record, wanted: set[str]) -> list[Record] | None:
+    """The only list of objects in an object that is no row itself."""
+    lists = [v for v in row.values() if isinstance(v, list) and v and all(isinstance(e, dict) for e in v)]
+    return lists[0] if len(lists) == 1 and not wanted & row.keys() else None
+
+
 def _json_lines(file: DataFile, encoding: str) -> Iterator[tuple[int, Record]]:
     decode = _decoder().decode
     with _text(file, encoding) as stream:
         for number, line in enumerate(stream, 1):
+            # Files that were put together have marks within.
+            line = line.lstrip("\ufeff")
             if not line.strip():
                 continue
             try:
@@ -256,6 +285,7 @@ def _no_object(file: DataFile, before: int, text: str) -> InputError:
 
 def _table(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(2**31 - 1)
+    quoted = file.suffix != ".tsv" or _is_quoted(file, encoding)
     with _text(file, encoding) as stream:
         # An Excel that saves with semicolons may say so in a first line of its own.
         first = stream.readline()
@@ -265,10 +295,10 @@ def _table(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[in
         lines = itertools.chain(head, stream)
         guessed = "\t" if file.suffix == ".tsv" else _delimiter(head, wanted)
         delimiter = (said[4:5] or ",") if said else guessed
-        records = csv.reader(lines, delimiter=delimiter, strict=True)
+        records = _records(lines, delimiter, quoted)
         number = 0
         try:
-            header = next((record for record in records if record), [])
+            header = [name.strip() for name in next((record for record in records if record), [])]
             named = [name for name in header if name]
             if len(set(named)) < len(named):
                 raise InputError(
@@ -287,6 +317,22 @@ def _table(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[in
                 yield number, dict(zip(header, record, strict=False))
         except csv.Error as error:
             raise InputError(f"{file.name}, row {number + 1}", str(error), "a record of CSV") from None
+
+
+def _records(lines: Iterable[str], delimiter: str, quoted: bool) -> Iterator[list[str]]:
+    if quoted:
+        return csv.reader(lines, delimiter=delimiter, strict=True)
+    return (line.rstrip("\r\n").split(delimiter) if line.strip("\r\n") else [] for line in lines)
+
+
+def _is_quoted(file: DataFile, encoding: str) -> bool:
+    """Whether quotes at the ends of a field are none of its text: they add up, in every record of the header's length."""
+    with _text(file, encoding) as stream:
+        try:
+            lengths = {len(record) for record in csv.reader(stream, delimiter="\t", strict=True) if record}
+        except csv.Error:
+            return False
+    return len(lengths) <= 1
 
 
 def _delimiter(head: list[str], wanted: set[str]) -> str:

@@ -347,12 +347,18 @@ def _data_names(names: list[str]) -> list[str]:
 def _split_name(name: str) -> str:
     """The name of a file's split as `datasets` writes it: the file's without its shard, or its folder's."""
     path = PurePosixPath(name)
-    stem = path.name.partition(".")[0]
+    kind, compression = suffixes(name)
+    stem = path.name[: len(path.name) - len(kind) - len(compression)]
     base = _SHARD.sub("", stem)
     # save_to_disk calls every file data, in a folder per split.
     if base == "data" and len(path.parts) > 1:
         return path.parts[-2]
     return "/".join([*path.parts[:-1], base])
+
+
+def _is_named(name: str) -> bool:
+    """Whether a file's name has the form in which `datasets` and the hub write a split's name."""
+    return _SHARD.search(PurePosixPath(name).name.partition(".")[0]) is not None
 
 
 def _word(split: str) -> Split | None:
@@ -374,6 +380,9 @@ def _splits(source: str, split_of: Mapping[str, str], settings: DataSettings) ->
         train = [name for name, split in split_of.items() if _word(split) == "train"] or [
             name for name, split in split_of.items() if _word(split) is None
         ]
+        named = sorted({last[name] for name in train if _is_named(name)})
+        if len(named) > 1:
+            raise InputError("data.split", "train", f"one of the splits {', '.join(named)}")
     if not train:
         known = ", ".join(sorted(set(last.values())))
         if settings.split == "train":
@@ -382,11 +391,20 @@ def _splits(source: str, split_of: Mapping[str, str], settings: DataSettings) ->
         raise InputError("data.split", settings.split, f"one of the splits {known}{slices}")
     chosen: dict[Split, list[str]] = {"train": train}
     others: tuple[Split, ...] = ("held_out", "test")
+    parts = {_without_word(last[name]) for name in train}
     for kind in others:
         names = [name for name, split in split_of.items() if _word(split) == kind and name not in train]
+        # To train_sft belongs test_sft, where there is one.
+        names = [name for name in names if _without_word(last[name]) in parts] or names
         if names:
             chosen[kind] = names
     return chosen
+
+
+def _without_word(split: str) -> str:
+    """A split's name without the word that says which it is, and without numbers."""
+    words = {word for known in _WORDS.values() for word in known}
+    return " ".join(part for part in _SEPARATORS.split(split.lower()) if part and part not in words)
 
 
 def _configured(source: str, readme: str, names: list[str], settings: DataSettings) -> dict[str, str]:

@@ -212,3 +212,36 @@ def test_any_text_comes_back_as_it_was_written(texts: list[str]) -> None:
         writer.writerows([row["prompt"], row["completion"]] for row in rows)
         assert values(f"d.{suffix}", table.getvalue().encode()) == rows
         assert values(f"d.{suffix}", table.getvalue().encode("utf-16")) == rows
+
+
+def test_a_list_is_read_whatever_it_is_called_or_wrapped_in() -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "tools": [{"name": "f"}]}]
+    for indent in (None, 2):
+        listed = json.dumps(rows, indent=indent)
+        wrapped = json.dumps({"version": "1.0", "data": rows}, indent=indent)
+        for name in ("d.jsonl", "d.ndjson", "d.json"):
+            assert values(name, f"\ufeff\n {listed}".encode()) == rows
+        assert values("d.json", wrapped.encode()) == rows
+    assert values("d.json", json.dumps(rows[1]).encode()) == rows[1:]
+    with pytest.raises(InputError, match="row 1"):
+        values("d.jsonl", b"[1]\n[2]\n")
+
+
+def test_files_that_were_put_together_keep_their_marks_to_themselves() -> None:
+    line = b'\xef\xbb\xbf{"text": "a"}\n'
+    assert values("d.jsonl", line + line) == [{"text": "a"}] * 2
+
+
+def test_quotes_of_tabs_are_text_where_they_do_not_add_up() -> None:
+    plain = 'prompt\tcompletion\n"hi" she said\t"a" or "b\n\nq\t\n'
+    assert values("d.tsv", plain.encode()) == [
+        {"prompt": '"hi" she said', "completion": '"a" or "b'},
+        {"prompt": "q", "completion": ""},
+    ]
+    assert values("d.tsv", b'prompt\tcompletion\n"a\tb"\t"c ""d"""\n') == [
+        {"prompt": "a\tb", "completion": 'c "d"'}
+    ]
+
+
+def test_names_of_columns_have_no_white_space_around_them() -> None:
+    assert values("d.csv", b"prompt, completion \nq,r\n") == [{"prompt": "q", "completion": "r"}]

@@ -77,6 +77,7 @@ def test_a_row_knows_its_file_and_its_line(tmp_path: Path) -> None:
         (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/validation-00000-of-00001.jsonl"],
          {"train": ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], "held_out": ["validation-00000-of-00001.jsonl"]}),
         (["train/x.jsonl", "test/y.jsonl"], {"train": ["x.jsonl"], "test": ["y.jsonl"]}),
+        (["my.train.jsonl", "my.dev.jsonl"], {"train": ["my.train.jsonl"], "held_out": ["my.dev.jsonl"]}),
         (["TRAIN.jsonl", "Test.jsonl"], {"train": ["TRAIN.jsonl"], "test": ["Test.jsonl"]}),
     ],
 )  # fmt: skip
@@ -86,6 +87,15 @@ def test_files_are_the_splits_that_their_names_say(
     for name in names:
         marked(tmp_path / name)
     assert splits(tmp_path) == expected
+
+
+def test_of_several_training_splits_one_is_named_and_its_own_test_split_goes_with_it(tmp_path: Path) -> None:
+    names = [f"{split}-00000-of-00001.jsonl" for split in ("train_sft", "train_gen", "test_sft", "test_gen")]
+    for name in names:
+        marked(tmp_path / "data" / name)
+    with pytest.raises(InputError, match=r"data\.split.*train_gen, train_sft"):
+        splits(tmp_path)
+    assert splits(tmp_path, split="train_gen") == {"train": [names[1]], "test": [names[3]]}
 
 
 def test_what_is_not_read_is_known_by_name(tmp_path: Path) -> None:
