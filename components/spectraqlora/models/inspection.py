@@ -25,6 +25,7 @@ from spectraqlora.models.families import auto_class, context_length
 from spectraqlora.models.headers import TYPES
 from spectraqlora.models.tensors import LocalTensors, Tensors, quantization
 from spectraqlora.places import ADAPTER_CONFIG, INDEX, WEIGHTS, HubAway, Place, read_document
+from spectraqlora.runtime.console import quiet
 
 T = TypeVar("T")
 FIELD = "model.base_model"
@@ -280,7 +281,7 @@ def _check_sizes(config: Any, tensors: Tensors, place: object) -> None:
     """
     where = f"{place}/config.json"
     for name, value in _numbers(config.to_dict()):
-        counts = re.search(r"(layers|experts|heads|_layer|_head)$", name) and not name.startswith("max")
+        counts = re.fullmatch(r"(num|n|encoder|decoder)_\w*(layers?|experts|heads?)", name)
         if counts and not 0 <= value <= _MOST:
             raise InputError(FIELD, where, f"{name} of 0 to {_MOST}; it is {value}")
         if re.search(r"(position|positions|seq_len)", name) and value > _LONGEST_CONTEXT:
@@ -424,10 +425,9 @@ def _modules(model: Any, tensors: Tensors, place: object) -> list[LinearModule]:
     from spectraqlora.models.names import checkpoint_names
 
     stored = checkpoint_names(model, tensors.names())
-    return [
-        info.model_copy(update={"tensor": stored.get(f"{info.module}.weight", "")})
-        for info in attempted(lambda: candidates(model, place), place, "layers that can get an adapter")
-    ]
+    with quiet():  # quantize-load says which matrices stay without an adapter.
+        modules = attempted(lambda: candidates(model, place), place, "layers that can get an adapter")
+    return [info.model_copy(update={"tensor": stored.get(f"{info.module}.weight", "")}) for info in modules]
 
 
 def _check_tokenizer(folder: Path, trusted: bool, rows: int, place: object) -> list[str]:
@@ -436,10 +436,13 @@ def _check_tokenizer(folder: Path, trusted: bool, rows: int, place: object) -> l
     Returns:
         What is completed or left out, in words.
     """
-    from spectraqlora.models.loading import load_tokenizer, own_end_token
+    from spectraqlora.models.loading import load_tokenizer, own_end_token, own_pad_token
 
     tokenizer = load_tokenizer(folder, trusted, place)
     lines = []
+    own_pad = own_pad_token(folder, trusted)
+    if own_pad not in (None, tokenizer.pad_token):
+        lines.append(f"the pad token {own_pad!r} has no embedding; padding is {tokenizer.pad_token!r}")
     if own_end_token(folder, trusted) is None:
         lines.append(f"tokenizer_config.json names no eos_token; {tokenizer.eos_token!r} is the config's")
     vocabulary = attempted(tokenizer.get_vocab, f"{place}/tokenizer.json", "a tokenizer with a vocabulary")
@@ -454,7 +457,11 @@ def _check_tokenizer(folder: Path, trusted: bool, rows: int, place: object) -> l
             f"{place}/tokenizer.json",
             f"a tokenizer that cuts text into tokens; it has {len(vocabulary)} of them",
         )
-    surplus = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    # Tokens that only pad, or stand for what no token stands for where bytes always do, are never in text.
+    aside = {own_pad, tokenizer.unk_token} - {tokenizer.eos_token}
+    surplus = sorted(
+        (number, token) for token, number in vocabulary.items() if number >= rows and token not in aside
+    )
     if surplus:
         lines += _without_embedding(tokenizer, surplus, rows, place)
     if tokenizer.chat_template:

@@ -105,7 +105,8 @@ def load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, place: object = None) -> Any:
     """The tokenizer of a model, with an end and a token to pad with.
 
-    The end is what the tokenizer names, else what the generation config or the config do; padding falls back to it.
+    The end is what the tokenizer names, else what the generation config or the config do. Padding falls back to it, also
+    where the tokenizer's own pad token has no row in the embedding.
 
     Args:
         folder: of the model.
@@ -126,7 +127,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, place: o
                 "an eos_token, or an eos_token_id in config.json: without one nothing ends an answer",
             )
         tokenizer.eos_token = end
-    if tokenizer.pad_token_id is None:
+    rows = _embedding_rows(folder)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -135,6 +137,25 @@ def own_end_token(folder: Path, trust_remote_code: bool = False) -> str | None:
     """The end-of-sequence token that the tokenizer itself names; None where it names none."""
     token = _own_tokenizer(folder, trust_remote_code).eos_token
     return None if token is None else str(token)
+
+
+def own_pad_token(folder: Path, trust_remote_code: bool = False) -> str | None:
+    """The pad token that the tokenizer itself names; None where it names none."""
+    token = _own_tokenizer(folder, trust_remote_code).pad_token
+    return None if token is None else str(token)
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    """Rows of the embedding, as the config says; None where it does not."""
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    text = document.get("text_config") if isinstance(document, dict) else None
+    for part in (document, text):
+        if isinstance(part, dict) and type(part.get("vocab_size")) is int:
+            return int(part["vocab_size"])
+    return None
 
 
 def _own_tokenizer(folder: Path, trust_remote_code: bool, place: object = None) -> Any:

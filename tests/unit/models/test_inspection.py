@@ -248,6 +248,17 @@ def test_tokens_without_an_embedding_are_refused_and_counted(tiny_model: Path, t
     assert f"resize_token_embeddings({rows + 2})" in message
 
 
+def test_a_pad_token_without_an_embedding_gives_way_to_the_end(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_model, tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
+    tokenizer.save_pretrained(folder)
+    end = repr(tokenizer.eos_token)
+    assert inspect_folder(folder).lines == [f"the pad token '[PAD]' has no embedding; padding is {end}"]
+    assert load_tokenizer(folder).pad_token_id == tokenizer.eos_token_id
+
+
 def test_an_end_that_the_tokenizer_does_not_name_is_the_configs_or_refused(
     tiny_model: Path, tmp_path: Path
 ) -> None:
