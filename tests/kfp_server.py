@@ -13,6 +13,7 @@ import json
 import re
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -157,6 +158,8 @@ class KfpServer:
         self.token, self.cookie, self.multi_user = token, cookie, multi_user
         self.state, self.problems, self.requests = State(), list[str](), list[str]()
         self.page_size_limit = 2
+        self.on_look: Callable[[dict[str, Any]], None] = lambda run: None
+        """Called with a run before it is shown, as time passes on a cluster."""
         self.routes = routes()
         owner = self
 
@@ -232,7 +235,9 @@ class KfpServer:
         for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
             assert predicate["operation"] in ("EQUALS", 1)
             entries = [e for e in entries if e.get(predicate["key"]) == predicate["stringValue"]]
-        if self.multi_user and name in ("pipelines", "experiments", "recurringRuns"):
+        if not self.multi_user and name == "runs" and query.get("namespace"):
+            raise Refused(400, "in single-user mode runs have no namespace")
+        if self.multi_user and name in ("pipelines", "experiments", "recurringRuns", "runs"):
             if not query.get("namespace"):
                 raise Refused(400, "a namespace is needed")
             entries = [e for e in entries if e.get("namespace") == query["namespace"]]
@@ -298,7 +303,26 @@ class KfpServer:
 
     def _run_service_create_run(self, query: Any, body: Any) -> dict[str, Any]:
         self._check_start(body)
-        return self._new(self.state.runs, "run_id", body)
+        return self._new(self.state.runs, "run_id", {**body, "state": "PENDING"})
+
+    def _run_service_get_run(self, query: Any, body: Any, run: str) -> dict[str, Any]:
+        if run not in self.state.runs:
+            raise Refused(404, "no such run")
+        entry = self.state.runs[run]
+        self.on_look(entry)
+        if wrong := fault(entry, "V2beta1Run"):
+            raise AssertionError(wrong)
+        return entry
+
+    def _run_service_list_runs(self, query: Any, body: Any) -> dict[str, Any]:
+        key, _, order = query.get("sort_by", "created_at").partition(" ")
+        runs = sorted(self.state.runs.values(), key=lambda run: run[key], reverse=order == "desc")
+        return self._listed("runs", runs, query)
+
+    def _pipeline_service_get_pipeline_version(
+        self, query: Any, body: Any, pipeline: str, version: str
+    ) -> dict[str, Any]:
+        return self.state.versions[version]
 
     def _recurring_run_service_list_recurring_runs(self, query: Any, body: Any) -> dict[str, Any]:
         return self._listed("recurringRuns", list(self.state.recurring.values()), query)
@@ -332,9 +356,26 @@ class KfpServer:
         return {}
 
     def _recurring_run_service_delete_recurring_run(self, query: Any, body: Any, run: str) -> dict[str, Any]:
+        """Kubernetes deletes a schedule's workflows with it, unless the policy leaves them as orphans."""
         self._entry(run)
+        policy = query.get("propagation_policy") or "DELETE_PROPAGATION_POLICY_UNSPECIFIED"
+        allowed = kfp_server_api.V2beta1DeletePropagationPolicy.allowable_values
+        if policy not in allowed:
+            raise Refused(400, f"propagation_policy {policy} is not one of {allowed}")
         del self.state.recurring[run]
+        if policy != "ORPHAN":
+            for started in self.state.runs.values():
+                if started.get("recurring_run_id") == run and started["state"] == "RUNNING":
+                    started["state"] = "FAILED"
         return {}
+
+    def start_scheduled(self, name: str) -> dict[str, Any]:
+        """A run of the recurring run of this name, as KFP's controller starts one at its time."""
+        (entry,) = [one for one in self.state.recurring.values() if one["display_name"] == name]
+        copied = ("display_name", "experiment_id", "pipeline_version_reference", "runtime_config")
+        values = {key: entry[key] for key in copied if key in entry}
+        values |= {"recurring_run_id": entry["recurring_run_id"], "state": "RUNNING"}
+        return self._new(self.state.runs, "run_id", values)
 
 
 def _package(content_type: str, body: bytes) -> dict[str, Any]:

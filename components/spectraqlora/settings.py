@@ -490,7 +490,10 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Apply `section.key=value` assignments (YAML values) to a nested mapping; returns a new mapping."""
+    """Apply `section.key=value` assignments (YAML values) to a nested mapping; returns a new mapping.
+
+    Nothing after the sign is the empty text, as a shell's `--set data.source=` means it; `null` is YAML's null.
+    """
     import yaml
 
     result: dict[str, Any] = json.loads(json.dumps(values))
@@ -505,7 +508,7 @@ def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, 
             if not isinstance(node, dict):
                 raise InputError("--set", assignment, "a key whose parent is a section")
         try:
-            node[leaf] = yaml.safe_load(raw)
+            node[leaf] = yaml.safe_load(raw) if raw.strip() else ""
         except yaml.YAMLError:
             raise InputError(key, raw, "a YAML value") from None
         # YAML 1.1 reads 1e-3 as text; numbers written that way are meant as numbers.

@@ -272,10 +272,10 @@ def step(name: str) -> str:
     described = command_line.options(function)
     connected = edges().get(name, {})
     artifacts = [option for option in described if option.kind == "input"]
-    parameters = [option for option in described if not option.artifact]
+    parameters = [option for option in described if not option.artifact and option.kind != "text"]
     inputs = [(option, ", ".join(sorted(connected.get(option.name, ["–"])))) for option in artifacts]
     inputs += [(option, _default(option)) for option in parameters]
-    outputs = [option for option in described if option.kind == "output"]
+    outputs = [option for option in described if option.kind in ("output", "text")]
     parts = [
         f"# {name}",
         command_line.summary(function),

@@ -53,7 +53,7 @@ def test_compiling_needs_no_torch_and_the_checked_in_yaml_is_current(compiled: P
 
 def test_the_dag_has_four_branches_with_their_steps_and_retries_on_every_task(compiled: Path) -> None:
     spec = next(yaml.safe_load_all(compiled.read_text()))
-    tasks = spec["root"]["dag"]["tasks"]
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     branches = {t["componentRef"]["name"] for t in tasks.values() if "branch" in t["componentRef"]["name"]}
     assert branches == {f"comp-branch-{m}" for m in METHODS}
     assert {
@@ -82,12 +82,14 @@ def test_the_dag_has_four_branches_with_their_steps_and_retries_on_every_task(co
 
 def test_retraining_asks_first_and_does_the_rest_only_where_something_changed(compiled: Path) -> None:
     spec = next(yaml.safe_load_all((ROOT / "pipelines" / "retraining.yaml").read_text()))
-    tasks = spec["root"]["dag"]["tasks"]
-    assert set(tasks) == {"detect-changes", "condition-1"}
-    assert "!= 'unchanged'" in tasks["condition-1"]["triggerPolicy"]["condition"]
-    inner = spec["components"]["comp-condition-1"]["dag"]["tasks"]
+    root = spec["root"]["dag"]["tasks"]
+    assert set(root) == {"exit-handler-1", "close-runs"}
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert set(tasks) == {"detect-changes", "condition-2"}
+    assert "!= 'unchanged'" in tasks["condition-2"]["triggerPolicy"]["condition"]
+    inner = spec["components"]["comp-condition-2"]["dag"]["tasks"]
     assert {"quantize-load", "branch-hybrid", "merge-export", "register", "promote"} <= inner.keys()
-    for task in (tasks["detect-changes"], inner["register"], inner["promote"]):
+    for task in (tasks["detect-changes"], inner["register"], inner["promote"], root["close-runs"]):
         assert not task["cachingOptions"], "what looks at the registry, or changes it, is never cached"
 
 

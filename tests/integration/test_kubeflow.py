@@ -43,6 +43,7 @@ def server() -> Iterator[KfpServer]:
 def command(server: KfpServer, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
 
@@ -87,6 +88,31 @@ def test_checkpoints_are_closer_on_a_cluster_unless_the_settings_say_otherwise(
         assert command("submit", *assignments).exit_code == 0
     given = [run["runtime_config"]["parameters"]["checkpoint"] for run in server.state.runs.values()]
     assert [part["every_minutes"] for part in given] == [3.0, 3.0, 10.0]
+
+
+def test_the_printed_link_is_the_uis(server: KfpServer, command: Command, tmp_path: Path) -> None:
+    assert f"{server.endpoint}/#/runs/details/" in command("submit").output
+    (tmp_path / "values.yaml").write_text("run: {ui: https://ui.example/pipeline/}")
+    by_file = command("submit", "--values", str(tmp_path / "values.yaml"))
+    assert "https://ui.example/pipeline/#/runs/details/" in by_file.output
+    given = command("submit", "--values", str(tmp_path / "values.yaml"), "--ui", "https://other.example")
+    assert "https://other.example/#/runs/details/" in given.output
+
+
+def test_a_retry_window_that_is_too_short_is_told_at_once(
+    server: KfpServer, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "values.yaml").write_text("steps: {train: {retries: {max_backoff: 10m}}}")
+    for arguments in (["submit"], ["schedule", "create", "x", "--every", "1d"]):
+        done = command(*arguments, "--values", str(tmp_path / "values.yaml"))
+        assert "warning: steps.train.retries.max_backoff: 10m: an attempt may take 7d" in done.stderr
+
+
+def test_nothing_after_the_sign_is_the_empty_text(server: KfpServer, command: Command) -> None:
+    done = command("submit", "--set", "checkpoint.destination=s3://b/c", "--set", "checkpoint.destination=")
+    assert done.exit_code == 0, (done.output, done.exception)
+    (run,) = server.state.runs.values()
+    assert run["runtime_config"]["parameters"]["checkpoint"]["destination"] == ""
 
 
 def test_another_dag_is_another_version_of_the_same_pipeline(server: KfpServer, command: Command) -> None:
@@ -176,6 +202,26 @@ def test_an_owner_keeps_one_schedule_whatever_its_name_was(server: KfpServer, co
     )
     assert "either the name" in refusal(command("schedule", "delete"))
     assert "either the name" in refusal(command("schedule", "delete", "by-hand", "--owner", "team/other"))
+
+
+def test_a_changed_or_deleted_schedule_leaves_its_run_under_way(server: KfpServer, command: Command) -> None:
+    assert command("schedule", "create", "nightly", "--every", "6h").exit_code == 0
+    first = server.start_scheduled("nightly")
+    assert "updated" in command("schedule", "create", "nightly", "--every", "7h").output
+    assert first["state"] == "RUNNING"
+    second = server.start_scheduled("nightly")
+    assert "deleted" in command("schedule", "delete", "nightly").output
+    assert (first["state"], second["state"]) == ("RUNNING", "RUNNING")
+
+
+def test_the_server_ends_the_runs_of_a_schedule_that_is_deleted_as_kubernetes_does_by_default(
+    server: KfpServer, command: Command
+) -> None:
+    assert command("schedule", "create", "nightly", "--every", "6h").exit_code == 0
+    started = server.start_scheduled("nightly")
+    address = f"{server.endpoint}/apis/v2beta1/recurringruns/{started['recurring_run_id']}"
+    urllib.request.urlopen(urllib.request.Request(address, method="DELETE"))
+    assert started["state"] == "FAILED"
 
 
 def test_the_environment_alone_is_enough(server: KfpServer, command: Command) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from google.protobuf import json_format
 from kfp import components
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec import pipeline_spec_pb2
+from spectraqlora_pipelines.cluster.values import NEVER_CACHED
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 CLI = [sys.executable, "-m", "spectraqlora_pipelines.cli"]
+BRANCH = ("select-layers", "train", "re-evaluate")
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "s3cr3t-0f-s3",
     "HF_TOKEN": "hf_s3cr3t",
@@ -85,24 +88,27 @@ def test_the_sdk_loads_it_back_with_its_parameters_and_platform(full: Path) -> N
 def test_every_step_is_placed_as_its_values_say(full: Path) -> None:
     pipeline, platform = yaml.safe_load_all(full.read_text())
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    for executor in executors.values():
+    for label, executor in executors.items():
         assert executor["pvcMount"][0] | {"pvcNameParameter": None} == {
             "constant": "hub-cache", "mountPath": "/hub", "subPath": "team", "pvcNameParameter": None,
         }  # fmt: skip
         assert executor["securityContext"] == {"runAsUser": "10001", "runAsGroup": "0", "runAsNonRoot": True}
         assert executor["imagePullSecret"][0]["secretName"] == "registry-credentials"
-        assert executor["podMetadata"]["labels"] == {"team": "nlp"}
+        own = {"team": "nlp", "spectraqlora/step": re.sub(r"-\d+$", "", label.removeprefix("exec-"))}
+        branch = {"spectraqlora/method": "hybrid"} if own["spectraqlora/step"] in BRANCH else {}
+        assert executor["podMetadata"]["labels"] == own | branch
     assert executors["exec-train"]["activeDeadlineSeconds"] == "86400"
     assert executors["exec-compare"]["activeDeadlineSeconds"] == "7200"
     assert "emptyDirMounts" not in executors["exec-compare"]
 
     tasks = dict(pipeline["root"]["dag"]["tasks"])
-    tasks |= pipeline["components"]["comp-branch-hybrid"]["dag"]["tasks"]
-    steps = {n: t for n, t in tasks.items() if not n.startswith("branch")}
+    for group in ("exit-handler-1", "branch-hybrid"):
+        tasks |= pipeline["components"][f"comp-{group}"]["dag"]["tasks"]
+    steps = {n: t for n, t in tasks.items() if not n.startswith(("branch", "exit-handler"))}
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == steps.keys() - {"register", "promote", "snr-analyze"}
+    assert cached == steps.keys() - {"register", "promote", "snr-analyze", "close-runs"}
     assert steps["train"]["retryPolicy"] == {
-        "maxRetryCount": 6, "backoffDuration": "60s", "backoffFactor": 1.5, "backoffMaxDuration": "600s",
+        "maxRetryCount": 6, "backoffDuration": "60s", "backoffFactor": 1.5, "backoffMaxDuration": "172800s",
     }  # fmt: skip
     assert "retryPolicy" not in steps["snr-analyze"]
     for executor in pipeline["deploymentSpec"]["executors"].values():
@@ -190,10 +196,7 @@ def test_both_dags_place_every_step_on_a_cluster(pipeline: str, tmp_path: Path) 
         if "cachingOptions" in t and not t["cachingOptions"].get("enableCache")
     }
     looking = {"detect-changes", "start-point"} if pipeline == "retraining" else set()
-    assert (
-        uncached & {"register", "promote", "detect-changes", "start-point"}
-        == {"register", "promote"} | looking
-    )
+    assert uncached & NEVER_CACHED == {"register", "promote", "close-runs"} | looking
     assert platform["platforms"]["kubernetes"]["pipelineConfig"]["activeDeadlineSeconds"] == 172800
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from pathlib import Path
@@ -118,6 +119,33 @@ def test_pipeline_run_and_mlflow_run_lead_to_each_other(
     local = Tracker(settings(mlflow_server, "linked"), "demo-123", "train")
     tags = client.get_run(local.pipeline_run()).data.tags
     assert "mlflow.note.content" not in tags and "kfp.pipeline_run_url" not in tags
+
+
+@pytest.mark.parametrize(
+    ("state", "end"), [("FAILED", "FAILED"), ("RUNNING", "FAILED"), ("CANCELED", "KILLED")]
+)
+def test_runs_that_no_step_has_ended_are_closed_and_no_others(
+    state: str, end: str, mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The component itself, by KFP's executor, on what a killed training leaves: its run and the pipeline's, open."""
+    from spectraqlora.runtime import run_key
+
+    from tests.unit.test_executor import run_step
+
+    section = settings(mlflow_server, f"closed-{state}")
+    mine, other = Tracker(section, "mine", "train"), Tracker(section, "other", "train")
+    killed, done, parent = mine.branch_run("hybrid"), mine.branch_run("qlora"), mine.pipeline_run()
+    mine.finish(done)
+    open_elsewhere = other.branch_run("hybrid")
+    monkeypatch.setenv(run_key.VARIABLE, "mine")
+    given = {"tracking_settings": section.model_dump(mode="json"), "status": {"state": state}}
+    for attempt in ("first", "second"):
+        run_step("close-runs", tmp_path / attempt, {}, given)
+    states = {run: mine.client.get_run(run).info.status for run in (killed, done, parent, open_elsewhere)}
+    assert states == {killed: end, done: "FINISHED", parent: end, open_elsewhere: "RUNNING"}
+    closed = json.loads((tmp_path / "first" / "closed" / "closed.json").read_text())
+    assert closed == {killed: "hybrid", parent: "mine"}
+    assert json.loads((tmp_path / "second" / "closed" / "closed.json").read_text()) == {}
 
 
 def test_a_server_that_is_down_at_the_start_is_one_line_within_seconds() -> None:

@@ -91,6 +91,8 @@ class Compiled:
             return place["runtimeValue"]["constant"]
         if "componentInputParameter" in place:
             return parameters[place["componentInputParameter"]]
+        if "taskFinalStatus" in place:
+            return {"state": "COMPLETE", "pipelineTaskName": place["taskFinalStatus"]["producerTask"]}
         output = place["taskOutputParameter"]
         return f"{output['producerTask']}.{output['outputParameterKey']}"
 

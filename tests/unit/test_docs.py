@@ -106,8 +106,9 @@ def test_from_the_first_screen_what_a_step_reads_is_one_hop_away(step: str) -> N
     assert [link.text for link in _one_hop()[page]] == [step]
     inputs, outputs = (_rows(_headings(page)[part]) for part in ("inputs", "outputs"))
     options = command_line.options(command_line.component(step))
-    assert set(inputs) == {option.name for option in options if option.kind != "output"}
-    assert set(outputs) == {option.name for option in options if option.kind == "output"}
+    written = ("output", "text")
+    assert set(inputs) == {option.name for option in options if option.kind not in written}
+    assert set(outputs) == {option.name for option in options if option.kind in written}
 
 
 def _rows(text: str) -> dict[str, list[str]]:

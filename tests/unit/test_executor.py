@@ -16,9 +16,11 @@ from kfp import dsl
 from kfp.dsl import executor_main
 from spectraqlora.artifacts import RankMap
 from spectraqlora.methods import catalogue as methods
+from spectraqlora.places import base_place
 from spectraqlora.runtime import command_line
 from spectraqlora.runtime.step import step
 from spectraqlora.settings import SelectSettings, Settings, TrackingSettings
+from spectraqlora.steps.detect_changes.changes import recipe_with
 from spectraqlora_pipelines.dags.catalogue import Dag
 
 from tests.kfp_form import as_kfp_hands_over
@@ -101,8 +103,9 @@ def executor_input(
         if option.kind == "output"
     }
     outputs: dict[str, Any] = {"artifacts": written, "outputFile": str(folder / "executor_output.json")}
-    if returns:
-        outputs["parameters"] = {"Output": {"outputFile": str(folder / "Output")}}
+    texts = [name for name, option in known.items() if option.kind == "text"] + ["Output"] * returns
+    if texts:
+        outputs["parameters"] = {name: {"outputFile": str(folder / name)} for name in texts}
     return as_kfp_hands_over(
         {"inputs": {"artifacts": handed, "parameterValues": parameters}, "outputs": outputs}
     )
@@ -195,6 +198,10 @@ def test_the_executor_hands_every_step_what_it_was_given(
         elif key.endswith("_settings"):
             section = type(getattr(Settings(), key.removesuffix("_settings")))
             assert section(**flat[key]) == section(**task.values[key])
+        elif key == "status":
+            assert (flat[key].state, flat[key].pipeline_task_name) == ("COMPLETE", "exit-handler-1")
+        elif option.kind == "text":
+            assert flat[key] == str(tmp_path / "out" / key)
         else:
             assert flat[key] == task.values[key]
 
@@ -250,12 +257,20 @@ def test_compare_runs_with_branches_given_and_not_given(compare_inputs: Any, tmp
 
 
 def test_the_light_steps_run_in_turn_each_on_what_the_one_before_wrote(
-    quantized: Path, outline: Path, tiny_rows: Path, tmp_path: Path
+    quantized: Path, outline: Path, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
     server = {"tracking_settings": tracking(tmp_path)}
     source = {"source": str(tiny_rows)}
-    changes = run_step("detect-changes", tmp_path / "changes", {}, {**source, **server}, returns=True)
+    sources = {**source, "base_model": str(tiny_model)}
+    changes = run_step("detect-changes", tmp_path / "changes", {}, {**sources, **server}, returns=True)
     assert len(changes["parameterValues"]["Output"]) == 64
+    written = {
+        name: (tmp_path / "changes" / name).read_text()
+        for name in ("base_digest", "table_digest", "full_recipe")
+    }
+    assert written["base_digest"] == base_place(str(tiny_model)).digest()
+    assert written["table_digest"] == "none"
+    assert written["full_recipe"] == recipe_with("", written["base_digest"], "none")
 
     run_step("prepare-data", tmp_path / "prepared", {"outline": outline}, source)
     rows = tmp_path / "prepared" / "rows"

@@ -33,7 +33,10 @@ _REQUIRED = inspect.Parameter.empty
 
 
 class Option(NamedTuple):
-    """One option of a step: a parameter (kind str, int, float, bool or dict) or a folder (input, output)."""
+    """One option of a step: a parameter (kind str, int, float, bool or dict), a folder (input, output) or a text.
+
+    A text is a file for one value that the step returns, such as a digest; by hand it may be left out.
+    """
 
     name: str
     kind: str
@@ -43,8 +46,8 @@ class Option(NamedTuple):
 
     @property
     def is_file(self) -> bool:
-        """Whether the artifact is one file: KFP shows an HTML artifact only as such."""
-        return getattr(self.artifact, "schema_title", "") == "system.HTML"
+        """Whether it is one file: a text, and an HTML artifact, which KFP shows only as such."""
+        return self.kind == "text" or getattr(self.artifact, "schema_title", "") == "system.HTML"
 
     @property
     def flag(self) -> str:
@@ -68,6 +71,7 @@ def component(step: str) -> Callable[..., None]:
 
 def options(function: Callable[..., None]) -> list[Option]:
     """The options that a component's signature and docstring describe."""
+    from kfp.dsl import PipelineTaskFinalStatus
     from kfp.dsl.types import type_annotations as kfp_types
 
     meanings = _meanings(function)
@@ -79,6 +83,10 @@ def options(function: Callable[..., None]) -> list[Option]:
             kind = "output" if kfp_types.is_artifact_wrapped_in_Output(annotation) else "input"
             artifact = kfp_types.get_io_artifact_class(annotation)
             described.append(Option(name, kind, parameter.default, meaning, artifact))
+        elif isinstance(annotation, kfp_types.OutputPath):
+            described.append(Option(name, "text", None, meaning))
+        elif annotation is PipelineTaskFinalStatus:
+            described.append(Option(name, "str", "FAILED", meaning))
         else:
             default = parameter.default
             if default is _REQUIRED:
@@ -134,7 +142,7 @@ Exit code 0: done; 2: bad input, in one line; 1: an error.""",
     )
     for option in options(function):
         shown = f"{option.help} " if option.help else ""
-        if option.kind in ("input", "output"):
+        if option.kind in ("input", "output", "text"):
             made.add_argument(
                 option.flag,
                 metavar="FILE" if option.is_file else "DIR",
@@ -200,11 +208,12 @@ def run(step: str, arguments: Sequence[str]) -> None:
     function = component(step)
     given = vars(parser(step, function).parse_args(arguments))
     values: dict[str, Any] = {}
-    written = {}
+    written: dict[str, Any] = {}
+    texts = {option.name: given[option.name] for option in options(function) if option.kind == "text"}
     for option in options(function):
         if option.kind in ("input", "output"):
             values[option.name] = _artifact(option, given[option.name])
-        else:
+        elif option.kind != "text":
             values[option.name] = _value(option, given[option.name])
         if option.kind == "output":
             written[option.name] = values[option.name]
@@ -214,8 +223,10 @@ def run(step: str, arguments: Sequence[str]) -> None:
             # Nobody named a server: what MLflow's own variable says, else a store that ends with the step.
             uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{scratch}/mlflow.db"
             values["tracking_settings"] = {**tracking, "uri": uri}
-        function(**values)
-    print(json.dumps({name: artifact.metadata for name, artifact in written.items()}))
+        texts = {name: str(path or Path(scratch) / name) for name, path in texts.items()}
+        function(**values, **texts)
+        values_written = {name: Path(path).read_text(encoding="utf-8") for name, path in texts.items()}
+    print(json.dumps({name: artifact.metadata for name, artifact in written.items()} | values_written))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from spectraqlora import __version__
 
+IMAGE_REFERENCE = "SPECTRAQLORA_IMAGE_REFERENCE"
+"""Environment variable of a step's container: its image in full, as a cluster names it."""
 _STEPS = Path(__file__).resolve().parents[1] / "steps"
 
 

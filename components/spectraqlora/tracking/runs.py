@@ -17,15 +17,15 @@ from spectraqlora.errors import InputError
 from spectraqlora.places import kind_of
 from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
 from spectraqlora.runtime.console import say, warn
-from spectraqlora.runtime.images import image_reference
+from spectraqlora.runtime.images import IMAGE_REFERENCE, image_reference
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.server import ServerAway, connect, explain_errors, transferring
 
 RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
 KFP_UI, MLFLOW_UI = "SPECTRAQLORA_KFP_UI", "SPECTRAQLORA_MLFLOW_UI"
 """Environment variables: where people reach the two UIs, which links between the runs begin with."""
-IMAGE, REVISION = "SPECTRAQLORA_IMAGE_REFERENCE", "SPECTRAQLORA_REVISION"
-"""Environment variables of a step's container: its image in full, and the source revision it was built from."""
+REVISION = "SPECTRAQLORA_REVISION"
+"""Environment variable of a step's container: the source revision that its image was built from."""
 PLUGINS_RUN = "MLFLOW_RUN_ID"
 """Environment variable in which KFP's MLflow plugin names the MLflow run of the task."""
 _LINK = "spectraqlora.mlflow_run"
@@ -300,6 +300,15 @@ class Tracker:
         with explain_errors(self.settings):
             self.client.set_terminated(run_id, "FINISHED")
 
+    def close_stale(self, status: str) -> dict[str, str]:
+        """End the runs of this pipeline run that are still marked as running; their names by id."""
+        query = f"tags.`{RUN_KEY}` = '{self.run_key}' and attributes.status = 'RUNNING'"
+        with explain_errors(self.settings):
+            stale = self.client.search_runs([self.experiment], query)
+            for run in stale:
+                self.client.set_terminated(run.info.run_id, status)
+        return {run.info.run_id: run.info.run_name for run in stale}
+
     def retry_while_away(self, send: Callable[[], None], what: str) -> bool:
         """Send after the work is done: wait for a server that is away, then give up with a warning.
 
@@ -325,7 +334,7 @@ class Tracker:
 def step_image() -> str:
     """The image that this step runs in: as the cluster names it, else as it was built."""
     built = os.environ.get(BUILT_IMAGE)
-    return os.environ.get(IMAGE) or (image_reference(built) if built else "none, a local process")
+    return os.environ.get(IMAGE_REFERENCE) or (image_reference(built) if built else "none, a local process")
 
 
 def write_once(client: Any, run_id: str, key: str, value: str) -> str:

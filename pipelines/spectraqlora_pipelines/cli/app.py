@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from spectraqlora_pipelines.cli.compile import compile_
 from spectraqlora_pipelines.cli.data import data
 from spectraqlora_pipelines.cli.kubeflow import variables
+from spectraqlora_pipelines.cli.logs import logs
 from spectraqlora_pipelines.cli.models import models
 from spectraqlora_pipelines.cli.plan import plan
 from spectraqlora_pipelines.cli.promote import promote
@@ -26,6 +27,7 @@ from spectraqlora_pipelines.cli.schedule import schedule
 from spectraqlora_pipelines.cli.screen import errors, line
 from spectraqlora_pipelines.cli.settings import most_changed, settings
 from spectraqlora_pipelines.cli.snr import snr
+from spectraqlora_pipelines.cli.status import status
 from spectraqlora_pipelines.cli.submit import submit
 
 STEP_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -48,19 +50,20 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="QLoRA where Spectrum finds signal: one DAG, a branch per method, one winner. "
-    "COMMAND --help explains a command; --version shows the version.",
+    help="One DAG, a branch per method, one winner. COMMAND --help explains; --version.",
 )
-RUN_AND_LOOK, CLUSTER, MODELS = "Run and look", "Cluster", "Models"
+RUN_AND_LOOK, CLUSTER = "Run and look", "Cluster and models"
 
 app.command(rich_help_panel=RUN_AND_LOOK, epilog=most_changed())(run)
 for command in (report, data, snr, plan, sample, settings):
     app.command(rich_help_panel=RUN_AND_LOOK)(command)
 app.command("compile", rich_help_panel=CLUSTER)(compile_)
 app.command(rich_help_panel=CLUSTER, epilog=variables(submit))(submit)
+app.command(rich_help_panel=CLUSTER, epilog=variables(status))(status)
+app.command(rich_help_panel=CLUSTER, epilog=variables(logs))(logs)
 app.add_typer(schedule, name="schedule", rich_help_panel=CLUSTER)
-app.command(rich_help_panel=MODELS, epilog=SIGN_IN)(models)
-app.add_typer(promote, name="promote", rich_help_panel=MODELS)
+app.command(rich_help_panel=CLUSTER, epilog=SIGN_IN)(models)
+app.add_typer(promote, name="promote", rich_help_panel=CLUSTER)
 
 
 @app.callback(invoke_without_command=True)

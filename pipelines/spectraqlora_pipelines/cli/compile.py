@@ -9,7 +9,7 @@ import typer
 from spectraqlora.errors import InputError
 
 from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
-from spectraqlora_pipelines.cli.screen import line
+from spectraqlora_pipelines.cli.screen import errors, line
 
 COMPILED = Path(__file__).resolve().parents[2]
 """Folder of the pipelines that are checked in."""
@@ -55,6 +55,8 @@ def compile_(
     settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_, preset)
     output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
     placed = read_values(values) if values else None
+    for text in placed.short_windows() if placed else []:
+        errors.print(f"warning: {text}", markup=False, highlight=False)
     try:
         compile_dag(output, kind, settings, placed)
     except ValueError as error:

@@ -6,8 +6,9 @@ Their options are environment variables too: jobs in a cluster, such as those of
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -16,7 +17,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings
 
 from spectraqlora_pipelines.cli.options import load_settings
-from spectraqlora_pipelines.cli.screen import line
+from spectraqlora_pipelines.cli.screen import errors, line
 
 if TYPE_CHECKING:
     from spectraqlora_pipelines.cluster.client import Kubeflow, Launch, Uploaded
@@ -76,6 +77,30 @@ PipelineRoot = Annotated[
     str, _option("s3:// address of the steps' artifacts.", "SPECTRAQLORA_PIPELINE_ROOT", "URL", SERVER)
 ]
 
+Ui = Annotated[
+    str,
+    _option(
+        "Its UI's address, for links; that of run.ui in the values file, else of the host.",
+        "SPECTRAQLORA_KFP_UI",
+        "URL",
+        SERVER,
+    ),
+]
+PodNamespace = Annotated[
+    str,
+    _option(
+        "Namespace of the runs' pods; that of --namespace, else kubeflow.",
+        "SPECTRAQLORA_POD_NAMESPACE",
+        "NAME",
+        SERVER,
+    ),
+]
+
+
+def pods_are_in(pod_namespace: str, namespace: str) -> str:
+    """The namespace of the runs' pods: a profile's, or that of Kubeflow Pipelines itself."""
+    return pod_namespace or namespace or "kubeflow"
+
 
 def variables(command: Callable[..., None]) -> str:
     """The end of a command's help: which environment variables take the place of its options."""
@@ -90,13 +115,32 @@ def variables(command: Callable[..., None]) -> str:
 
 
 def launched_settings(
-    pipeline: str, config: Path | None, assignments: list[str] | None, preset: str = "default"
+    pipeline: str, config: Path | None, assignments: list[str] | None, look: bool, preset: str = "default"
 ) -> tuple[Settings, dict[str, Any]]:
-    """Settings that a cluster can run, and the pipeline's arguments from them."""
+    """Settings that a cluster can run, and the pipeline's arguments from them.
+
+    Args:
+        pipeline: ablation or retraining.
+        config: YAML file of settings.
+        assignments: `section.key=value`.
+        look: whether the arguments say what base, data and table hold now.
+        preset: settings under those of the file.
+    """
     from spectraqlora_pipelines.dags.catalogue import cluster_arguments
 
     settings = load_settings(config, {}, assignments, preset)
-    return settings, cluster_arguments(pipeline, settings)
+    return settings, cluster_arguments(pipeline, settings, _warn if look else None)
+
+
+def run_again(pipeline: str, settings: Settings, arguments: dict[str, Any]) -> Collection[str] | None:
+    """The steps that take nothing from an earlier run since nobody knows what they read; None where there are none."""
+    from spectraqlora_pipelines.dags.catalogue import checked, readers_without_digest
+
+    return readers_without_digest(checked(pipeline), settings, arguments) or None
+
+
+def _warn(text: str) -> None:
+    errors.print(f"warning: {text}", markup=False, highlight=False)
 
 
 def connect(host: str, namespace: str, token_file: str, ca_file: str) -> Kubeflow:
@@ -115,7 +159,10 @@ def placed_values(values: Path | None, package: Path | None) -> ClusterValues | 
 
     if package is not None:
         raise InputError("--values", values, "nothing with --package, which was compiled with its own values")
-    return read_values(values)
+    placed = read_values(values)
+    for text in placed.short_windows():
+        _warn(text)
+    return placed
 
 
 def launch(
@@ -143,17 +190,32 @@ def upload(
     name: str,
     package: Path | None,
     values: ClusterValues | None,
+    uncached: Collection[str] | None = None,
 ) -> Uploaded:
-    """Upload `package`, or the pipeline compiled now, unless the server has it."""
-    from spectraqlora_pipelines.dags.catalogue import checked, compile_dag, describe
+    """Upload `package`, or the pipeline compiled now, unless the server has it.
+
+    Args:
+        server: where to.
+        settings: what is compiled.
+        pipeline: ablation or retraining.
+        name: of the pipeline on the server; empty is the pipeline's own.
+        package: taken instead, where it is given.
+        values: how the steps run there.
+        uncached: steps that take nothing from an earlier run; all where it is empty.
+    """
+    from spectraqlora_pipelines.dags.catalogue import checked, compile_dag, describe, without_cache
 
     kind = checked(pipeline)
     if package is not None and not package.is_file():
         raise InputError("--package", package, "a pipeline YAML written by `spectraqlora compile`")
     with tempfile.TemporaryDirectory() as scratch:
+        compiled = Path(scratch) / f"{kind}.yaml"
         if package is None:
-            package = Path(scratch) / f"{kind}.yaml"
-            compile_dag(package, kind, settings, values)
-        uploaded = server.upload(package, name or f"spectraqlora-{pipeline}", describe(kind))
+            compile_dag(compiled, kind, settings, values)
+        else:
+            shutil.copyfile(package, compiled)
+        if uncached is not None:
+            without_cache(compiled, uncached)
+        uploaded = server.upload(compiled, name or f"spectraqlora-{pipeline}", describe(kind))
     line(f"Pipeline version {uploaded.name} {'uploaded' if uploaded.new else 'is there already'}")
     return uploaded

@@ -24,6 +24,7 @@ from spectraqlora_pipelines.cli.kubeflow import (
     launch,
     launched_settings,
     placed_values,
+    run_again,
     upload,
     variables,
 )
@@ -90,9 +91,10 @@ def create(
 ) -> None:
     """Create the recurring run of that name, or change it to what is given here.
 
-    Missed times are not made up for, and runs never overlap. The same command
-    again changes nothing. Times are in the time zone of KFP, UTC unless it was
-    set otherwise. With an owner, its schedules under other names are deleted.
+    Missed times are not made up for, and its runs never overlap. The same
+    command again changes nothing; a change lets a run under way finish. Times
+    are in the time zone of KFP, UTC unless it was set otherwise. With an owner,
+    its schedules under other names are deleted.
 
     Example:
     spectraqlora schedule create nightly --cron "0 3 * * *" --config my.yaml
@@ -103,10 +105,12 @@ def create(
         raise InputError("--cron", cron, "either --cron or --every")
     cron_fields = cron_line(cron) if cron else ""
     seconds = interval_seconds(every) if every else 0
-    settings, arguments = launched_settings(pipeline, config, set_)
+    # What is there when a run starts counts, not what is there now.
+    settings, arguments = launched_settings(pipeline, config, set_, look=False)
     placed = placed_values(values, package)
     server = connect(host, namespace, token_file, ca_file)
-    uploaded = upload(server, settings, pipeline, pipeline_name, package, placed)
+    again = run_again(pipeline, settings, arguments)
+    uploaded = upload(server, settings, pipeline, pipeline_name, package, placed, again)
     how = launch(settings, placed, experiment, service_account, pipeline_root)
     done = server.schedule(
         uploaded, name, arguments, how, cron_fields, seconds, enabled=not paused, owner=owner
@@ -146,7 +150,7 @@ def pause(
     token_file: TokenFile = "",
     ca_file: CaFile = "",
 ) -> None:
-    """Start no more runs until resumed.
+    """Start no more runs until resumed; a run under way continues.
 
     Example: spectraqlora schedule pause nightly --host http://localhost:8080
     """
@@ -179,7 +183,9 @@ def delete(
     token_file: TokenFile = "",
     ca_file: CaFile = "",
 ) -> None:
-    """Delete a schedule, or all that an owner keeps; what is not there is fine.
+    """Delete a schedule, or all that an owner keeps; runs under way continue.
+
+    What is not there is fine.
 
     Example: spectraqlora schedule delete nightly --host http://localhost:8080
     """

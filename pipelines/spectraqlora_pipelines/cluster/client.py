@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from spectraqlora.errors import InputError
 _PAGE = 100
 _OWNED = "Kept by "
 """Before the owner's name in a recurring run's description: KFP has no labels for recurring runs."""
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,48 @@ class Kubeflow:
             )
         return str(run.run_id)
 
-    def run_address(self, run_id: str) -> str:
-        """Where the UI shows a run."""
-        return f"{self.host.rstrip('/')}/#/runs/details/{run_id}"
+    def run_address(self, run_id: str, ui: str = "") -> str:
+        """Where the UI, at the host where no other address is given, shows a run."""
+        return f"{(ui or self.host).rstrip('/')}/#/runs/details/{run_id}"
+
+    def run(self, wanted: str) -> Any:
+        """A run by its id, or the newest of a name.
+
+        Raises:
+            InputError: there is none.
+        """
+        from kfp_server_api.exceptions import ApiException
+
+        expected = "a run's id or name, as submit prints them"
+        with self._asking():
+            if not _ID.fullmatch(wanted):
+                runs = self._client.list_runs(
+                    page_size=1,
+                    sort_by="created_at desc",
+                    namespace=self.namespace,
+                    filter=_named(wanted),
+                ).runs
+                if not runs:
+                    raise InputError("RUN", wanted, expected)
+                wanted = runs[0].run_id
+            try:
+                return self._client.get_run(wanted)
+            except ApiException as error:
+                if error.status == 404:
+                    raise InputError("RUN", wanted, expected) from None
+                raise
+
+    def pipeline_of(self, run: Any) -> dict[str, Any]:
+        """The compiled pipeline of a run."""
+        spec = run.pipeline_spec
+        if not spec:
+            reference = run.pipeline_version_reference
+            with self._asking():
+                spec = self._client.get_pipeline_version(
+                    reference.pipeline_id, reference.pipeline_version_id
+                ).pipeline_spec
+        # A version with a platform part holds both.
+        return dict(spec.get("pipeline_spec") or spec)
 
     def schedules(self, name: str = "") -> list[Any]:
         """Recurring runs, all or those of one name, oldest first."""
@@ -191,8 +232,9 @@ class Kubeflow:
 
         Missed times are not made up for, and a run starts only when the one before it has ended. KFP cannot
         change a recurring run, so the new one is created before the old one is deleted: no time is missed in
-        between. A paused one stays paused. Its owner is in the recurring run's description, and stays where none
-        is given.
+        between. A run under way continues as it was started, and the first run of the new schedule does not
+        wait for it. A paused one stays paused. Its owner is in the recurring run's description, and stays where
+        none is given.
 
         Raises:
             InputError: the name belongs to another owner.
@@ -234,15 +276,25 @@ class Kubeflow:
                 service_account=launch.service_account,
             )
             for run in before:
-                self._client.delete_recurring_run(run.recurring_run_id)
+                self._delete_recurring_run(run.recurring_run_id)
         return "updated" if before else "created"
 
     def schedules_of(self, owner: str) -> list[Any]:
         """Recurring runs that this owner keeps, whatever their names are."""
         return [run for run in self.schedules() if owner_of(run) == owner]
 
+    def _delete_recurring_run(self, number: str) -> None:
+        """Delete a recurring run alone.
+
+        KFP makes a recurring run the owner of its workflows, and Kubernetes deletes what is owned with its owner
+        unless it is told to leave orphans. The API takes that from KFP 2.16 on; `kfp.Client` has no argument for it.
+        """
+        self._client._recurring_run_api.recurring_run_service_delete_recurring_run(
+            number, propagation_policy="ORPHAN"
+        )
+
     def change(self, name: str, action: str) -> int:
-        """`pause`, `resume` or `delete` the recurring runs of a name; how many there were.
+        """`pause`, `resume` or `delete` the recurring runs of a name; how many there were. Runs under way continue.
 
         Raises:
             InputError: pause or resume of one that is not there. Deleting it twice is fine.
@@ -254,7 +306,7 @@ class Kubeflow:
         act = {
             "pause": self._client.disable_recurring_run,
             "resume": self._client.enable_recurring_run,
-            "delete": self._client.delete_recurring_run,
+            "delete": self._delete_recurring_run,
         }[action]
         with self._asking():
             for run in runs:

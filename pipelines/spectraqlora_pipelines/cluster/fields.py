@@ -66,6 +66,10 @@ PipelineRoot = Annotated[
     str, _matching(r"((s3|minio|gs)://\S+)?", "an address such as s3://bucket/pipelines")
 ]
 
+WebAddress = Annotated[
+    str, _matching(r"(https?://\S+)?", "an address such as https://kubeflow.example.com/pipeline")
+]
+
 
 def seconds(duration: str) -> int:
     """Seconds of a `Duration`: "10m" is 600."""

@@ -7,6 +7,7 @@ key and lists are replaced. `run` holds what belongs to a run and not to a step.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,12 @@ from spectraqlora_pipelines.cluster.fields import (
     PipelineRoot,
     Registry,
     Tag,
+    WebAddress,
     exceeds,
+    seconds,
 )
 
-NEVER_CACHED = frozenset({"detect-changes", "start-point", "register", "promote"})
+NEVER_CACHED = frozenset({"close-runs", "detect-changes", "start-point", "register", "promote"})
 """Steps that read or change what is kept elsewhere: an old result would miss what happened there since."""
 
 SCRATCH = "scratch"
@@ -49,6 +52,12 @@ LACKING = {
 }
 """What a pod may have and KFP has no place for, and what there is instead."""
 _WITHOUT_KFP = "KFP has no place for it; pipelines/README.md, What KFP has no place for, names a way"
+STEP, METHOD = "spectraqlora/step", "spectraqlora/method"
+"""Labels of a step's pods; the second of those in a method's branch."""
+_TIME_LIMIT, _TRAIN_TIME_LIMIT, _RUN_TIME_LIMIT = "12h", "7d", "30d"
+"""Without them a step with a wrong image name, and a run whose pods fit on no node, would wait for ever."""
+_UNLIMITED_S = 10 * 365 * 86400
+_BUILT_IN: dict[str, dict[str, Any]] = {"train": {"shm": "1Gi", "time_limit": _TRAIN_TIME_LIMIT}}
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE", re.IGNORECASE)
 _USER_INFO = re.compile(r"://[^/\s@]+:[^/\s@]+@")
 
@@ -126,7 +135,11 @@ class RetryValues(_Part):
     attempts: int = Field(2, ge=0, le=20, description="How often a failed step is tried again")
     backoff: Duration = Field("30s", description="Wait before the first of these")
     factor: float = Field(2.0, ge=1, le=10, description="The wait grows by this factor each time")
-    max_backoff: Duration = Field("1h", description="Longest wait")
+    max_backoff: Duration | None = Field(
+        None,
+        description="No wait, but a window, as KFP hands it to Argo: so long after the first attempt began, no other "
+        "one begins, and one that runs is ended; none is time_limit for every attempt, and the waits between",
+    )
 
 
 class _Source(_Part):
@@ -244,7 +257,25 @@ class StepValues(_Part):
     labels: dict[LabelKey, LabelValue] = Field({}, description="Labels of the step's pods")
     annotations: dict[LabelKey, str] = Field({}, description="Annotations of the step's pods")
     pull_secrets: tuple[Name, ...] = Field((), description="Existing image pull secrets")
-    time_limit: Duration | None = Field(None, description="A step that runs longer is ended and fails")
+    time_limit: Duration | None = Field(
+        _TIME_LIMIT,
+        description=f"An attempt that takes longer is ended and fails, the time to fetch its image included; train has "
+        f"{_TRAIN_TIME_LIMIT} by default; null is no limit",
+    )
+
+    def retry_window(self) -> int:
+        """Seconds after the first attempt's begin in which others may begin and run: `retries.max_backoff`.
+
+        Where none is given, as many as all attempts take at most, and the waits between them.
+        """
+        retries = self.retries
+        if retries.max_backoff:
+            return seconds(retries.max_backoff)
+        if self.time_limit is None:
+            return _UNLIMITED_S
+        wait = seconds(retries.backoff)
+        waits = sum(wait * retries.factor**number for number in range(retries.attempts))
+        return min(_UNLIMITED_S, math.ceil((retries.attempts + 1) * seconds(self.time_limit) + waits))
 
     @model_validator(mode="after")
     def _no_secrets_no_doubles(self) -> StepValues:
@@ -286,14 +317,22 @@ class StepValues(_Part):
 
 
 class RunValues(_Part):
-    """What belongs to a run. KFP's YAML has no place for the first three: `submit --values` passes them on."""
+    """What belongs to a run. KFP's YAML has no place for the first four: `submit --values` passes them on."""
 
     service_account: Name | None = Field(None, description="Service account of the steps; given at submit")
     pipeline_root: PipelineRoot = Field(
         "", description="Where KFP keeps the steps' artifacts; given at submit; empty is KFP's own"
     )
     experiment: str = Field("spectraqlora", min_length=1, description="KFP experiment; given at submit")
-    time_limit: Duration | None = Field(None, description="A run that takes longer is ended")
+    ui: WebAddress = Field(
+        "",
+        description="Address of KFP's UI, for links to runs; empty is the host's, which may be the API's alone",
+    )
+    time_limit: Duration | None = Field(
+        _RUN_TIME_LIMIT,
+        description="A run that takes longer is ended, the time in which its pods wait for a node included; null is "
+        "no limit",
+    )
     keep_finished: Duration | None = Field(
         None, description="How long the finished workflow object stays; KFP keeps the run's record anyway"
     )
@@ -336,13 +375,28 @@ class ClusterValues(_Part):
 
     def step(self, name: str) -> StepValues:
         """A step's values: its own over the defaults over what is built in."""
-        merged: dict[str, Any] = {"shm": "1Gi"} if name == "train" else {}
+        merged = _BUILT_IN.get(name, {})
         for part in (self.defaults, self.steps.get(name)):
             if part is not None:
                 merged = _merge(merged, part.model_dump(exclude_unset=True))
         if name in NEVER_CACHED:
             merged["caching"] = False
         return StepValues.model_validate(merged)
+
+    def short_windows(self) -> list[str]:
+        """A line for each step that is not tried as often as it says, since its window is too short."""
+        lines = []
+        for name in step_names():
+            step = self.step(name)
+            limit = step.time_limit
+            if not (step.retries.attempts and step.retries.max_backoff and limit):
+                continue
+            if step.retry_window() < seconds(limit):
+                lines.append(
+                    f"steps.{name}.retries.max_backoff: {step.retries.max_backoff}: an attempt may take {limit}, and "
+                    "one that fails later than this after the first one's begin is not tried again; leave it out"
+                )
+        return lines
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

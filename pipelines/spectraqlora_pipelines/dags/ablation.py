@@ -7,7 +7,7 @@ from spectraqlora.settings import Settings
 
 from spectraqlora_pipelines.dags.branch import branch_of, unrolled
 from spectraqlora_pipelines.dags.placement import Placement
-from spectraqlora_pipelines.dags.shared_steps import shared_steps
+from spectraqlora_pipelines.dags.shared_steps import closing_runs, shared_steps
 
 DEFAULTS = Settings().model_dump(mode="json")
 
@@ -48,6 +48,8 @@ def ablation_pipeline(
         checkpoint: dict = DEFAULTS["checkpoint"],
         export: dict = DEFAULTS["export"],
     ):
-        shared_steps(branches, dict(locals()), {}, place, snr_source)
+        given = dict(locals())
+        with closing_runs(tracking, place):
+            shared_steps(branches, given, {}, place, snr_source)
 
     return ablation

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+import yaml
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import check_methods
-from spectraqlora.places import kind_of
+from spectraqlora.places import Place, base_place, data_place, file_place, kind_of
+from spectraqlora.runtime.console import warn
 from spectraqlora.settings import Settings, digest
+
+from spectraqlora_pipelines.cluster.values import METHOD
 
 if TYPE_CHECKING:
     from spectraqlora_pipelines.cluster.values import ClusterValues
@@ -29,6 +35,8 @@ _SECTIONS = (
     "checkpoint",
     "export",
 )
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NEXT = "\n---\n"
 SHARED_STEPS = 8
 """Steps of every pipeline outside its branches: `shared_steps` makes them."""
 CLUSTER_CHECKPOINT_MINUTES = 3.0
@@ -81,7 +89,7 @@ def compile_dag(path: Path, name: Dag, settings: Settings, values: ClusterValues
 
 
 def steps(name: Dag, settings: Settings) -> int:
-    """How many steps a run has at most."""
+    """How many steps a run on this machine has at most."""
     from spectraqlora_pipelines.dags.branch import unrolled
 
     check_methods(settings)
@@ -93,10 +101,9 @@ def steps(name: Dag, settings: Settings) -> int:
     return 1 + SHARED_STEPS + branch
 
 
-def recipe(settings: Settings, base_content: str = "") -> str:
-    """Digest of all that shapes a retrained model besides its data."""
+def recipe(settings: Settings) -> str:
+    """Digest of the settings that shape a retrained model; detect-changes adds what base and table hold."""
     values = settings.model_dump(mode="json", include={*_RECIPE, "seed", "rounds"})
-    values["base_content"] = base_content
     del values["data"]["source"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -111,7 +118,7 @@ def arguments(
         settings: of the run.
         base_model: where the steps find the base model.
         source: where they find the data.
-        contents: digests of local base model and data, so that changed files are not taken from the cache.
+        contents: digests of base model, data and SNR table, so that what changed is not taken from the cache.
     """
     if name == "retraining":
         # Rows that moved from one side to the other as data grows would favour the champion, who learned them.
@@ -130,7 +137,7 @@ def arguments(
     if "base_model" in contents:
         given["base_content"] = contents["base_model"]
     if name == "retraining":
-        given["recipe"] = recipe(settings, contents.get("base_model", ""))
+        given["recipe"] = recipe(settings)
     elif "data" in contents:
         given["source_content"] = contents["data"]
     return given
@@ -142,8 +149,17 @@ def run_key(workdir: Path, settings: Settings, contents: dict[str, str]) -> str:
     return f"{workdir.name}-{identity[:12]}"
 
 
-def cluster_arguments(name: str, settings: Settings) -> dict[str, Any]:
-    """A pipeline's arguments for a cluster.
+def cluster_arguments(
+    name: str, settings: Settings, unseen: Callable[[str], None] | None = warn
+) -> dict[str, Any]:
+    """A pipeline's arguments for a cluster, with the digests of what base model, data and SNR table hold now.
+
+    Retraining's first step looks by itself, since a schedule's arguments are older than its runs.
+
+    Args:
+        name: of the pipeline.
+        settings: of the run.
+        unseen: is told what cannot be seen from here, and goes without a digest; None looks at nothing.
 
     Raises:
         InputError: something that only this machine has.
@@ -165,11 +181,70 @@ def cluster_arguments(name: str, settings: Settings) -> dict[str, Any]:
     if "every_minutes" not in settings.checkpoint.model_fields_set:
         checkpoint = settings.checkpoint.model_copy(update={"every_minutes": CLUSTER_CHECKPOINT_MINUTES})
         settings = settings.model_copy(update={"checkpoint": checkpoint})
-    return arguments(kind, settings, settings.model.base_model, settings.data.source)
+    contents = _contents(settings, unseen) if unseen and kind == "ablation" else {}
+    return arguments(kind, settings, settings.model.base_model, settings.data.source, contents)
+
+
+def _contents(settings: Settings, unseen: Callable[[str], None]) -> dict[str, str]:
+    """Digests of what a run on a cluster reads, as far as it can be seen from here."""
+    model, table = settings.model, settings.snr.table
+    inputs: list[tuple[str, str, str, Callable[[], Place]]] = [
+        ("base_model", "model.base_model", model.base_model,
+         lambda: base_place(model.base_model, model.revision, model.trust_remote_code)),
+        ("data", "data.source", settings.data.source, lambda: data_place(settings.data.source)),
+    ]  # fmt: skip
+    if table:
+        inputs.append(("snr_table", "snr.table", table, lambda: file_place(table, "snr.table")))
+    contents = {}
+    for name, key, value, place in inputs:
+        if kind_of(value) == "path":
+            reason = f"{key}: {value!r}: on a volume of the steps, not seen from here"
+        else:
+            try:
+                contents[name] = place().digest()
+                continue
+            except InputError as error:
+                reason = f"{error}; not seen from here"
+        unseen(f"{reason}: what reads it takes nothing from an earlier run")
+    return contents
+
+
+def readers_without_digest(name: Dag, settings: Settings, given: dict[str, Any]) -> set[str]:
+    """The steps that read what `given`, a pipeline's arguments, has no digest of.
+
+    Taken from an earlier run, their result may be of what was there then.
+    """
+    if name == "retraining":
+        return set()
+    readers = {"base_content": "quantize-load", "source_content": "prepare-data"}
+    if settings.snr.table:
+        readers["table_content"] = "snr-analyze"
+    return {step for key, step in readers.items() if not given.get(key)}
+
+
+def without_cache(package: Path, steps: Collection[str] = ()) -> None:
+    """Change a compiled pipeline so that the tasks of these steps, or all, take nothing from an earlier run.
+
+    What reads a result that was made again is not taken from one either: KFP knows artifacts by their ids.
+
+    Raises:
+        InputError: it is no compiled pipeline.
+    """
+    try:
+        documents = list(yaml.safe_load_all(package.read_text(encoding="utf-8")))
+        parts = [documents[0]["root"], *documents[0]["components"].values()]
+        tasks = [task for part in parts for task in part.get("dag", {}).get("tasks", {}).values()]
+        for task in tasks:
+            step = re.sub(r"-\d+$", "", task["componentRef"]["name"].removeprefix("comp-"))
+            if not steps or step in steps:
+                task["cachingOptions"] = {}
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+        raise InputError("--package", package, "a pipeline YAML written by `spectraqlora compile`") from None
+    package.write_text(yaml.safe_dump_all(documents, sort_keys=False), encoding="utf-8")
 
 
 def write_yaml(pipeline: Any, path: Path) -> None:
-    """Write a pipeline's YAML, the same text every time.
+    """Write a pipeline's YAML, the same text every time, its pods labelled with the method of their branch.
 
     The compiler's leading comments list dict defaults in random order; they go, the IR says the same.
     """
@@ -177,4 +252,30 @@ def write_yaml(pipeline: Any, path: Path) -> None:
 
     compiler.Compiler().compile(pipeline, str(path))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith("#")), encoding="utf-8")
+    text, separator, platform = "".join(line for line in lines if not line.startswith("#")).partition(_NEXT)
+    if separator:
+        labelled = _label_methods(yaml.load(text, Loader=_LOADER), yaml.load(platform, Loader=_LOADER))
+        platform = yaml.safe_dump(labelled, sort_keys=True)
+    path.write_text(text + separator + platform, encoding="utf-8")
+
+
+def _label_methods(pipeline: dict[str, Any], platform: dict[str, Any]) -> dict[str, Any]:
+    """Write each branch's method on its pods.
+
+    Not by `kubernetes.add_pod_label`: where several nested pipelines have the same step, KFP's compiler merges what
+    their executors are told before it renames them, so that they get each other's.
+    """
+    components = pipeline["components"]
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    parts = [pipeline["root"], *components.values()]
+    for task in [task for part in parts for task in part.get("dag", {}).get("tasks", {}).values()]:
+        given = task.get("inputs", {}).get("parameters", {}).get("method", {})
+        method = given.get("runtimeValue", {}).get("constant")
+        for inner in (
+            components[task["componentRef"]["name"]].get("dag", {}).get("tasks", {}).values()
+            if method
+            else []
+        ):
+            executor = executors[components[inner["componentRef"]["name"]]["executorLabel"]]
+            executor["podMetadata"]["labels"][METHOD] = method
+    return platform

@@ -7,12 +7,14 @@ from typing import Any
 
 from kfp import dsl
 from spectraqlora.runtime import run_key
+from spectraqlora.runtime.images import IMAGE_REFERENCE
 from spectraqlora.runtime.threads import CPUS
 
 from spectraqlora_pipelines.cluster.fields import seconds, whole_cores
 from spectraqlora_pipelines.cluster.values import (
     NEVER_CACHED,
     SCRATCH,
+    STEP,
     ClusterValues,
     StepValues,
     image_name,
@@ -28,32 +30,44 @@ RUN_ID = "metadata.labels['pipeline/runid']"
 class Placement:
     """Applied to every task of a DAG as `place(task, display_name)`.
 
-    On one machine a failed step fails again, so local runs ask for no retries; clusters lose pods.
+    Args:
+        retries: how often a failed step is tried again where no values say it. On one machine a failed step fails
+            again, so local runs ask for none; clusters lose pods.
+        values: of a cluster.
     """
 
     retries: int = 2
     values: ClusterValues | None = None
 
+    @property
+    def local(self) -> bool:
+        """Whether the DAG is for this machine alone."""
+        return self.values is None and not self.retries
+
     def __call__(self, task: Any, name: str) -> Any:
-        """Name the task for people and give it its step's retries, caching, resources and environment."""
+        """Name the task for people and give it its step's labels, retries, caching, resources and environment."""
         from kfp import kubernetes
 
         task.set_display_name(name)
         # Not a parameter: those are part of the cache's key.
         kubernetes.use_field_path_as_env(task, env_name=run_key.VARIABLE, field_path=RUN_ID)
         step = task.component_spec.name.replace("_", "-")
+        kubernetes.add_pod_label(task, STEP, step)
         if self.values is not None:
-            return _place(task, self.values.step(step))
-        if self.retries:
-            task.set_retry(self.retries, backoff_duration="30s", backoff_factor=2.0)
+            _place(task, self.values.step(step))
+        elif self.retries:
+            built_in = StepValues.model_validate({"retries": {"attempts": self.retries}})
+            _limit(task, ClusterValues(defaults=built_in).step(step))
         if step in NEVER_CACHED:
             task.set_caching_options(False)
         return task
 
     def pipeline_config(self) -> dsl.PipelineConfig | None:
         """The run's own limits, where there are any."""
-        run = self.values.run if self.values else None
-        if run is None or not (run.time_limit or run.keep_finished):
+        if self.local:
+            return None
+        run = (self.values or ClusterValues()).run
+        if not (run.time_limit or run.keep_finished):
             return None
         return dsl.PipelineConfig(
             active_deadline_seconds=seconds(run.time_limit) if run.time_limit else None,
@@ -61,10 +75,28 @@ class Placement:
         )
 
 
-def _place(task: Any, values: StepValues) -> Any:
+def _limit(task: Any, values: StepValues) -> None:
+    """How long an attempt may take, and how often and how long it is tried again."""
     from kfp import kubernetes
 
-    task.set_container_image(values.image.reference(image_name(task.container_spec.image)))
+    retries = values.retries
+    if retries.attempts:
+        task.set_retry(
+            retries.attempts,
+            backoff_duration=f"{seconds(retries.backoff)}s",
+            backoff_factor=retries.factor,
+            backoff_max_duration=f"{values.retry_window()}s",
+        )
+    if values.time_limit:
+        kubernetes.set_timeout(task, seconds(values.time_limit))
+
+
+def _place(task: Any, values: StepValues) -> None:
+    from kfp import kubernetes
+
+    image = values.image.reference(image_name(task.container_spec.image))
+    task.set_container_image(image)
+    task.set_env_variable(IMAGE_REFERENCE, image)
     kubernetes.set_image_pull_policy(task, values.image.pull_policy)
     if values.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(values.pull_secrets))
@@ -98,17 +130,8 @@ def _place(task: Any, values: StepValues) -> Any:
             toleration_seconds=toleration.seconds,
         )
 
-    retries = values.retries
-    if retries.attempts:
-        task.set_retry(
-            retries.attempts,
-            backoff_duration=f"{seconds(retries.backoff)}s",
-            backoff_factor=retries.factor,
-            backoff_max_duration=f"{seconds(retries.max_backoff)}s",
-        )
+    _limit(task, values)
     task.set_caching_options(values.caching)
-    if values.time_limit:
-        kubernetes.set_timeout(task, seconds(values.time_limit))
 
     for name, value in values.env.items():
         task.set_env_variable(name, value)
@@ -145,4 +168,3 @@ def _place(task: Any, values: StepValues) -> Any:
         kubernetes.add_pod_label(task, key, value)
     for key, value in values.annotations.items():
         kubernetes.add_pod_annotation(task, key, value)
-    return task

@@ -9,7 +9,7 @@ from spectraqlora.steps.detect_changes.component import detect_changes
 from spectraqlora_pipelines.dags.ablation import DEFAULTS
 from spectraqlora_pipelines.dags.branch import branch_of
 from spectraqlora_pipelines.dags.placement import Placement
-from spectraqlora_pipelines.dags.shared_steps import shared_steps
+from spectraqlora_pipelines.dags.shared_steps import closing_runs, shared_steps
 
 
 def retraining_pipeline(
@@ -50,11 +50,27 @@ def retraining_pipeline(
         export: dict = DEFAULTS["export"],
     ):
         given = dict(locals())
-        changes = detect_changes(source=source, data_settings=data, tracking_settings=tracking, recipe=recipe)
-        place(changes, "detect-changes")
-        digest = changes.outputs["Output"]
-        with dsl.If(digest != UNCHANGED, name="something-changed"):
-            origin = {SOURCE_DIGEST: digest, RECIPE_DIGEST: recipe}
-            shared_steps({method: branch}, {**given, "source_content": digest}, origin, place, snr_source)
+        with closing_runs(tracking, place):
+            changes = detect_changes(
+                source=source,
+                base_model=base_model,
+                base_content=base_content,
+                table_content=table_content,
+                data_settings=data,
+                model_settings=model,
+                snr_settings=snr,
+                tracking_settings=tracking,
+                recipe=recipe,
+            )
+            place(changes, "detect-changes")
+            digest = changes.outputs["Output"]
+            contents = {
+                "source_content": digest,
+                "base_content": changes.outputs["base_digest"],
+                "table_content": changes.outputs["table_digest"],
+            }
+            with dsl.If(digest != UNCHANGED, name="something-changed"):
+                origin = {SOURCE_DIGEST: digest, RECIPE_DIGEST: changes.outputs["full_recipe"]}
+                shared_steps({method: branch}, {**given, **contents}, origin, place, snr_source)
 
     return retraining

@@ -1,9 +1,13 @@
-"""The steps that every pipeline has, from quantize-load to promote."""
+"""The steps that every pipeline has, from quantize-load to promote, and the one that runs however they end."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from kfp import dsl
+from spectraqlora.steps.close_runs.component import close_runs
 from spectraqlora.steps.compare.component import compare
 from spectraqlora.steps.measure_base.component import measure_base
 from spectraqlora.steps.merge_export.component import merge_export
@@ -14,6 +18,22 @@ from spectraqlora.steps.register.component import register
 from spectraqlora.steps.snr_analyze.component import snr_analyze
 
 from spectraqlora_pipelines.dags.placement import Placement
+
+
+@contextlib.contextmanager
+def closing_runs(tracking: Any, place: Placement) -> Iterator[None]:
+    """Around all steps of a pipeline: when they have ended, in whatever way, close-runs ends what they left open.
+
+    A DAG for this machine goes without: a stopped run is resumed there by the same command, in the same MLflow runs,
+    and kfp.local would start a process more for every run.
+    """
+    if place.local:
+        yield
+        return
+    closed = close_runs(tracking_settings=tracking)
+    place(closed, "close-runs")
+    with dsl.ExitHandler(closed, name="all steps"):
+        yield
 
 
 def shared_steps(

@@ -52,6 +52,38 @@ def test_an_empty_file_gives_training_shared_memory_and_every_deterministic_step
     assert "register" in step_names()
 
 
+def test_every_step_and_every_run_has_a_time_limit_unless_none_is_wanted(tmp_path: Path) -> None:
+    found = values("", tmp_path)
+    limits = {name: found.step(name).time_limit for name in step_names()}
+    assert limits.pop("train") == "7d" and set(limits.values()) == {"12h"}
+    assert found.run.time_limit == "30d"
+    found = values(
+        "{run: {time_limit: null}, defaults: {time_limit: 1h}, steps: {train: {time_limit: null}}}", tmp_path
+    )
+    assert found.run.time_limit is None and found.step("train").time_limit is None
+    assert found.step("compare").time_limit == "1h"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("steps: {train: {time_limit: 1d, retries: {attempts: 5, max_backoff: 10m}}}", ["train"]),
+        ("steps: {train: {time_limit: 1d, retries: {attempts: 0, max_backoff: 10m}}}", []),
+        ("steps: {train: {time_limit: 1d, retries: {attempts: 5, max_backoff: 2d}}}", []),
+        ("steps: {train: {time_limit: 1d}}", []),
+        ("{defaults: {retries: {max_backoff: 1h}}, steps: {compare: {time_limit: 30m}}}", None),
+    ],
+)
+def test_a_window_that_ends_before_an_attempt_does_is_told(
+    text: str, steps: list[str] | None, tmp_path: Path
+) -> None:
+    lines = values(text, tmp_path).short_windows()
+    expected = [name for name in step_names() if name != "compare"] if steps is None else steps
+    assert [line.split(".")[1] for line in lines] == expected
+    for line in lines:
+        assert ".retries.max_backoff: " in line and "not tried again" in line and "\n" not in line
+
+
 def test_defaults_that_cache_leave_register_uncached(tmp_path: Path) -> None:
     found = values("defaults: {caching: true}", tmp_path)
     assert found.step("train").caching and not found.step("register").caching
@@ -110,6 +142,7 @@ def test_quantities_and_durations_have_kubernetes_meaning() -> None:
         ("defaults: {cache: {path: cache}}", "defaults.cache.path", "cache", "absolute"),
         ("defaults: {user: {run_as_user: 0}}", "defaults.user.run_as_user", "0", "greater than or equal to 1"),
         ("steps: {register: {caching: true}}", "steps.register.caching", "True", "registry"),
+        ("run: {ui: kubeflow}", "run.ui", "kubeflow", "https://"),
         ("run: {pipeline_root: /tmp}", "run.pipeline_root", "/tmp", "s3://"),
         ("- 1", "--values", "values.yaml", "mapping"),
         ("a: [", "--values", "values.yaml", "valid YAML"),

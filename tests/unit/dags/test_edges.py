@@ -117,7 +117,8 @@ def test_a_method_that_never_moves_has_one_round_and_trains_the_steps_of_all(rou
     ],
 )
 def test_the_number_of_steps_is_counted_right(kind: Dag, values: dict[str, Any]) -> None:
-    assert steps(kind, parse(values)) == len(compiled_from(kind, values).tasks())
+    here = [task for task in compiled_from(kind, values).tasks() if task.step != "close-runs"]
+    assert steps(kind, parse(values)) == len(here), "a run on this machine has no exit task"
 
 
 def test_compare_hands_out_the_report_as_an_html_artifact() -> None:

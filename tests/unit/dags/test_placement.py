@@ -1,34 +1,47 @@
 """What a cluster's values file gives to a placed task."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from kfp import compiler, dsl
+from spectraqlora.settings import parse
 from spectraqlora.steps.quantize_load.component import quantize_load
 from spectraqlora_pipelines.cluster.values import read_values
+from spectraqlora_pipelines.dags.catalogue import compile_dag
 from spectraqlora_pipelines.dags.placement import Placement
 
+from tests.unit.compiled_dag import Compiled
 
-def _compiled(values: str, folder: Path) -> list[dict[str, Any]]:
-    """Pipeline and platform spec of one task of quantize-load under these values."""
-    (folder / "values.yaml").write_text(values)
-    place = Placement(values=read_values(folder / "values.yaml"))
+
+def _placed(place: Placement, folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A task of quantize-load, its container and what Kubernetes is told of it."""
 
     @dsl.pipeline(name="one-step")
     def pipeline() -> None:
-        place(quantize_load(base_model="sample", content="", model_settings={}), "quantize-load")
+        task = quantize_load(base_model="sample", content="", model_settings={})
+        place(task, "quantize-load")
 
     compiler.Compiler().compile(pipeline, str(folder / "pipeline.yaml"))
-    return list(yaml.safe_load_all((folder / "pipeline.yaml").read_text()))
+    compiled, platform = yaml.safe_load_all((folder / "pipeline.yaml").read_text())
+    container = compiled["deploymentSpec"]["executors"]["exec-quantize-load"]["container"]
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return compiled["root"]["dag"]["tasks"]["quantize-load"], container, executors["exec-quantize-load"]
+
+
+def _values(text: str, folder: Path) -> Placement:
+    (folder / "values.yaml").write_text(text)
+    return Placement(values=read_values(folder / "values.yaml"))
 
 
 def _environment(values: str, folder: Path) -> dict[str, str]:
-    """The environment of a task of quantize-load under these values."""
-    compiled = _compiled(values, folder)[0]
-    container = compiled["deploymentSpec"]["executors"]["exec-quantize-load"]["container"]
-    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    """The environment of a task of quantize-load under these values, without the name of its image."""
+    _, container, _ = _placed(_values(values, folder), folder)
+    entries = {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    assert entries.pop("SPECTRAQLORA_IMAGE_REFERENCE") == container["image"]
+    return entries
 
 
 @pytest.mark.parametrize(
@@ -61,8 +74,7 @@ def _platform(values: str, folder: Path) -> dict[str, Any]:
     from google.protobuf import json_format
     from kfp.kubernetes import kubernetes_executor_config_pb2
 
-    given = _compiled(values, folder)[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    config: dict[str, Any] = given["exec-quantize-load"]
+    _, _, config = _placed(_values(values, folder), folder)
     json_format.ParseDict(config, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
     return config
 
@@ -120,3 +132,66 @@ def test_copies_from_hub_and_object_storage_are_in_the_cache_claim(tmp_path: Pat
         assert cache_folder().is_relative_to("/hub")
     own = "defaults: {cache: {claim: shared}, env: {XDG_CACHE_HOME: /tmp/own}}"
     assert _environment(own, tmp_path)["XDG_CACHE_HOME"] == "/tmp/own"
+
+
+@pytest.mark.parametrize("values", ["", "defaults: {labels: {team: nlp}}"])
+def test_a_pod_is_labelled_with_its_step(values: str, tmp_path: Path) -> None:
+    _, _, kubernetes = _placed(_values(values, tmp_path), tmp_path)
+    own = {"spectraqlora/step": "quantize-load"}
+    assert kubernetes["podMetadata"]["labels"] == own | ({"team": "nlp"} if values else {})
+
+
+def test_a_step_knows_the_image_that_really_runs(tmp_path: Path) -> None:
+    values = "{defaults: {image: {registry: me.example, tag: 9-cuda}}, steps: {train: {image: {tag: other}}}}"
+    _, container, _ = _placed(_values(values, tmp_path), tmp_path)
+    assert {
+        "name": "SPECTRAQLORA_IMAGE_REFERENCE",
+        "value": "me.example/spectraqlora/quantize-load:9-cuda",
+    } in container["env"]
+
+
+@pytest.mark.parametrize(
+    ("values", "window", "limit"),
+    [
+        # Three attempts of 12 hours, and waits of 30 and 60 seconds.
+        ("", 3 * 43200 + 90, "43200"),
+        (
+            "defaults: {time_limit: 10m, retries: {attempts: 4, backoff: 10s, factor: 3}}",
+            5 * 600 + 400,
+            "600",
+        ),
+        ("defaults: {time_limit: 10m, retries: {attempts: 4, max_backoff: 2h}}", 7200, "600"),
+        ("defaults: {time_limit: null}", 10 * 365 * 86400, None),
+    ],
+)
+def test_all_attempts_fit_into_the_window_unless_another_is_given(
+    values: str, window: int, limit: str | None, tmp_path: Path
+) -> None:
+    task, _, kubernetes = _placed(_values(values, tmp_path), tmp_path)
+    assert task["retryPolicy"]["backoffMaxDuration"] == f"{window}s"
+    assert kubernetes.get("activeDeadlineSeconds") == limit
+
+
+def test_without_a_values_file_a_cluster_has_the_same_limits_and_this_machine_none(tmp_path: Path) -> None:
+    task, _, kubernetes = _placed(Placement(), tmp_path)
+    assert task["retryPolicy"]["backoffMaxDuration"] == f"{3 * 43200 + 90}s"
+    assert kubernetes["activeDeadlineSeconds"] == "43200"
+    task, _, kubernetes = _placed(Placement(retries=0), tmp_path)
+    assert "retryPolicy" not in task and "activeDeadlineSeconds" not in kubernetes
+
+
+@pytest.mark.parametrize("order", ["qlora,hybrid,alors,sgm", "sgm,alors,hybrid,qlora"])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_every_pod_of_a_branch_is_labelled_with_its_own_method(
+    order: str, rounds: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "pipeline.yaml"
+    compile_dag(path, "ablation", parse({"methods": order, "rounds": rounds}))
+    document, platform = yaml.safe_load_all(path.read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for task in Compiled(document).tasks():
+        component = document["components"][task.document["componentRef"]["name"]]
+        labels = executors[component["executorLabel"]]["podMetadata"]["labels"]
+        method = re.search(r"\((\w+)", task.name)
+        own = {"spectraqlora/step": task.step} | ({"spectraqlora/method": method[1]} if method else {})
+        assert labels == own, task.name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
-from spectraqlora.places import data_place
-from spectraqlora.settings import DataSettings
+from spectraqlora.places import base_place, data_place, file_place
+from spectraqlora.settings import DataSettings, ModelSettings, SnrSettings
 from spectraqlora.tracking.registry import CHAMPION, Version
 
 UNCHANGED = "unchanged"
@@ -29,6 +31,29 @@ def source_digest(settings: DataSettings) -> str:
         InputError: it is not there, or its hub does not answer.
     """
     return data_place(settings.source).digest()
+
+
+def base_content_of(settings: ModelSettings) -> str:
+    """What identifies the base model's content as it is now; of a hub id, its commit.
+
+    Raises:
+        InputError: it is not there, or its hub or store does not answer.
+    """
+    return base_place(settings.base_model, settings.revision, settings.trust_remote_code).digest()
+
+
+def table_content_of(settings: SnrSettings) -> str:
+    """What identifies the content of the SNR table that is given; `none` where none is.
+
+    Raises:
+        InputError: it is not there, or its store does not answer.
+    """
+    return file_place(settings.table, "snr.table").digest() if settings.table else "none"
+
+
+def recipe_with(recipe: str, base: str, table: str) -> str:
+    """Digest of all that shapes a retrained model besides its data: settings, base model and SNR table."""
+    return hashlib.sha256(json.dumps([recipe, base, table]).encode()).hexdigest()
 
 
 def changed_since_champion(digest: str, recipe: str, versions: list[Version]) -> Changes:

@@ -1,0 +1,1 @@
+"""The close-runs step."""

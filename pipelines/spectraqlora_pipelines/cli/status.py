@@ -1,0 +1,83 @@
+"""The command status."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spectraqlora_pipelines.cli.kubeflow import (
+    CaFile,
+    Host,
+    Namespace,
+    PodNamespace,
+    TokenFile,
+    Ui,
+    connect,
+    pods_are_in,
+)
+from spectraqlora_pipelines.cli.screen import console, errors, escaped, line
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from spectraqlora_pipelines.cluster.progress import Step
+    from spectraqlora_pipelines.cluster.view import View
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its name: the newest of it.")]
+_COLOURS = {"done": "green", "cached": "green", "running": "cyan", "failed": "red", "stopped": "red"}
+
+
+def status(
+    run: Run,
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: TokenFile = "",
+    ca_file: CaFile = "",
+    ui: Ui = "",
+    pod_namespace: PodNamespace = "",
+) -> None:
+    """Show how far a run on Kubeflow Pipelines is, step by step.
+
+    States and times come from Kubeflow Pipelines. Why a step failed or waits is
+    Kubernetes' to say: with a kubeconfig of the cluster, or inside of it, this
+    says that as well.
+
+    Example: spectraqlora status 5f0c6f0e-3d5f-4c5e-9d3b-2d0b0c1d9a7e
+    """
+    from spectraqlora_pipelines.cluster.view import Viewer
+
+    server = connect(host, namespace, token_file, ca_file)
+    view = Viewer(server, pods_are_in(pod_namespace, namespace)).look(run)
+    line(f"Run {view.run.display_name}: {view.run.state}  {server.run_address(view.run.run_id, ui)}")
+    console.print(_tree(view))
+    if view.unseen:
+        errors.print(f"Why steps failed or wait is not known: {view.unseen}", markup=False, highlight=False)
+
+
+def _tree(view: View) -> Tree:
+    from rich.tree import Tree
+
+    now = datetime.now(UTC)
+    root = Tree(_line(view.tree, now))
+
+    def grow(tree: Tree, step: Step) -> None:
+        for part in step.parts:
+            branch = tree.add(_line(part, now))
+            if part.label in view.reasons and part.step:
+                branch.add(f"[red]{escaped(view.reasons[part.label])}[/]")
+            grow(branch, part)
+
+    grow(root, view.tree)
+    return root
+
+
+def _line(step: Step, now: datetime) -> str:
+    from spectraqlora_pipelines.cluster.progress import duration
+
+    colour = _COLOURS.get(step.state, "dim")
+    began = f"  {step.started:%H:%M:%S}" if step.started else ""
+    took = f"  {duration(step, now)}" if step.started else ""
+    tries = f"  attempt {step.attempts}" if step.attempts > 1 else ""
+    return f"{escaped(step.label)}  [{colour}]{step.state}[/]{began}{took}{tries}"

@@ -1,0 +1,112 @@
+"""A run as it is now: the tree of its steps, and why those that failed or wait do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from spectraqlora_pipelines.cluster.client import Kubeflow
+from spectraqlora_pipelines.cluster.pods import NoAccess, Pods, explained, labelled, said_of
+from spectraqlora_pipelines.cluster.progress import (
+    ENDED,
+    Step,
+    nodes_of_tasks,
+    nodes_of_workflow,
+    own_error,
+    steps_of,
+)
+
+_LINES = 300
+"""Lines from the end of a failed step's log in which its error is looked for."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A run as it was when it was looked at.
+
+    Args:
+        run: KFP's record of it.
+        tree: its steps.
+        reasons: of those that failed or wait, by label; as far as Kubernetes tells.
+        unseen: why Kubernetes could not be asked; empty where it was.
+    """
+
+    run: Any
+    tree: Step
+    reasons: dict[str, str]
+    unseen: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended."""
+        return self.run.state in ENDED
+
+    def failed(self) -> Iterator[Step]:
+        """The steps that failed."""
+        return (step for step in self.tree.leaves() if step.state == "failed")
+
+
+class Viewer:
+    """Looks at runs, through Kubernetes as well where that can be asked.
+
+    Args:
+        server: Kubeflow Pipelines.
+        namespace: of the runs' pods.
+    """
+
+    def __init__(self, server: Kubeflow, namespace: str) -> None:
+        self._server, self._pipelines = server, dict[str, dict[str, Any]]()
+        self._pods: Pods | None = None
+        self._unseen = ""
+        try:
+            self._pods = Pods(namespace)
+        except NoAccess as error:
+            self._unseen = str(error)
+
+    def look(self, wanted: str) -> View:
+        """A run by its id, or the newest of a name.
+
+        Raises:
+            InputError: there is none, or the server does not answer.
+        """
+        run = self._server.run(wanted)
+        if run.run_id not in self._pipelines:
+            self._pipelines[run.run_id] = self._server.pipeline_of(run)
+        pipeline, pods, unseen = self._pipelines[run.run_id], list[Any](), self._unseen
+        workflow = None
+        if self._pods is not None:
+            try:
+                workflow, pods = self._pods.workflow(run.run_id), self._pods.of(run.run_id)
+            except NoAccess as error:
+                unseen = str(error)
+        if workflow is not None:
+            name, nodes = workflow["metadata"]["name"], nodes_of_workflow(workflow)
+        else:
+            tasks = (run.run_details.task_details if run.run_details else None) or []
+            name, nodes = nodes_of_tasks(pipeline, tasks)
+        tree = steps_of(pipeline, nodes, name, run.state in ENDED)
+        return View(run, tree, self._reasons(tree, pods), unseen)
+
+    def _reasons(self, tree: Step, pods: list[Any]) -> dict[str, str]:
+        newest = {labelled(pod): pod for pod in pods}
+        reasons = {}
+        for step in tree.leaves():
+            if step.state in ("failed", "running"):
+                reason = self._reason(step, newest.get((step.step, step.method)))
+                if reason:
+                    reasons[step.label] = reason
+        return reasons
+
+    def _reason(self, step: Step, pod: Any) -> str:
+        said = said_of(pod) if pod is not None else ""
+        known = explained(said) or explained(step.message)
+        if known or step.state != "failed":
+            return known or said or step.message
+        log = ""
+        if pod is not None and self._pods is not None:
+            try:
+                log = self._pods.log(pod.metadata.name, _LINES)
+            except NoAccess:
+                log = ""
+        return own_error(log) or said or step.message

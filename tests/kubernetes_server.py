@@ -1,0 +1,127 @@
+"""A Kubernetes API for tests: the three reads that `spectraqlora status` and `logs` make, for Kubernetes' own client.
+
+The client takes its answers apart by the API's definition, so a pod here has the form that a cluster gives it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+
+_WORKFLOWS = re.compile(r"/apis/argoproj\.io/v1alpha1/namespaces/([^/]+)/workflows")
+_PODS = re.compile(r"/api/v1/namespaces/([^/]+)/pods")
+_LOG = re.compile(r"/api/v1/namespaces/([^/]+)/pods/([^/]+)/log")
+
+
+def pod(
+    name: str, run_id: str, step: str, method: str = "", created: str = "2026-11-26T12:00:00Z", **status: Any
+) -> dict[str, Any]:
+    """A pod of a step's attempt; `status` as Kubernetes gives it."""
+    labels = {"pipeline/runid": run_id, "spectraqlora/step": step}
+    if method:
+        labels["spectraqlora/method"] = method
+    return {
+        "metadata": {"name": name, "namespace": "kubeflow", "labels": labels, "creationTimestamp": created},
+        "spec": {"containers": [{"name": "main", "image": f"spectraqlora/{step}:0.1.0"}]},
+        "status": {"phase": "Running", **status},
+    }
+
+
+def container(name: str = "main", **state: Any) -> dict[str, Any]:
+    """The status of one container."""
+    return {
+        "name": name, "image": "i", "imageID": "", "ready": False, "restartCount": 0, "state": state,
+    }  # fmt: skip
+
+
+class KubernetesServer:
+    """Serves what it is given at `endpoint`.
+
+    Args:
+        folder: gets the kubeconfig that names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.workflows, self.pods = list[dict[str, Any]](), list[dict[str, Any]]()
+        self.logs: dict[str, str] = {}
+        self.refuses = False
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                status, kind, text = owner.answer(self.path)
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.kubeconfig = folder / "kubeconfig"
+        cluster = {"name": "test", "cluster": {"server": self.endpoint}}
+        context = {"name": "test", "context": {"cluster": "test", "user": "me"}}
+        self.kubeconfig.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1", "kind": "Config", "current-context": "test", "clusters": [cluster],
+                    "contexts": [context], "users": [{"name": "me", "user": {}}],
+                }
+            )
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, target: str) -> tuple[int, str, bytes]:
+        """Status, content type and body of a GET."""
+        parts = urlsplit(target)
+        query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+        if self.refuses:
+            return self._status(403, "Forbidden")
+        if _WORKFLOWS.fullmatch(parts.path):
+            return self._list("WorkflowList", self.workflows, query)
+        if _PODS.fullmatch(parts.path):
+            return self._list("PodList", self.pods, query)
+        if found := _LOG.fullmatch(parts.path):
+            if found[2] not in self.logs:
+                return self._status(400, "BadRequest")
+            lines = self.logs[found[2]].splitlines(keepends=True)
+            assert query["container"] == "main"
+            return 200, "text/plain", "".join(lines[-int(query.get("tailLines", 10**6)) :]).encode()
+        return self._status(404, "NotFound")
+
+    @staticmethod
+    def _status(code: int, reason: str) -> tuple[int, str, bytes]:
+        return (
+            code,
+            "application/json",
+            json.dumps({"kind": "Status", "reason": reason, "code": code}).encode(),
+        )
+
+    @staticmethod
+    def _list(kind: str, items: list[dict[str, Any]], query: dict[str, str]) -> tuple[int, str, bytes]:
+        for part in query["labelSelector"].split(","):
+            key, equals, value = part.partition("=")
+            has = [(item, item["metadata"]["labels"].get(key)) for item in items]
+            items = [item for item, label in has if (label == value if equals else label is not None)]
+        return (
+            200,
+            "application/json",
+            json.dumps({"kind": kind, "apiVersion": "v1", "items": items}).encode(),
+        )
