@@ -10,10 +10,14 @@ from spectraqlora.errors import InputError
 
 
 def auto_class(config: Any) -> Any:
-    """The transformers class that loads a model with its language-model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    """The transformers class that loads a model with its language-model head; of one that also sees, all of it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    kinds = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
+    sees = type(config) not in kinds[0] and type(config) in kinds[1]
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 @contextlib.contextmanager
@@ -52,12 +56,19 @@ def context_length(config: Any) -> int | None:
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
 
 
+def pad_id(config: Any) -> int:
+    """The id to pad inputs with, where the attention mask hides it: the language model's own, or 0."""
+    text = config.get_text_config(decoder=True)
+    own = getattr(text, "pad_token_id", None)
+    return int(own) if isinstance(own, int) and 0 <= own < text.vocab_size else 0
+
+
 def decoder_start(config: Any) -> int | None:
     """Token that starts an encoder-decoder's output; None for decoder-only models."""
     if not config.is_encoder_decoder:
         return None
     start = config.decoder_start_token_id
-    return int(start if start is not None else config.pad_token_id or 0)
+    return int(start) if start is not None else pad_id(config)
 
 
 PACKABLE = frozenset(

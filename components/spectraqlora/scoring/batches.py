@@ -12,7 +12,7 @@ import torch
 
 from spectraqlora.artifacts import IGNORED
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import decoder_start
+from spectraqlora.models.families import decoder_start, pad_id
 
 
 def load_rows(prepared: str | Path, split: str) -> Any:
@@ -53,7 +53,7 @@ class Collator:
     @classmethod
     def of(cls, config: Any, packing: bool = False) -> Self:
         """For a model's config; `packing` where rows may share a sequence."""
-        return cls(config.pad_token_id or 0, decoder_start(config), Packing.of(config) if packing else None)
+        return cls(pad_id(config), decoder_start(config), Packing.of(config) if packing else None)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.packing is not None:
