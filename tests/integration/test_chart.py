@@ -308,8 +308,11 @@ def test_the_config_map_holds_settings_and_a_values_file_that_we_accept(case: st
         assert [c.name for c in train.config_maps] == [environment["metadata"]["name"], "company-ca"]
         assert set(train.config_maps[0].env.values()) == environment["data"].keys()
         folder = train.config_maps[1].mount
-        links = {KFP_UI: "https://kubeflow.example.com/pipeline", MLFLOW_UI: "https://mlflow.example.com"}
-        assert train.env == dict.fromkeys(TRUST, f"{folder}/ca.crt") | links
+        assert train.env == {
+            **dict.fromkeys(TRUST, f"{folder}/ca.crt"),
+            MLFLOW_UI: "https://mlflow.example.com",
+        }
+        assert values.run.ui == "https://kubeflow.example.com/pipeline"
         assert train.affinity[0].rules[0].values == ("eu-central-1a",) and train.scratch.size == "200Gi"
 
 

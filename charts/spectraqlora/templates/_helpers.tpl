@@ -124,7 +124,6 @@ AWS_REGION: {{ . | quote }}
 {{- with .Values.ca.configMap -}}
 {{- $maps = append $maps (dict "name" . "mount" (include "spectraqlora.caFolder" $)) -}}
 {{- end -}}
-{{- with .Values.kfp.ui -}}{{- $_ := set $variables "SPECTRAQLORA_KFP_UI" . -}}{{- end -}}
 {{- with .Values.mlflow.ui -}}{{- $_ := set $variables "SPECTRAQLORA_MLFLOW_UI" . -}}{{- end -}}
 {{- with $variables -}}{{- $_ := set $defaults "env" . -}}{{- end -}}
 {{- with $maps -}}{{- $_ := set $defaults "config_maps" . -}}{{- end -}}
@@ -132,6 +131,7 @@ AWS_REGION: {{ . | quote }}
 {{- $_ := set $defaults "cache" (dict "claim" . "path" $.Values.cache.mountPath) -}}
 {{- end -}}
 {{- $run := dict "service_account" (include "spectraqlora.stepsAccount" .) "experiment" .Values.kfp.experiment -}}
+{{- with .Values.kfp.ui -}}{{- $_ := set $run "ui" . -}}{{- end -}}
 {{- with .Values.kfp.pipelineRoot -}}{{- $_ := set $run "pipeline_root" . -}}{{- end -}}
 {{- $values := deepCopy .Values.pipeline.values -}}
 {{- range $key := list "secrets" "config_maps" "pull_secrets" -}}

@@ -9,6 +9,7 @@ from kfp import dsl
 from spectraqlora.runtime import run_key
 from spectraqlora.runtime.images import IMAGE_REFERENCE
 from spectraqlora.runtime.threads import CPUS
+from spectraqlora.tracking.runs import KFP_UI
 
 from spectraqlora_pipelines.cluster.fields import seconds, whole_cores
 from spectraqlora_pipelines.cluster.values import (
@@ -54,7 +55,10 @@ class Placement:
         step = task.component_spec.name.replace("_", "-")
         kubernetes.add_pod_label(task, STEP, step)
         if self.values is not None:
-            _place(task, self.values.step(step))
+            placed = self.values.step(step)
+            _place(task, placed)
+            if self.values.run.ui and KFP_UI not in placed.env:
+                task.set_env_variable(KFP_UI, self.values.run.ui)
         elif self.retries:
             built_in = StepValues.model_validate({"retries": {"attempts": self.retries}})
             _limit(task, ClusterValues(defaults=built_in).step(step))

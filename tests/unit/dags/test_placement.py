@@ -195,3 +195,11 @@ def test_every_pod_of_a_branch_is_labelled_with_its_own_method(
         method = re.search(r"\((\w+)", task.name)
         own = {"spectraqlora/step": task.step} | ({"spectraqlora/method": method[1]} if method else {})
         assert labels == own, task.name
+
+
+def test_a_step_knows_where_people_reach_the_ui_so_that_its_mlflow_run_can_lead_there(tmp_path: Path) -> None:
+    ui = "https://kubeflow.example.com/pipeline"
+    assert _environment(f"run: {{ui: '{ui}'}}", tmp_path)["SPECTRAQLORA_KFP_UI"] == ui
+    own = f"{{run: {{ui: '{ui}'}}, defaults: {{env: {{SPECTRAQLORA_KFP_UI: 'https://other'}}}}}}"
+    assert _environment(own, tmp_path)["SPECTRAQLORA_KFP_UI"] == "https://other"
+    assert "SPECTRAQLORA_KFP_UI" not in _environment("", tmp_path)
