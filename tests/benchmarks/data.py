@@ -63,9 +63,10 @@ def main() -> None:
             ("prepare-data", options.rows),
         ):
             file = make_rows(folder / f"{rows}.jsonl", rows)
-            seconds, memory = measure(side, base, file)
+            seconds, cpu_seconds, memory = measure(side, base, file)
             print(
-                f"{side:<28} {rows:>9,} rows  {rows / seconds:>8,.0f} rows/s  {memory / MIB:>6,.0f} MiB",
+                f"{side:<28} {rows:>9,} rows  {rows / seconds:>7,.0f} rows/s  "
+                f"{rows / cpu_seconds:>7,.0f} rows a processor second  {memory / MIB:>6,.0f} MiB",
                 flush=True,
             )
 
