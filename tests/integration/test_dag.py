@@ -16,7 +16,7 @@ from spectraqlora.places import base_digest
 
 from tests.hub import Hub
 
-METHODS = ("qlora", "hybrid", "alors", "sgm")
+METHODS = ("qlora", "hybrid", "alors", "sgm", "qlora_half")
 ROOT = Path(__file__).resolve().parents[2]
 # The command line, whose steps are handed their inputs as a real KFP does it.
 CLI = [sys.executable, str(ROOT / "tests" / "kfp_form.py")]
@@ -51,11 +51,11 @@ def test_compiling_needs_no_torch_and_the_checked_in_yaml_is_current(compiled: P
     )
 
 
-def test_the_dag_has_four_branches_with_their_steps_and_retries_on_every_task(compiled: Path) -> None:
+def test_the_dag_has_a_branch_per_method_with_its_steps_and_retries_on_every_task(compiled: Path) -> None:
     spec = next(yaml.safe_load_all(compiled.read_text()))
     tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     branches = {t["componentRef"]["name"] for t in tasks.values() if "branch" in t["componentRef"]["name"]}
-    assert branches == {f"comp-branch-{m}" for m in METHODS}
+    assert branches == {f"comp-branch-{m.replace('_', '-')}" for m in METHODS}
     assert {
         "quantize-load",
         "prepare-data",
@@ -121,7 +121,7 @@ def test_the_summary_has_every_method_and_the_winners_numbers(finished: list[str
         assert entry["trainable_parameters"] > 0 and entry["train_tokens_per_second"] > 0
     # A map that never moves is trained in one round, with the steps of both.
     assert {name: len(e["rounds"]) for name, e in summary["methods"].items()} == {
-        "qlora": 1, "hybrid": 2, "alors": 2, "sgm": 1,
+        "qlora": 1, "hybrid": 2, "alors": 2, "sgm": 1, "qlora_half": 1,
     }  # fmt: skip
     counts = {name: e["trainable_parameters"] for name, e in summary["methods"].items()}
     assert counts["hybrid"] < counts["qlora"]
@@ -212,7 +212,7 @@ def test_mlflow_has_one_run_and_a_nested_run_per_branch(finished: list[str]) -> 
     runs = client.search_runs([experiment.experiment_id])
     parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     nested = {r.data.tags["spectraqlora.branch"] for r in runs} - {"pipeline"}
-    assert len(runs) == 5 and len(parents) == 1 and nested == set(METHODS)
+    assert len(runs) == 1 + len(METHODS) and len(parents) == 1 and nested == set(METHODS)
     qlora = next(r for r in runs if r.data.tags["spectraqlora.branch"] == "qlora")
     assert qlora.data.params["train.max_steps"] == "8"
     assert len(client.get_metric_history(qlora.info.run_id, "train_loss")) > 4
