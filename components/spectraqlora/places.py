@@ -130,7 +130,7 @@ class Place:
         if self.kind == "s3":
             from spectraqlora import storage
 
-            return storage.content_digest(self.address)
+            return storage.content_digest(self.address, wanted=self._counts)
         if self.holds == "model":
             return base_digest(self.local_copy(), self.trusted)
         path = self.local_copy()
@@ -152,7 +152,7 @@ class Place:
         if self.kind == "s3":
             from spectraqlora import storage
 
-            return storage.local_copy(self.address, content)
+            return storage.local_copy(self.address, content, wanted=self._counts)
         if self.kind == "sample" or self.holds == "data":
             raise InputError(
                 self.field, self.text, f"{_EXPECTED[self.holds]}; of this there is no local copy"
@@ -284,6 +284,12 @@ class Place:
         # What was fetched by its commit alone has no reference.
         commits = sorted((copies / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
         return commits[-1].name if commits and self.revision == "main" else ""
+
+    def _counts(self, name: str) -> bool:
+        """Whether a file of the place is part of what it is for: of a base model, what it is loaded from."""
+        if self.holds != "model":
+            return True
+        return _describes(name, self.trusted) or (name.endswith(".safetensors") and "/" not in name)
 
     @property
     def _hub_kind(self) -> str:

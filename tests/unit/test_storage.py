@@ -308,6 +308,24 @@ def test_a_local_copy_is_kept_and_follows_the_store(
     assert copied() == expected()
 
 
+def test_a_file_beside_a_model_that_somebody_else_uploaded_changes_nothing(
+    tmp_path: Path, address: Address, server: Server, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectraqlora.places import base_place, data_place
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server.put_plain(tiny_model, address.key)
+    model, data = base_place(str(address)), data_place(str(address))
+    before, all_before = model.digest(), data.digest()
+    for name in ("notes.txt", "onnx/model.onnx", "onnx/config.json"):
+        put(address.child(name), b"{}")
+    assert model.digest() == before and data.digest() != all_before
+    names = {path.name for path in model.local_copy(before).iterdir()} - {".cache"}
+    assert names == {path.name for path in tiny_model.iterdir()}
+    put(address.child("chat_template.jinja"), b"{{ messages }}")
+    assert model.digest() != before
+
+
 def put(address: Address, content: bytes) -> None:
     connect().call("put_object", address, Key=address.key, Body=content)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,10 +253,15 @@ def exists(address: Address, connection: Connection | None = None) -> bool:
     )
 
 
-def content_digest(address: Address, connection: Connection | None = None) -> str:
+def content_digest(
+    address: Address,
+    connection: Connection | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> str:
     """What changes with the content of an object or folder; nothing but names and sizes is read.
 
-    The version of a folder that was published by us, else a digest over names and SHA-256s or ETags.
+    The version of a folder that was published by us, else a digest over names and SHA-256s or ETags, of the files whose
+    names are `wanted`.
 
     Raises:
         InputError: nothing there, or a store that refuses.
@@ -266,6 +271,7 @@ def content_digest(address: Address, connection: Connection | None = None) -> st
     version, files = (None, [file]) if file is not None else read_folder(connection, address)
     if version is not None:
         return version
+    files = [file for file in files if wanted(file.name)]
     lines = "".join(f"{file.name}\0{file.size}\0{file.identity}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,19 @@ from spectraqlora.storage.download import download_file, download_folder
 from spectraqlora.storage.folders import content_digest, single_file
 
 
-def local_copy(address: Address, content: str = "", connection: Connection | None = None) -> Path:
+def local_copy(
+    address: Address,
+    content: str = "",
+    connection: Connection | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Path:
     """A file or folder of object storage on disk; what is there and unchanged is not fetched again.
 
     Args:
         address: of an object or a folder.
         content: what `content_digest` must say of it; empty takes what is there.
         connection: to the store.
+        wanted: which of a folder's files count, by name; only they are fetched.
 
     Raises:
         ObjectChanged: the content is another one.
@@ -39,10 +45,10 @@ def local_copy(address: Address, content: str = "", connection: Connection | Non
         file = single_file(connection, address)
         target = place / "folder" if file is None else place / "file" / file.name
         if file is None:
-            download_folder(address, target, connection)
+            download_folder(address, target, connection, wanted)
         else:
             download_file(address, target, connection)
-    if content and content_digest(address, connection) != content:
+    if content and content_digest(address, connection, wanted) != content:
         raise ObjectChanged(
             "s3 address", address, "the content that this run began with; it was replaced since"
         )
