@@ -206,7 +206,7 @@ def test_what_is_wrong_with_an_address_is_one_line_and_exit_code_2(
 ) -> None:
     server.put_plain(tmp_path_with(tmp_path / "no-model", "notes.pdf", "hello"), "no-model")
     server.put_plain(tmp_path_with(tmp_path / "pickled", "pytorch_model.bin", "x", "config.json"), "pickled")
-    server.put_plain(tmp_path_with(tmp_path / "columns", "a.jsonl", '{"foo": 1}\n'), "columns")
+    server.put_plain(tmp_path_with(tmp_path / "columns", "a.jsonl", '{"foo": 1}\n' * 12), "columns")
     table = json.dumps({"model.layers.0.mlp.up_proj": {"snr": 1.0, "type": "mlp.up_proj"}})
     server.put_plain(tmp_path_with(tmp_path / "table", "snr.json", table), "table")
     good = {"--base-model": model, "--data": rows, "--workdir": str(tmp_path / "w")}
