@@ -146,9 +146,9 @@ def base_measured(workdir: Path) -> tuple[int, list[str]]:
     return len(scored), re.findall("^ *measuring the base model's gradients, once for (.*)$", log, re.M)
 
 
-def test_four_branches_share_one_measurement_of_the_base(finished: list[str]) -> None:
+def test_all_branches_share_one_measurement_of_the_base(finished: list[str]) -> None:
     workdir = _workdir(finished)
-    assert base_measured(workdir) == (1, ["hybrid, alors, sgm"])
+    assert base_measured(workdir) == (1, ["hybrid, alors, sgm, qlora_half"])
     again = re.findall("^ *measuring the task's gradients with .*$", (workdir / "run.log").read_text(), re.M)
     assert len(again) == 2, "of hybrid and alors after round 1, for whose adapters a round follows"
     outputs = json.loads((workdir / "outputs.json").read_text())["steps"]
@@ -158,7 +158,7 @@ def test_four_branches_share_one_measurement_of_the_base(finished: list[str]) ->
     }  # fmt: skip
     assert nobodys == {
         "re-evaluate (qlora, round 1)", "re-evaluate (hybrid, round 2)", "re-evaluate (alors, round 2)",
-        "re-evaluate (sgm, round 1)",
+        "re-evaluate (sgm, round 1)", "re-evaluate (qlora_half, round 1)",
     }  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
         (["--data", "none.jsonl"], "data.source"),
         (["--base-model", "./none"], "model.base_model"),
         (["--base-model", "a/b/none"], "an existing folder; a hub id is"),
-        (["--base-model", "gpt2"], "hub id"),
+        (["--base-model", "gpt2"], "reachable hub model"),
         (["--base-model", "s3://bucket//x"], "model.base_model"),
         (["--data", "a/b/none"], "an existing file or folder; a hub id is"),
         (["--snr-table", "none.parquet"], "snr.table"),

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from spectraqlora_pipelines.cli.kubeflow import (
     CaFile,
@@ -51,7 +52,8 @@ def status(
     server = connect(host, namespace, token_file, ca_file)
     view = Viewer(server, pods_are_in(pod_namespace, namespace)).look(run)
     line(f"Run {view.run.display_name}: {view.run.state}  {server.run_address(view.run.run_id, ui)}")
-    console.print(_tree(view))
+    # In a file or a pipe a reason is one line, however long.
+    (console if console.is_terminal else Console(width=10_000)).print(_tree(view))
     if view.unseen:
         errors.print(f"Why steps failed or wait is not known: {view.unseen}", markup=False, highlight=False)
 
