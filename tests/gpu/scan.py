@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 import zlib
-from typing import Any
 
 import torch
 from spectraqlora.models.hardware import device
+from spectraqlora.models.headers import Entry, Header
 from spectraqlora.models.tensors import Tensors
 from spectraqlora.snr.marchenko_pastur import from_singular_values
 from spectraqlora.snr.scan import scan
@@ -31,11 +31,11 @@ class RandomTensors(Tensors):
 
     def __init__(self, shape: Shape, layers: int) -> None:
         self.dimensions = {name: size for layer in range(layers) for name, size in shape.matrices(layer)}
-        entries: dict[str, dict[str, Any]] = {
-            name: {"shape": list(size), "dtype": "BF16", "data_offsets": [0, 2 * size[0] * size[1]]}
-            for name, size in self.dimensions.items()
+        entries = {
+            name: Entry("BF16", (rows, cols), 0, 2 * rows * cols)
+            for name, (rows, cols) in self.dimensions.items()
         }
-        super().__init__(entries, "random")
+        super().__init__({"random": Header(entries, 0)}, {}, {}, "random", "random")
 
     def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
         rows, cols = self.dimensions[name]

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from spectraqlora.artifacts import RankMap
+from spectraqlora.artifacts import DataAccount, PreparedRows, RankMap
 from spectraqlora.models import adapters
 from spectraqlora.models.hardware import device
 from spectraqlora.models.loading import load_four_bit
@@ -52,8 +52,34 @@ def write_rows(folder: Path, chosen: Sizes) -> None:
         listed = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
         Dataset.from_list(listed).save_to_disk(str(folder / split))
 
-    write("train", max(batch * (chosen.steps(batch) + 1) for batch in chosen.batches), chosen.tokens)
+    count = max(batch * (chosen.steps(batch) + 1) for batch in chosen.batches)
+    write("train", count, chosen.tokens)
     write("held_out", 1, 8)
+    account = DataAccount(
+        files={},
+        unused_files=[],
+        read=count + 1,
+        used=count + 1,
+        dropped=[],
+        unused_columns=[],
+        turns_without_labels={},
+        left_out={},
+        tokens_read=count * chosen.tokens + 8,
+        tokens_learned=count * chosen.tokens,
+        max_length=chosen.tokens,
+        lengths=[chosen.tokens] * 4,
+    )
+    PreparedRows(
+        source="random",
+        digest="random",
+        layout="text",
+        train_rows=count,
+        eval_rows=1,
+        train_tokens=count * chosen.tokens,
+        account=account,
+        examples=[],
+        answers=[],
+    ).write(folder)
 
 
 def run_ours(model: Any, rank_map: Path, rows: Path, batch: int, steps: int, on_step: OnStep) -> int:
