@@ -185,6 +185,8 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     from spectraqlora.steps.train.request import Inputs, TrainRequest
     from spectraqlora.steps.train.training import fit
 
+    from tests.random_rows import write_manifest
+
     manifest = FourBitModel.read(folder / "quantized")
     settings = SelectSettings(rank=16, percent=side.get("percent", 100))
     scores = weight_scores(read_table(folder / "table"))
@@ -193,6 +195,7 @@ def run_ours(folder: Path, options: argparse.Namespace, side: dict[str, Any]) ->
     data = Path(tempfile.mkdtemp(dir=folder))
     Dataset.from_list(rows(options, options.batch * options.steps)).save_to_disk(str(data / "train"))
     Dataset.from_list(rows(options, 1)).save_to_disk(str(data / "held_out"))
+    write_manifest(data, options.batch * options.steps, 1, options.tokens)
     model = load(folder)
     meter = Meter()
     model = adapters.attach(model, ranks)

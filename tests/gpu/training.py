@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from spectraqlora.artifacts import DataAccount, PreparedRows, RankMap
+from spectraqlora.artifacts import RankMap
 from spectraqlora.models import adapters
 from spectraqlora.models.hardware import device
 from spectraqlora.models.loading import load_four_bit
@@ -34,6 +34,7 @@ from spectraqlora.steps.train.training import fit
 from tests.gpu.prepare import FAILED, READY, SIDES
 from tests.gpu.record import Meter, Part, metered, part, timed
 from tests.gpu.shapes import Sizes, sizes
+from tests.random_rows import write_manifest
 
 OnStep = Callable[[int], None]
 """Called with the number of an optimizer step that has ended."""
@@ -55,31 +56,7 @@ def write_rows(folder: Path, chosen: Sizes) -> None:
     count = max(batch * (chosen.steps(batch) + 1) for batch in chosen.batches)
     write("train", count, chosen.tokens)
     write("held_out", 1, 8)
-    account = DataAccount(
-        files={},
-        unused_files=[],
-        read=count + 1,
-        used=count + 1,
-        dropped=[],
-        unused_columns=[],
-        turns_without_labels={},
-        left_out={},
-        tokens_read=count * chosen.tokens + 8,
-        tokens_learned=count * chosen.tokens,
-        max_length=chosen.tokens,
-        lengths=[chosen.tokens] * 4,
-    )
-    PreparedRows(
-        source="random",
-        digest="random",
-        layout="text",
-        train_rows=count,
-        eval_rows=1,
-        train_tokens=count * chosen.tokens,
-        account=account,
-        examples=[],
-        answers=[],
-    ).write(folder)
+    write_manifest(folder, count, 1, chosen.tokens)
 
 
 def run_ours(model: Any, rank_map: Path, rows: Path, batch: int, steps: int, on_step: OnStep) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from spectraqlora.errors import InputError
 from spectraqlora.models.headers import TYPES, Header, read_header
@@ -110,28 +110,33 @@ class HubTensors(_RemoteTensors):
     """
 
     def __init__(self, name: str, commit: str, where: object) -> None:
-        from huggingface_hub import HfFileSystem
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
 
-        system = HfFileSystem()
-        top = f"{name}@{commit}"
-        listed: list[Any] = system.ls(top, detail=True)
-        files = {
-            entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"
-        }
-        readers = {file: _HubReader(system, f"{top}/{file}", int(size)) for file, size in files.items()}
+        # Not HfFileSystem: it refuses names of one part, such as gpt2.
+        listed = HfApi().list_repo_tree(name, revision=commit)
+        sizes = {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
+        readers = {file: _HubReader(name, commit, file, int(size)) for file, size in sizes.items()}
         super().__init__(
             readers, dict.fromkeys(readers, commit), where, {file: f"{where}/{file}" for file in readers}
         )
 
 
 class _HubReader:
-    def __init__(self, system: Any, path: str, size: int) -> None:
-        self._system, self._path, self.size = system, path, size
+    def __init__(self, name: str, commit: str, file: str, size: int) -> None:
+        from huggingface_hub import hf_hub_url
+
+        self._url, self.size = hf_hub_url(name, file, revision=commit), size
 
     def read(self, offset: int, length: int) -> bytearray:
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
         if not length:
             return bytearray()
-        # Without a cache, which would read megabytes ahead.
-        with self._system.open(self._path, "rb", cache_type="none") as stream:
-            stream.seek(offset)
-            return bytearray(stream.read(length))
+        headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + length - 1}"}
+        response = get_session().get(self._url, headers=headers, follow_redirects=True)
+        hf_raise_for_status(response)
+        # A server that knows no ranges answers with all of the file.
+        return bytearray(
+            response.content if response.status_code == 206 else response.content[offset : offset + length]
+        )
