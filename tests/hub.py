@@ -106,7 +106,7 @@ class Hub:
             stored = self._files(kind, route["id"], route["revision"])
             if stored and route["name"] in stored[1]:
                 commit, files = stored
-                if body:
+                if body and "Range" not in request.headers:  # A range is a look, not the file.
                     self.fetched.append(f"{commit}/{route['name']}")
                 self.sent += self._file(request, commit, files[route["name"]], body)
                 return None
