@@ -129,7 +129,11 @@ class _HubReader:
         self._url, self.size = hf_hub_url(name, file, revision=commit), size
 
     def read(self, offset: int, length: int) -> bytearray:
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
 
         if not length:
             return bytearray()
