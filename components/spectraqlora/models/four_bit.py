@@ -77,9 +77,11 @@ def _forget_unpacking(model: Any) -> None:
     """
     kept = []
     for conversion in getattr(model, "_weight_conversions", None) or ():
-        with contextlib.suppress(NotImplementedError):
+        try:
             conversion.reverse_transform()
-            kept.append(conversion)
+        except NotImplementedError:  # How transformers says that a step has no way back.
+            continue
+        kept.append(conversion)
     model._weight_conversions = kept
 
 

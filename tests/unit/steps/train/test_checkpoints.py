@@ -159,41 +159,12 @@ def test_sigterm_ends_a_training_after_a_checkpoint(
     same(output, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: cut(folder / "state.safetensors"),
-        lambda folder: flip(folder / "state.safetensors"),
-        lambda folder: cut(folder / "state.json"),
-        lambda folder: (folder / "manifest.json").unlink(),
-        lambda folder: cut(folder / "manifest.json"),
-    ],
-    ids=["tensors cut", "tensors changed", "numbers cut", "no manifest", "manifest cut"],
-)
-def test_a_damaged_checkpoint_is_skipped(
-    damage: Callable[[Path], None],
-    stopped: Path,
-    quantized: Path,
-    prepared: Path,
-    ranks: Path,
-    uninterrupted: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output = tmp_path / "adapter"
-    shutil.copytree(stopped, f"{output}-kept")
-    older, newer = kept(output)
-    damage(newer)
-    trained(quantized, prepared, ranks, output)
-    printed = capsys.readouterr().out
-    assert f"WARNING: checkpoint {newer.name} is skipped" in printed
-    assert "resuming from the checkpoint of step 4" in printed
-    same(output, uninterrupted)
-    assert older not in kept(output) and newer not in kept(output)
+def made_up(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Changes a checkpoint as somebody would who can write to the store: its checksums are right."""
+    return lambda folder: rewrite(folder, change)
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
-    """Change a checkpoint as somebody would who can write to the store: its checksums are right."""
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> None:
     tensors, facts = load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
     change(tensors, facts)
     save_file(tensors, folder / "state.safetensors")
@@ -212,27 +183,41 @@ def longer(tensors: dict[str, torch.Tensor], prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("damage", "reason"),
     [
-        (lambda tensors, facts: tensors.pop(first(tensors, "model.")), "model."),
-        (lambda tensors, facts: longer(tensors, "model."), "where this training has"),
-        (lambda tensors, facts: tensors[first(tensors, "model.")].fill_(torch.nan), "is not finite"),
-        (lambda tensors, facts: longer(tensors, "best."), "best."),
-        (lambda tensors, facts: longer(tensors, "optimizer.0.exp_avg"), "optimizer.0.exp_avg is (7, 7)"),
-        (lambda tensors, facts: tensors.update({"optimizer.99.exp_avg": torch.zeros(2)}), "belongs to none"),
-        (lambda tensors, facts: tensors.pop("random.cpu.0"), "random.cpu.0"),
-        (lambda tensors, facts: tensors.pop("progress.losses"), "progress.losses"),
-        (lambda tensors, facts: facts.pop("schedule"), "schedule"),
-        (lambda tensors, facts: facts["progress"].update(step=5), "losses"),
-        (lambda tensors, facts: facts["progress"].update(step=-1), "its step"),
-        (lambda tensors, facts: facts["progress"].update(evals=[[1, "low"]]), "its seconds and losses"),
-        (lambda tensors, facts: facts["progress"].update(evals=7), "incomplete"),
-        (lambda tensors, facts: facts["optimizer"].update(groups=[]), "parameter groups"),
-        (lambda tensors, facts: facts.update(progress=[]), "incomplete"),
+        (lambda folder: cut(folder / "state.safetensors"), "state.safetensors is not what was written"),
+        (lambda folder: flip(folder / "state.safetensors"), "state.safetensors is not what was written"),
+        (lambda folder: cut(folder / "state.json"), "state.json is not what was written"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
+        (lambda folder: cut(folder / "manifest.json"), "manifest.json"),
+        (made_up(lambda tensors, facts: tensors.pop(first(tensors, "model."))), "model."),
+        (made_up(lambda tensors, facts: longer(tensors, "model.")), "where this training has"),
+        (made_up(lambda tensors, facts: tensors[first(tensors, "model.")].fill_(torch.nan)), "is not finite"),
+        (made_up(lambda tensors, facts: longer(tensors, "best.")), "best."),
+        (
+            made_up(lambda tensors, facts: longer(tensors, "optimizer.0.exp_avg")),
+            "optimizer.0.exp_avg is (7, 7)",
+        ),
+        (
+            made_up(lambda tensors, facts: tensors.update({"optimizer.99.exp_avg": torch.zeros(2)})),
+            "belongs to none",
+        ),
+        (made_up(lambda tensors, facts: tensors.pop("random.cpu.0")), "random.cpu.0"),
+        (made_up(lambda tensors, facts: tensors.pop("progress.losses")), "progress.losses"),
+        (made_up(lambda tensors, facts: facts.pop("schedule")), "schedule"),
+        (made_up(lambda tensors, facts: facts["progress"].update(step=5)), "losses"),
+        (made_up(lambda tensors, facts: facts["progress"].update(step=-1)), "its step"),
+        (
+            made_up(lambda tensors, facts: facts["progress"].update(evals=[[1, "low"]])),
+            "its seconds and losses",
+        ),
+        (made_up(lambda tensors, facts: facts["progress"].update(evals=7)), "incomplete"),
+        (made_up(lambda tensors, facts: facts["optimizer"].update(groups=[])), "parameter groups"),
+        (made_up(lambda tensors, facts: facts.update(progress=[])), "incomplete"),
     ],
 )
-def test_a_checkpoint_that_was_made_up_is_skipped_with_its_reason(
-    change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None],
+def test_a_damaged_or_made_up_checkpoint_is_skipped_with_its_reason(
+    damage: Callable[[Path], None],
     reason: str,
     stopped: Path,
     quantized: Path,
@@ -244,14 +229,15 @@ def test_a_checkpoint_that_was_made_up_is_skipped_with_its_reason(
 ) -> None:
     output = tmp_path / "adapter"
     shutil.copytree(stopped, f"{output}-kept")
-    newer = kept(output)[-1]
-    rewrite(newer, change)
+    older, newer = kept(output)
+    damage(newer)
     trained(quantized, prepared, ranks, output)
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "is skipped" in line]
     assert line.startswith(f"WARNING: checkpoint {newer.name} is skipped: ") and reason in line
     assert "resuming from the checkpoint of step 4" in printed
     same(output, uninterrupted)
+    assert older not in kept(output) and newer not in kept(output)
 
 
 def test_a_signal_within_a_long_step_costs_that_step_alone(
