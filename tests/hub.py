@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
+
+from tests.http_server import Serving
 
 Kind = Literal["models", "datasets"]
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
@@ -18,7 +19,7 @@ _HEAD = re.compile(rf"/api/(?P<kind>models|datasets)/{_ID}")
 _FILE = re.compile(rf"/(?P<kind>datasets/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
 
-class Hub:
+class Hub(Serving):
     """Repositories of folders: every `publish` is a commit on `main`.
 
     A name without owner leads to `legacy/name`, as the hub's oldest ones lead to their owners'.
@@ -65,14 +66,6 @@ class Hub:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def _files(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         commit = self._heads.get((kind, name), "") if revision == "main" else revision

@@ -11,19 +11,20 @@ import email.policy
 import inspect
 import json
 import re
-import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import kfp_server_api
 import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
+
+from tests.http_server import Serving
 
 _INT64 = {("V2beta1RecurringRun", "max_concurrency"), ("V2beta1PeriodicSchedule", "interval_second")}
 """Fields of type string with format int64, which grpc-gateway takes as numbers as well."""
@@ -145,7 +146,7 @@ class Refused(Exception):
         self.status = status
 
 
-class KfpServer:
+class KfpServer(Serving):
     """Serves the API at `endpoint`.
 
     Args:
@@ -169,14 +170,6 @@ class KfpServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def answer(self, method: str, target: str, headers: Any, body: bytes) -> dict[str, Any]:
         """Check a request against the definition, then do it."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+
+from tests.http_server import Serving
 
 _WORKFLOWS = re.compile(r"/apis/argoproj\.io/v1alpha1/namespaces/([^/]+)/workflows")
 _PODS = re.compile(r"/api/v1/namespaces/([^/]+)/pods")
@@ -41,7 +42,7 @@ def container(name: str = "main", **state: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class KubernetesServer:
+class KubernetesServer(Serving):
     """Serves what it is given at `endpoint`.
 
     Args:
@@ -79,14 +80,6 @@ class KubernetesServer:
                 }
             )
         )  # fmt: skip
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def answer(self, target: str) -> tuple[int, str, bytes]:
         """Status, content type and body of a GET."""

@@ -20,6 +20,8 @@ from typing import Literal, Self
 
 import boto3  # type: ignore[import-untyped]
 
+from tests.http_server import Serving
+
 ACCESS_KEY = "TESTKEY"
 SECRET_KEY = "test-secret-that-must-not-be-shown"
 BUCKET = "bucket"
@@ -144,7 +146,7 @@ class Fault:
     code: str = "SlowDown"
 
 
-class Proxy:
+class Proxy(Serving):
     """Passes requests to a server, counts them, slows them down, and has faults.
 
     Args:
@@ -173,14 +175,6 @@ class Proxy:
     def count(self, method: str) -> int:
         with self.lock:
             return sum(request.method == method for request in self.requests)
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
