@@ -1,21 +1,53 @@
-"""The errors a user is expected to read."""
+"""The errors a user is expected to read, and text from outside as it may be shown."""
 
 import re
+from urllib.parse import unquote
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
+_USER_INFO = re.compile(r"(?<=://)(?:[^\s/:@]*:[^\s]*|[^\s/@]*)@")
+"""User and password of an address; a password may have / and @ in it that should have been escaped."""
+_SECRET = re.compile(
+    r"(?<=[?&;#])((?:[\w.-]*(?:pass(?:word|wd|phrase)?|pwd|token|secret|signature|credential|"
+    r"(?:api|access|account)[_-]?key(?:_?id)?)|auth|sig|key)=)[^\s&;#]*",
+    re.IGNORECASE,
+)
+"""What a part of an address's query is called that lets somebody in, and its value."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys instead of showing them, or that turn the order of those around them."""
+
+
+def holds_secret(address: str) -> bool:
+    """Whether an address has a user, a password, or a query or fragment with something that lets somebody in."""
+    rest = address.partition("://")[2]
+    # What begins with a slash is a path: sqlite:////home/me@work/mlflow.db.
+    signed_in = "@" in rest and not rest.startswith("/")
+    return signed_in or _SECRET.search(unquote(unquote(address))) is not None
+
+
+def masked(text: str) -> str:
+    """Text without users, passwords, tokens and signatures of the addresses in it."""
+    return _SECRET.sub(r"\1***", _USER_INFO.sub("***@", text))
+
+
+def printable(text: str) -> str:
+    """Text from outside without characters that a terminal obeys: they are written out, as \\x1b; lines stay lines."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL.sub(
+        lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}", lines
+    )
 
 
 class InputError(Exception):
     """Bad input. The message is one line: the field, the value and what was expected.
 
-    User and password of an address are left out.
+    Users, passwords and tokens of addresses are left out, and control characters are written out.
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        shown = _USER_INFO.sub("***@", str(value))
+        shown = masked(str(value))
         if len(shown) > 200:
             shown = shown[:197] + "..."
-        super().__init__(f"{field}: {shown!r}: expected {expected}".replace("\n", " "))
+        line = f"{field}: {shown!r}: expected {masked(expected)}".replace("\n", " ")
+        super().__init__(printable(line).replace("\n", " "))
 
 
 class Stopped(Exception):

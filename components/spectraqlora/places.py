@@ -366,6 +366,24 @@ def base_digest(folder: Path, trusted: bool = False) -> str:
     return folder_digest(folder, [escape(name) for name in {*described, *weights}])
 
 
+def check_links(folder: Path, place: object = None) -> None:
+    """Refuse configs, tokenizers and templates that are links out of a model's folder: exports would hold what they lead to.
+
+    The hub's cache, whose files are links to its own blobs, is as a folder of files.
+
+    Raises:
+        InputError: naming the first such link.
+    """
+    root = folder.resolve()
+    homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*")):
+        real = (folder / name).resolve()
+        if _describes(name, True) and not any(real.is_relative_to(home) for home in homes):
+            raise InputError(
+                "model.base_model", f"{place or folder}/{name}", f"a file, and no link out of its folder, to {real}"
+            )  # fmt: skip
+
+
 def weight_files(
     names: Collection[str], index: str | None, where: object
 ) -> tuple[list[str], dict[str, str]]:

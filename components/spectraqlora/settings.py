@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, holds_secret
 
 
 def _method_name(value: str) -> str:
@@ -346,10 +346,10 @@ class TrackingSettings(_Section):
     @field_validator("uri")
     @classmethod
     def _no_credentials(cls, value: str) -> str:
-        if "@" in value.partition("://")[2].partition("/")[0]:
+        if holds_secret(value):
             raise ValueError(
-                "an address without user and password; these belong into MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD"
+                "an address without user, password or token; these belong into MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or _TOKEN; those of a database into its own variables, such as PGPASSFILE"
             )
         return value
 

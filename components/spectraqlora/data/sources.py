@@ -440,7 +440,9 @@ def _matches(config: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str,
         for pattern in paths if isinstance(paths, list) else [paths]:
             full = f"{folder}/{pattern}" if folder else str(pattern)
             full = full.removeprefix("./").replace("**/", "*")
-            yield from ((name, split) for name in names if fnmatch.fnmatch(name, full))
+            # A file with brackets in its name may be meant as it is.
+            meant = [full] if full in names else fnmatch.filter(names, full)
+            yield from ((name, split) for name in meant)
 
 
 def _check_kinds(source: str, split: Split, names: list[str]) -> None:

@@ -14,7 +14,7 @@ from spectraqlora.models.inspection import attempted, check_loaded
 from spectraqlora.models.modules import without_cpu_packing
 from spectraqlora.models.plain import plain_folder
 from spectraqlora.models.tensors import LocalTensors, Tensors
-from spectraqlora.places import base_digest, base_place
+from spectraqlora.places import base_digest, base_place, check_links
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +161,7 @@ def _embedding_rows(folder: Path) -> int | None:
 def _own_tokenizer(folder: Path, trust_remote_code: bool, place: object = None) -> Any:
     from transformers import AutoTokenizer
 
+    check_links(folder, place)
     return attempted(
         lambda: AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

@@ -115,17 +115,7 @@ class _FourBit(Packing):
         for owner, stored in states.items():
             if owner not in entries or entries[stored].end - entries[stored].begin > 1 << 16:
                 raise _refused(where, owner, "packed codes next to their state; there are none")
-            try:
-                state = json.loads(bytes(raw(stored).tolist()))
-                shape, block = state["shape"], state["blocksize"]
-                sizes = [*shape, block]
-                whole = all(isinstance(size, int) and size > 0 for size in sizes)
-                if not whole or state["dtype"] not in _FLOATS or block not in _BLOCK_SIZES:
-                    raise ValueError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise _refused(
-                    where, stored, "the state of a packed tensor: shape, dtype, blocksize"
-                ) from None
+            state = cls._state(stored, raw, where)
             cls._check(entries, owner, state, where)
             packed[owner] = cls(
                 owner, state, [name for name in entries if name.startswith(owner + ".")] + [owner]
@@ -133,23 +123,66 @@ class _FourBit(Packing):
         return packed
 
     @staticmethod
+    def _state(stored: str, raw: Raw, where: object) -> dict[str, Any]:
+        """What a state says, after it was found to say what bitsandbytes reads of it."""
+        try:
+            state = json.loads(bytes(raw(stored).tolist()))
+            shape, nested = state["shape"], "nested_blocksize" in state
+            sizes = [*shape, state["blocksize"], *([state["nested_blocksize"]] if nested else [])]
+            whole = all(isinstance(size, int) and size > 0 for size in sizes)
+            right = (
+                whole
+                and len(shape) == 2
+                and state["dtype"] in _FLOATS
+                and state["blocksize"] in _BLOCK_SIZES
+                and state["quant_type"] == stored.partition(_STATE)[2]
+                and state["quant_type"] in ("nf4", "fp4")
+            )
+            if right and nested:
+                right = (
+                    state["nested_blocksize"] in _BLOCK_SIZES
+                    and state["nested_dtype"] == "float32"
+                    and math.isfinite(state["nested_offset"])
+                )
+            if not right:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise _refused(
+                where,
+                stored,
+                "the state of a packed tensor: shape, dtype, blocksize, quant_type, and those of nested scales",
+            ) from None
+        return dict(state)
+
+    @staticmethod
     def _check(entries: Mapping[str, Entry], owner: str, state: Mapping[str, Any], where: object) -> None:
-        """Refuse fewer bytes or scales than the shape needs: unpacking would read past them."""
+        """Refuse other types, or fewer bytes or scales, than the shape needs: unpacking would read past them."""
         numbers = math.prod(state["shape"])
         blocks = -(-numbers // state["blocksize"])
-        needed = {owner: -(-numbers // 2), f"{owner}.absmax": blocks, f"{owner}.quant_map": 16}
         nested = state.get("nested_blocksize")
-        if f"{owner}.nested_absmax" in entries or nested is not None:
-            if not isinstance(nested, int) or nested <= 0:
+        scales = ("U8",) if nested else ("F32", "F16", "BF16")
+        needed = {f"{owner}.absmax": (blocks, scales), f"{owner}.quant_map": (16, ("F32",))}
+        if nested or f"{owner}.nested_absmax" in entries:
+            if not nested:
                 raise _refused(where, owner, "a nested_blocksize, as its nested scales need")
-            needed |= {f"{owner}.nested_absmax": -(-blocks // nested), f"{owner}.nested_quant_map": 256}
-        for part, wanted in needed.items():
+            needed |= {
+                f"{owner}.nested_absmax": (-(-blocks // nested), ("F32",)),
+                f"{owner}.nested_quant_map": (256, ("F32",)),
+            }
+        codes = entries[owner]
+        if codes.end - codes.begin != -(-numbers // 2):
+            raise _refused(
+                where, owner, f"{-(-numbers // 2)} bytes, as the packed shape {state['shape']} needs; it has "
+                f"{codes.end - codes.begin}"
+            )  # fmt: skip
+        for part, (wanted, types) in needed.items():
             entry = entries.get(part)
-            has = 0 if entry is None else (entry.end - entry.begin if part == owner else entry.numbers)
-            if has < wanted:
+            if entry is None or entry.numbers != wanted or entry.dtype not in types:
+                has = "there is none" if entry is None else f"it has {entry.numbers} of {entry.dtype}"
                 raise _refused(
-                    where, part, f"{wanted} numbers, as the packed shape {state['shape']} needs; it has {has}"
-                )
+                    where, part, f"{wanted} numbers of {' or '.join(types)}, as the packed shape {state['shape']} "
+                    f"needs; {has}"
+                )  # fmt: skip
 
     def unpack(self, raw: Raw) -> torch.Tensor:
         import torch

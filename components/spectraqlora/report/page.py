@@ -12,6 +12,7 @@ from markupsafe import Markup
 from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, Example, ModelOutline, PreparedRows
 from spectraqlora.data.accounting import facts, warning
+from spectraqlora.errors import printable
 from spectraqlora.methods.catalogue import method
 from spectraqlora.report import plots
 from spectraqlora.scoring.statistics import SIGNIFICANCE, PairedTest
@@ -92,12 +93,18 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"share": _share, "change": _change, "count": "{:,}".format}
     environment.globals["colour"] = plots.colour
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """What a place of the template gets: text without control characters, which a saved page would bring to a terminal."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
 
 
 def _share(value: float | None) -> str:

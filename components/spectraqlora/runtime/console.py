@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+from spectraqlora.errors import printable
+
 PROGRESS, ERROR = "progress:", "error:"
 """How lines begin that the command line reads."""
 _SECONDS_BETWEEN_LINES = 0.5
@@ -25,7 +27,7 @@ _HEADS = {logging.WARNING: "WARNING: ", logging.ERROR: f"{ERROR} "}
 
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _HEADS.get(record.levelno, "") + record.getMessage()
+        return _HEADS.get(record.levelno, "") + printable(record.getMessage())
 
 
 class _StandardOutput(logging.StreamHandler[TextIO]):

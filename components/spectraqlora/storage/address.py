@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, masked
 
 SCHEME = "s3://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -38,7 +38,7 @@ def parse_address(text: str, field: str = "s3 address") -> Address:
         InputError: another scheme, no valid bucket name, or a key with empty, `.` or `..` segments.
             Credentials and signatures that somebody pasted into the address are not repeated.
     """
-    shown = re.sub(r"//[^/]*@", "//***@", text).split("?")[0]
+    shown = masked(text).split("?")[0]
     if not text.startswith(SCHEME):
         raise InputError(field, shown, "s3://bucket/prefix")
     bucket, _, key = text.removeprefix(SCHEME).partition("/")

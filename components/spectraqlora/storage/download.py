@@ -24,6 +24,7 @@ from pathlib import Path
 
 from spectraqlora.errors import InputError
 from spectraqlora.files import BOOKKEEPING, file_digest, name_fault, write_text
+from spectraqlora.runtime.console import warn
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import (
     CHUNK_BYTES,
@@ -125,6 +126,10 @@ class _Fetch:
         self._hash_ahead()
         return self.file.sha256 is None or self._hash.hexdigest() == self.file.sha256
 
+    def digest(self) -> str:
+        """SHA-256 of the complete file, in hex."""
+        return self._hash.hexdigest()
+
     def move_to(self, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.partial, target)
@@ -180,10 +185,33 @@ def _read_record(target: Path) -> dict[str, list[object]]:
     return {name: mark for name, mark in record.items() if not name_fault(name)}
 
 
-def _mark(path: Path, identity: str) -> list[object]:
+def _mark(path: Path, identity: str, digest: str) -> list[object]:
     """What says that a local file is still the one that was downloaded."""
     status = path.stat()
-    return [identity, status.st_size, status.st_mtime_ns]
+    return [identity, status.st_size, status.st_mtime_ns, digest]
+
+
+def _kept(target: Path, files: list[StoredFile], record: dict[str, list[object]]) -> dict[str, list[object]]:
+    """Marks of the files that an earlier download left and that still hold what was downloaded, to the byte.
+
+    A disk that forgets bytes keeps size and time: every file is read and hashed, several at once.
+    """
+    marks: dict[str, list[object]] = {}
+
+    def look(file: StoredFile) -> None:
+        path, mark = target / file.name, record.get(file.name)
+        if mark is None or len(mark) != 4 or not path.is_file() or path.is_symlink():
+            return
+        digest = str(mark[3])
+        if mark != _mark(path, file.identity, digest):
+            return
+        if file_digest(path) == digest == (file.sha256 or digest):
+            marks[file.name] = mark
+        else:
+            warn(f"the copy of {file.object} in {target} is damaged and fetched again")
+
+    run_all([functools.partial(look, file) for file in files], len(os.sched_getaffinity(0)))
+    return marks
 
 
 def _local_files(target: Path) -> set[str]:
@@ -235,16 +263,11 @@ def _place(connection: Connection, address: Address, files: list[StoredFile], ta
     staging = target / _STAGING
     _clear_staging(staging, files)
     _check_links(target, files)
-    fetches, kept = [], {}
-    for file in files:
-        path = target / file.name
-        if path.is_file() and record.get(file.name) == (mark := _mark(path, file.identity)):
-            kept[file.name] = mark
-        else:
-            fetches.append(_Fetch(connection, file, staging / file.name))
+    kept = _kept(target, files, record)
+    fetches = [_Fetch(connection, file, staging / file.name) for file in files if file.name not in kept]
     _fetch_all(connection, fetches, f"downloading {address}", target)
     # Recorded before they are moved: a kill in between leaves files that the next try knows as its own.
-    marks = {fetch.file.name: _mark(fetch.partial, fetch.file.identity) for fetch in fetches}
+    marks = {fetch.file.name: _mark(fetch.partial, fetch.file.identity, fetch.digest()) for fetch in fetches}
     stale = record.keys() - kept.keys() - marks.keys()
     write_text(target / _RECORD, json.dumps({**{name: record[name] for name in stale}, **kept, **marks}))
     for name in stale:

@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from spectraqlora.errors import InputError
+from spectraqlora.files import name_fault
 from spectraqlora.models.adapters import with_adapter
 from spectraqlora.models.families import auto_class
 from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.loading import load_plain, load_tokenizer
-from spectraqlora.places import base_place, kind_of
+from spectraqlora.places import base_place, kind_of, read_document
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.registry import TAG_LENGTH, Version
 from spectraqlora.tracking.server import explain_errors, fetching, transferring
@@ -150,29 +151,56 @@ def _base_with_adapter(config: Any, adapter: Path, trust: bool) -> tuple[Any, st
 def load_model(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a downloaded MLflow model: safetensors only, and no code from the registry runs.
 
+    Whoever may write to the registry wrote these files: a part's folder must be below `folder`.
+
     Raises:
-        InputError: the folder holds another flavor, or a model with code of its own.
+        InputError: the folder holds another flavor, a part that is elsewhere or not there, or a model with code
+            of its own.
     """
-    try:
-        flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["transformers"]
-    except (OSError, KeyError, yaml.YAMLError):
-        raise InputError("registered model", folder, "an MLflow model of the transformers flavor") from None
+    flavor = _flavor(folder)
     dtype = compute_dtype("auto")
     if "peft_adaptor" in flavor:
-        base = flavor.get("local_base_model_path") or flavor["source_model_name"]
-        place = base_place(
-            base, flavor.get("source_model_revision") or "main", field="registered model's base"
-        )
+        base = flavor.get("local_base_model_path") or flavor.get("source_model_name")
+        revision = flavor.get("source_model_revision") or "main"
+        if not (isinstance(base, str) and isinstance(revision, str)):
+            raise InputError("registered model's base", base, "a hub id or a folder")
+        place = base_place(base, revision, field="registered model's base")
         plain = _without_own_code(place.local_copy())
-        model = with_adapter(load_plain(plain, dtype), folder / flavor["peft_adaptor"])
+        model = with_adapter(load_plain(plain, dtype), _part(folder, flavor, "peft_adaptor"))
     else:
-        model = load_plain(_without_own_code(folder / flavor["model_binary"]), dtype)
+        model = load_plain(_without_own_code(_part(folder, flavor, "model_binary")), dtype)
     return model.eval(), load_tokenizer(folder / "components" / "tokenizer")
+
+
+def _flavor(folder: Path) -> dict[str, Any]:
+    """What MLmodel says of the transformers flavor."""
+    try:
+        flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["transformers"]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        flavor = None
+    if not isinstance(flavor, dict):
+        raise InputError("registered model", folder, "an MLflow model of the transformers flavor")
+    return flavor
+
+
+def _part(folder: Path, flavor: dict[str, Any], key: str) -> Path:
+    """The folder of a part of the model, by its name in MLmodel."""
+    name = flavor.get(key)
+    fault = name_fault(name) if isinstance(name, str) else "it is no text"
+    if not fault and not (folder / str(name)).resolve().is_relative_to(folder.resolve()):
+        fault = "it is a link that leads out"
+    if not fault and not (folder / str(name)).is_dir():
+        fault = "there is none"
+    if fault:
+        raise InputError(f"{folder}/MLmodel, {key}", name, f"a folder below that of the model; {fault}")
+    return folder / str(name)
 
 
 def _without_own_code(folder: Path) -> Path:
     """The folder; refused where loading its model would run code that comes with it."""
-    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    config = folder / "config.json"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    if "auto_map" in read_document(text, config, "registered model"):
         raise InputError(
             "registered model",
             folder,

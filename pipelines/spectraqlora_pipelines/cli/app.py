@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _end(error: str, code: int) -> NoReturn:
-    errors.print(f"error: {error}", markup=False, highlight=False)
+    errors.print(f"error: {error}", highlight=False)
     sys.exit(code)
 
 

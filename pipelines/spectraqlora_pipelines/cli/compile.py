@@ -56,7 +56,7 @@ def compile_(
     output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
     placed = read_values(values) if values else None
     for text in placed.short_windows() if placed else []:
-        errors.print(f"warning: {text}", markup=False, highlight=False)
+        errors.print(f"warning: {text}", highlight=False)
     try:
         compile_dag(output, kind, settings, placed)
     except ValueError as error:

@@ -24,7 +24,7 @@ def show_rows(rows: PreparedRows, screen: Console) -> None:
         table.add_row(f"example {number}", example_text(example, screen.is_terminal))
     screen.print(table)
     if lost := warning(rows):
-        screen.print(f"Data: {lost}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+        screen.print(f"Data: {lost}", style="yellow", soft_wrap=True, highlight=False)
 
 
 def example_text(example: Example, colours: bool) -> Text:

@@ -140,7 +140,7 @@ def run_again(pipeline: str, settings: Settings, arguments: dict[str, Any]) -> C
 
 
 def _warn(text: str) -> None:
-    errors.print(f"warning: {text}", markup=False, highlight=False)
+    errors.print(f"warning: {text}", highlight=False)
 
 
 def connect(host: str, namespace: str, token_file: str, ca_file: str) -> Kubeflow:

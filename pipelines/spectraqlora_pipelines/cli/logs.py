@@ -60,5 +60,5 @@ def logs(
         raise InputError("--method", method, f"one of {', '.join(branches)}, or --all")
     for pod in those if every else those[-1:]:
         if every:
-            errors.print(f"{pod.metadata.name} {labelled(pod)[1]}".rstrip(), markup=False, highlight=False)
+            errors.print(f"{pod.metadata.name} {labelled(pod)[1]}".rstrip(), highlight=False)
         line(pods.log(pod.metadata.name, tail).rstrip("\n"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 from spectraqlora.errors import InputError
 from spectraqlora.settings import HIGHER_IS_BETTER, LOWER_IS_BETTER, Settings
 
@@ -50,7 +51,7 @@ def _table(settings: Settings, versions: list[Version]) -> Table:
     for version in versions:
         table.add_row(
             str(version.number),
-            "\n".join(f"[bold green]{a}[/]" if a == "champion" else a for a in version.aliases),
+            Text("\n").join(Text(a, "bold green" if a == "champion" else "") for a in version.aliases),
             version.tags.get("method", ""),
             *(_number(version.metrics.get(metric)) for metric in columns),
             version.tags.get("promotion.decision", ""),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place, base_place, data_place, file_place
@@ -17,7 +17,7 @@ from spectraqlora.runtime.cache import plainly_named
 from spectraqlora.settings import Settings
 
 from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
-from spectraqlora_pipelines.cli.screen import bars, console, line
+from spectraqlora_pipelines.cli.screen import Screen, bars, console, line
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -207,7 +207,7 @@ class _RunBars:
 
     def __init__(self, steps: int) -> None:
         # Bound to the stream itself: while steps run, sys.stdout leads to the log file.
-        self._screen = Console(file=sys.stdout)
+        self._screen = Screen(file=sys.stdout)
         self._bars = bars(self._screen)
         self._steps, self._started = steps, 0
         self._run = self._bars.add_task("starting", total=steps)
@@ -230,7 +230,7 @@ class _RunBars:
             self._step = None
         self._bars.update(self._run, completed=self._started - 1, description=name)
         if not self._screen.is_terminal:
-            self._screen.print(f"[{self._started}/{self._steps}] {name}", highlight=False, markup=False)
+            self._screen.print(f"[{self._started}/{self._steps}] {name}", highlight=False)
 
     def on_progress(self, done: int, total: int, label: str) -> None:
         """The present step has done so much of what it counts."""
@@ -283,7 +283,7 @@ def _leaderboard(summary: dict[str, Any]) -> Table:
     )
     for name, entry in summary["methods"].items():
         table.add_row(
-            f"[bold green]{name} *[/]" if name == summary["winner"] else name,
+            Text(f"{name} *", "bold green") if name == summary["winner"] else Text(name),
             f"{entry['eval_loss']:.4f}",
             f"{entry['perplexity']:.2f}",
             percent(entry["accuracy"]),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions
 from rich.progress import (
     BarColumn,
     Progress,
@@ -11,14 +14,32 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from spectraqlora.errors import printable
 
-console = Console()
-errors = Console(stderr=True, soft_wrap=True)
+
+class Screen(Console):
+    """A console on which text is text: square brackets are no markup, and no text moves a terminal's cursor.
+
+    What is shown comes from data, models and registries that others write to.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich has it; control characters in a text are written out."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+console = Screen()
+errors = Screen(stderr=True, soft_wrap=True)
 
 
 def line(text: str, style: str | None = None) -> None:
     """One line of plain text, however long: it is the terminal that wraps it, so that it can be copied."""
-    console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+    console.print(printable(text), style=style, soft_wrap=True, highlight=False)
 
 
 def bars(screen: Console, bar_width: int = 40, speed_estimate_period: float = 30.0) -> Progress:
@@ -31,7 +52,7 @@ def bars(screen: Console, bar_width: int = 40, speed_estimate_period: float = 30
     """
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width),
         TextColumn("{task.completed:.0f}/{task.total}"),
         TimeElapsedColumn(),

@@ -67,5 +67,5 @@ def settings(
         return
     table = Table(Column("setting", no_wrap=True), "default", Column("meaning", ratio=1))
     for row in shown:
-        table.add_row(*map(escaped, row))
+        table.add_row(*row)
     console.print(table)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from spectraqlora_pipelines.cli.kubeflow import (
     CaFile,
@@ -18,7 +18,7 @@ from spectraqlora_pipelines.cli.kubeflow import (
     connect,
     pods_are_in,
 )
-from spectraqlora_pipelines.cli.screen import console, errors, escaped, line
+from spectraqlora_pipelines.cli.screen import Screen, console, errors, line
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -53,9 +53,9 @@ def status(
     view = Viewer(server, pods_are_in(pod_namespace, namespace)).look(run)
     line(f"Run {view.run.display_name}: {view.run.state}  {server.run_address(view.run.run_id, ui)}")
     # In a file or a pipe a reason is one line, however long.
-    (console if console.is_terminal else Console(width=10_000)).print(_tree(view))
+    (console if console.is_terminal else Screen(width=10_000)).print(_tree(view))
     if view.unseen:
-        errors.print(f"Why steps failed or wait is not known: {view.unseen}", markup=False, highlight=False)
+        errors.print(f"Why steps failed or wait is not known: {view.unseen}", highlight=False)
 
 
 def _tree(view: View) -> Tree:
@@ -68,18 +68,18 @@ def _tree(view: View) -> Tree:
         for part in step.parts:
             branch = tree.add(_line(part, now))
             if part.label in view.reasons and part.step:
-                branch.add(f"[red]{escaped(view.reasons[part.label])}[/]")
+                branch.add(Text(view.reasons[part.label], "red"))
             grow(branch, part)
 
     grow(root, view.tree)
     return root
 
 
-def _line(step: Step, now: datetime) -> str:
+def _line(step: Step, now: datetime) -> Text:
     from spectraqlora_pipelines.cluster.progress import duration
 
     colour = _COLOURS.get(step.state, "dim")
     began = f"  {step.started:%H:%M:%S}" if step.started else ""
     took = f"  {duration(step, now)}" if step.started else ""
     tries = f"  attempt {step.attempts}" if step.attempts > 1 else ""
-    return f"{escaped(step.label)}  [{colour}]{step.state}[/]{began}{took}{tries}"
+    return Text.assemble(f"{step.label}  ", (step.state, colour), f"{began}{took}{tries}")

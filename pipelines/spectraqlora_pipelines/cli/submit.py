@@ -149,7 +149,6 @@ def _follow(viewer: Viewer, run: str, start: Callable[[], str], resubmit: int, s
     if resubmit and not settings.checkpoint.destination:
         errors.print(
             "warning: checkpoint.destination: '': a run submitted again begins its training anew",
-            markup=False,
             highlight=False,
         )
     for left in range(resubmit, -1, -1):

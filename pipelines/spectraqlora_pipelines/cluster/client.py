@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, holds_secret
 
 _PAGE = 100
 _OWNED = "Kept by "
@@ -79,6 +79,11 @@ class Kubeflow:
         self.host, self.namespace = connection.host, connection.namespace or None
         if not connection.host:
             raise InputError("--host", "", "the address of Kubeflow Pipelines, or SPECTRAQLORA_KFP_HOST")
+        if holds_secret(connection.host):
+            expected = (
+                "an address without user, password or token; SPECTRAQLORA_KFP_TOKEN, or _COOKIE, sign in"
+            )
+            raise InputError("--host", connection.host, expected)
         for option, path in (("--token-file", connection.token_file), ("--ca-file", connection.ca_file)):
             if path and not Path(path).is_file():
                 raise InputError(option, path, "an existing file")

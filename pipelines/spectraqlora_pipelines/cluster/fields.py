@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+from spectraqlora.errors import holds_secret
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _NAME = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
@@ -66,8 +67,17 @@ PipelineRoot = Annotated[
     str, _matching(r"((s3|minio|gs)://\S+)?", "an address such as s3://bucket/pipelines")
 ]
 
+
+def _open_address(value: str) -> str:
+    if holds_secret(value):
+        raise ValueError("an address without user, password or token")
+    return value
+
+
 WebAddress = Annotated[
-    str, _matching(r"(https?://\S+)?", "an address such as https://kubeflow.example.com/pipeline")
+    str,
+    _matching(r"(https?://\S+)?", "an address such as https://kubeflow.example.com/pipeline"),
+    AfterValidator(_open_address),
 ]
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import spectraqlora
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, holds_secret
 from spectraqlora.runtime.images import step_names
 
 from spectraqlora_pipelines.cluster.fields import (
@@ -59,7 +59,6 @@ _TIME_LIMIT, _TRAIN_TIME_LIMIT, _RUN_TIME_LIMIT = "12h", "7d", "30d"
 _UNLIMITED_S = 10 * 365 * 86400
 _BUILT_IN: dict[str, dict[str, Any]] = {"train": {"shm": "1Gi", "time_limit": _TRAIN_TIME_LIMIT}}
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE", re.IGNORECASE)
-_USER_INFO = re.compile(r"://[^/\s@]+:[^/\s@]+@")
 
 
 class _Part(BaseModel):
@@ -280,7 +279,7 @@ class StepValues(_Part):
     @model_validator(mode="after")
     def _no_secrets_no_doubles(self) -> StepValues:
         for name, value in self.env.items():
-            if _SECRET_NAME.search(name) or _USER_INFO.search(value):
+            if _SECRET_NAME.search(name) or ("://" in value and holds_secret(value)):
                 raise _At(("env", name), "…", "no secret in plain text; name a Secret under secrets")
         seen: set[str] = set(self.env)
         for kind in ("secrets", "config_maps"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from spectraqlora.data.files import DataFile, read_rows
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest
 from spectraqlora.models.families import context_length
@@ -15,7 +17,7 @@ from spectraqlora.scoring.loss import accuracy, score
 from spectraqlora.settings import EvaluateSettings
 
 GUARD_TOKENS = 512
-_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
 
 def rescore(
@@ -77,12 +79,24 @@ def guard_perplexity(model: Any, tokenizer: Any, source: str, limit: int, batch_
         return score(model, [{"input_ids": row, "labels": list(row)} for row in rows], batch_size).perplexity
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path) -> Iterator[str]:
+    """The file's text, or those of its rows, one at a time."""
     if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    from datasets import load_dataset
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError("promote.guard_data", path, "text in UTF-8") from None
+        return
 
-    loaded = load_dataset(_KINDS[path.suffix], data_files=str(path), split="train", keep_in_memory=True)
-    if "text" not in loaded.column_names:
-        raise InputError("promote.guard_data", path, "a column `text`")
-    return [str(text) for text in loaded["text"] if text]
+    def opened() -> BinaryIO:
+        return open(path, "rb")
+
+    file = DataFile(str(path), path.suffix, "", opened)
+    for number, row in read_rows(file, wanted=["text"]):
+        text = row.get("text")
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"promote.guard_data, row {number}", text, "text in the column `text`")
+        if "text" not in row:
+            raise InputError("promote.guard_data", path, f"a column `text`; row {number} has none")
+        if text:
+            yield text
