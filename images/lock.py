@@ -1,8 +1,9 @@
-"""Write the images' lock files: every package pinned with its hashes, one version across all images.
+"""Write the lock files of the images and of development: every package pinned with its hashes, one version across all.
 
 Run by `make lock`. Bounds come from pyproject.toml; each image's lock lists what it adds to the base it stands
 on. PyPI's torch for Linux brings the CUDA libraries; the CPU wheel is published on TORCH_INDEX instead, or
-is in a folder that pip's find-links names.
+is in a folder that pip's find-links names. `make install` takes the torch that pip finds, of the pinned version, so
+the development lock has neither torch nor what only its CUDA build brings.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 IMAGES = Path(__file__).parent
 BASE = IMAGES / "base"
+DEVELOPMENT = IMAGES.parent / "requirements"
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
 HEADER = "# Written by images/lock.py (make lock) from {}.\n"
 _CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton$)")
@@ -29,9 +31,8 @@ WITHOUT_TORCH = ("light", "mlflow")
 _NAME = re.compile(r"^([a-zA-Z0-9._-]+)")
 
 
-def compile_(*arguments: str | Path) -> str:
-    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
-    target = ["--python-platform", PLATFORM, "--python-version", PYTHON]
+def compile_(*arguments: str | Path, target: Iterable[str] = ("--python-platform", PLATFORM)) -> str:
+    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", PYTHON]
     done = subprocess.run(
         [*command, *target, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -73,6 +74,17 @@ def cpu_torch_digest(folder: Path, version: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def lock_development(pins: Path, torch_alone: Iterable[str], scratch: Path) -> None:
+    """What `make install` takes: for every platform and Python, what builds the project first."""
+    project = IMAGES.parent / "pyproject.toml"
+    build = scratch / "build.in"
+    build.write_text("\n".join(tomllib.loads(project.read_text())["build-system"]["requires"]))
+    everything = ["--extra", "dev", "-c", pins, *without(torch_alone)]
+    for name, source, arguments in (("build", build, []), ("development", project, everything)):
+        text = compile_(source, *arguments, "--generate-hashes", "--universal", target=())
+        (DEVELOPMENT / f"{name}.lock").write_text(HEADER.format("pyproject.toml") + text)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch) / "bounds.txt"
@@ -107,6 +119,7 @@ def main() -> None:
                 # KFP's client signs in with google-auth; the other images have no client.
                 left_out = LEFT_OUT[:1] if name == "light" else LEFT_OUT
                 lock(source, source.with_suffix(".lock"), *without([*stands_on, *left_out, *SOURCE_ONLY]))
+        lock_development(pins, variant, Path(scratch))
 
 
 if __name__ == "__main__":

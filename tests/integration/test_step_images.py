@@ -46,6 +46,8 @@ def test_labels_user_and_size(docker: Any, name: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}(-modified)?", labels["org.opencontainers.image.revision"])
     assert f"SPECTRAQLORA_REVISION={labels['org.opencontainers.image.revision']}" in config["Env"]
     assert labels["org.opencontainers.image.title"] == f"spectraqlora/{name}"
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", labels["org.opencontainers.image.base.digest"])
+    assert labels["org.opencontainers.image.base.name"]
     assert config["User"] == f"{IMAGE_USER}:0"
     megabytes = found.attrs["Size"] / 1e6
     print(f"{name}: {megabytes:.0f} MB")

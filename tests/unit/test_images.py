@@ -15,6 +15,7 @@ from spectraqlora.runtime.images import images
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"
 PACKAGE = ROOT / "components" / "spectraqlora"
+DEVELOPMENT = sorted((ROOT / "requirements").glob("*.lock"))
 LOCKS = sorted(IMAGES.glob("*/*.lock"))
 _PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
 DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
@@ -58,12 +59,12 @@ def test_the_bake_file_builds_the_same_images() -> None:
     assert given == used
 
 
-@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("lock", [*LOCKS, *DEVELOPMENT], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_locked_packages_have_hashes_and_stay_within_the_projects_bounds(lock: Path) -> None:
     blocks = [block for block in re.split(r"\n(?=\S)", lock.read_text()) if not block.startswith("#")]
     assert blocks
     for block in blocks:
-        assert re.match(r"[a-z0-9._-]+==\S+ \\\n(    --hash=sha256:[0-9a-f]{64}( \\)?\n?)+$", block), block
+        assert re.match(r"[a-z0-9._-]+==[^\n]+ \\\n(    --hash=sha256:[0-9a-f]{64}( \\)?\n?)+$", block), block
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     bounds = {requirement.name: requirement for requirement in map(Requirement, project)}
     bounds["mlflow-skinny"] = bounds["mlflow"]
@@ -78,6 +79,17 @@ def test_one_version_of_a_package_across_all_images() -> None:
         for name, version in pins(lock).items():
             found.setdefault(name, set()).add(version)
     assert {name: versions for name, versions in found.items() if len(versions) > 1} == {}
+
+
+def test_what_is_installed_for_tests_is_locked_in_the_images_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["dev"]]
+    asked += project["build-system"]["requires"]
+    locked = pins(*DEVELOPMENT)
+    assert {Requirement(line).name.lower() for line in asked} - {"torch"} <= locked.keys(), "make lock"
+    in_images = pins(*LOCKS)
+    both = locked.keys() & in_images.keys() - {"setuptools"}
+    assert {name: locked[name] for name in both} == {name: in_images[name] for name in both}, "make lock"
 
 
 def test_what_an_image_asks_for_is_locked() -> None:
