@@ -6,16 +6,18 @@ An `InputError` ends a step with its one line and exit code 2; every other error
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from spectraqlora.errors import InputError, Stopped
+from spectraqlora.files import write_text
 from spectraqlora.runtime.console import fail, say
 from spectraqlora.runtime.logs import silence_libraries
 from spectraqlora.runtime.threads import bound_threads
@@ -24,6 +26,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 LAUNCHER_PID = "SPECTRAQLORA_LAUNCHER_PID"
 """Environment variable that names the local process without which a step has nobody to work for."""
+MADE_FROM = "made_from.json"
+"""File of every artifact in a bucket: the addresses of what its step read, by which later runs' needs are followed."""
+_made: list[Any] = []
+"""The artifacts that this process's step writes."""
 
 
 def _end_with_launcher() -> None:
@@ -57,8 +63,11 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
         silence_libraries()
         bound_threads()
         _end_with_launcher()
+        _made.clear()
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            _write_origin(kwargs.values())
+            return result
         except InputError as error:
             fail(str(error))
             sys.exit(2)
@@ -79,4 +88,15 @@ def output_folder(artifact: Any) -> Path:
     folder = Path(artifact.path)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    _made.append(artifact)
     return folder
+
+
+def _write_origin(given: Iterable[Any]) -> None:
+    """Leave in each artifact the addresses of what it was made from; on this machine `outputs.json` says more."""
+    addresses = [str(artifact.uri) for artifact in given if "://" in str(getattr(artifact, "uri", ""))]
+    own = {artifact.uri for artifact in _made}
+    read = sorted(address for address in addresses if address not in own)
+    for artifact in _made:
+        if artifact.uri in addresses:
+            write_text(Path(artifact.path) / MADE_FROM, json.dumps({"made_from": read}, indent=1))

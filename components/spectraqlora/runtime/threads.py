@@ -170,23 +170,33 @@ class Neighbours:
         """How many steps run next to this one."""
         if not self._own:
             return 0
-        return sum(self._is_live(path) for path in self._folder.glob("*.step") if path.name != self._own)
+        return sum(_is_live(path) for path in self._folder.glob("*.step") if path.name != self._own)
 
-    def _is_live(self, path: Path) -> bool:
-        try:
-            with open(path, "r+b") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+
+def _is_live(path: Path) -> bool:
+    try:
+        with open(path, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def steps_at_work() -> int:
+    """How many of this user's steps are at work on this machine; the asking process does not become one."""
+    return sum(_is_live(path) for path in _shared_folder().glob("*.step"))
 
 
 @functools.cache
 def _neighbours() -> Neighbours:
     """Those of this process, which counts as a step from here on."""
+    return Neighbours(_shared_folder())
+
+
+def _shared_folder() -> Path:
     private = Path(f"/run/user/{os.getuid()}")
     parent = private if os.access(private, os.W_OK) else Path(tempfile.gettempdir())
-    return Neighbours(parent / f"spectraqlora-{os.getuid()}")
+    return parent / f"spectraqlora-{os.getuid()}"

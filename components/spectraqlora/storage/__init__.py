@@ -9,16 +9,20 @@ from spectraqlora.storage.folders import (
     exists,
     folders_below,
     list_files,
+    read_bytes,
     read_folder,
+    read_manifest,
     remove_folder,
 )
 from spectraqlora.storage.local_copy import local_copy
+from spectraqlora.storage.objects import ListedObject, list_objects, remove_objects
 from spectraqlora.storage.ranged import RangedReader, open_files, ranged_reader
 from spectraqlora.storage.upload import upload_file, upload_folder
 
 __all__ = [
     "Address",
     "Connection",
+    "ListedObject",
     "ObjectChanged",
     "ObjectDamaged",
     "ObjectMissing",
@@ -30,12 +34,16 @@ __all__ = [
     "exists",
     "folders_below",
     "list_files",
+    "list_objects",
     "local_copy",
     "open_files",
     "parse_address",
     "ranged_reader",
+    "read_bytes",
     "read_folder",
+    "read_manifest",
     "remove_folder",
+    "remove_objects",
     "upload_file",
     "upload_folder",
 ]

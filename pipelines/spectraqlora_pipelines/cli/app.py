@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from spectraqlora_pipelines.cli.compile import compile_
 from spectraqlora_pipelines.cli.data import data
+from spectraqlora_pipelines.cli.gc import gc
 from spectraqlora_pipelines.cli.kubeflow import variables
 from spectraqlora_pipelines.cli.logs import logs
 from spectraqlora_pipelines.cli.models import models
@@ -63,6 +64,7 @@ app.command(rich_help_panel=CLUSTER, epilog=variables(status))(status)
 app.command(rich_help_panel=CLUSTER, epilog=variables(logs))(logs)
 app.add_typer(schedule, name="schedule", rich_help_panel=CLUSTER)
 app.command(rich_help_panel=CLUSTER, epilog=SIGN_IN)(models)
+app.command(rich_help_panel=CLUSTER, epilog=SIGN_IN)(gc)
 app.add_typer(promote, name="promote", rich_help_panel=CLUSTER)
 
 

@@ -13,6 +13,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.report import plots
 from spectraqlora.report.page import render_report
+from spectraqlora.runtime.step import MADE_FROM
 from spectraqlora.snr.table import FILENAME, HEATMAP, read_table
 from spectraqlora.steps.compare.leaderboard import against_best, order_by_loss, winning_method
 
@@ -65,7 +66,8 @@ def compare(inputs: Inputs, leaderboard: Path, winner: Path, report: Path) -> Co
         entry.write(leaderboard / entry.method)
         if entry.method == result.winner:
             entry.write(winner)
-    shutil.copytree(inputs.adapters[result.winner], winner / "adapter")
+    leave_out = shutil.ignore_patterns(MADE_FROM)
+    shutil.copytree(inputs.adapters[result.winner], winner / "adapter", ignore=leave_out)
     table = read_table(inputs.table)
     pictures = plots.draw(best_first, table, result.winner)
     plots.write_plots(pictures, leaderboard / "plots")

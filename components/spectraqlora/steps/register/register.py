@@ -15,6 +15,7 @@ from spectraqlora.artifacts import Evaluation, MergedModel
 from spectraqlora.files import folder_digest
 from spectraqlora.models.loading import load_tokenizer
 from spectraqlora.scoring.held_out import read_held_out, write_held_out
+from spectraqlora.tracking.needs import EXPORT, PUBLISHED
 from spectraqlora.tracking.registered_model import log_model, register_model
 from spectraqlora.tracking.registry import (
     ADAPTER,
@@ -31,11 +32,12 @@ _NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Inputs:
-    """The folders that the step reads."""
+    """The folders that the step reads, and the address of the exported one's artifact."""
 
     rows: Path
     winner: Path
     exported: Path
+    export_uri: str = ""
 
 
 def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[str, int]:
@@ -56,6 +58,8 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
     """
     settings, run_id = tracker.settings, tracker.pipeline_run()
     registry = Registry(settings)
+    where = _where(inputs)
+    tracker.set_tags(run_id, where)
     identity = {
         "merged_digest": folder_digest(inputs.exported / "merged"),
         "registered_form": settings.registered_form,
@@ -69,6 +73,7 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
         rows_digest, example = _keep_for_comparison(tracker, run_id, inputs, tokenizer)
         tags = {
             **identity,
+            **where,
             **_tags(tracker, inputs, origin),
             "eval_digest": rows_digest,
             "tokenizer_digest": vocabulary_digest(tokenizer),
@@ -97,6 +102,13 @@ def _keep_for_comparison(tracker: Tracker, run_id: str, inputs: Inputs, tokenize
         tracker.log_folder(run_id, inputs.winner / "adapter", ADAPTER)
         tracker.log_folder(run_id, folder / "rank_map", ADAPTER)
     return digest, example
+
+
+def _where(inputs: Inputs) -> dict[str, str]:
+    """Where the export is, for those who clean up: its artifact, and its folders as they were published."""
+    published = MergedModel.read(inputs.exported).published
+    where = {EXPORT: inputs.export_uri} if inputs.export_uri else {}
+    return where | {f"{PUBLISHED}{folder}": address for folder, address in published.items()}
 
 
 def _tags(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> dict[str, str]:

@@ -28,7 +28,7 @@ def run(
     from spectraqlora.tracking.results import log_results, results_logged
     from spectraqlora.tracking.runs import Tracker
 
-    inputs = Inputs(rows=Path(rows.path), winner=Path(winner.path), exported=Path(exported.path))
+    inputs = Inputs(Path(rows.path), Path(winner.path), Path(exported.path), exported.uri)
     tracker = Tracker(TrackingSettings(**tracking_settings), run_key(), "register")
     if not results_logged(tracker):
         # Steps that were taken from the cache sent nothing to this run.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from spectraqlora.artifacts import PreparedRows, RankMap, TrainingLog
 from spectraqlora.steps.train import distributed
+from spectraqlora.steps.train.checkpoints import identity
 from spectraqlora.steps.train.request import TrainRequest
 from spectraqlora.steps.train.training import train
 from spectraqlora.tracking.live import LiveMetrics
+from spectraqlora.tracking.needs import CHECKPOINTS
 from spectraqlora.tracking.runs import Tracker
 
 
@@ -32,6 +34,7 @@ def train_tracked(request: TrainRequest) -> TrainingLog:
         },
     )
     tracker.log_data(branch, PreparedRows.read(request.inputs.rows))
+    tracker.set_tags(branch, {f"{CHECKPOINTS}{identity(request)}": f"round {rank_map.round}"})
     with LiveMetrics(tracker, branch, (rank_map.round - 1) * request.train.max_steps) as live:
         log = train(request, on_metric=live)
 
