@@ -77,6 +77,7 @@ golden: install
 # Every generated table in the READMEs; a test compares.
 docs: install
 	$(BIN)/python -m spectraqlora_pipelines.reference
+	$(BIN)/python -m tests.architectures
 
 # What a GPU machine without a network lacks, into build/gpu; SPECTRAQLORA_TEST_MODEL names a model to take along.
 gpu-wheels: install

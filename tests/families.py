@@ -152,7 +152,6 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     "bert": _named(
         "Bert", hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4
     ),
-    "mamba": _named("Mamba", hidden_size=WIDTH, state_size=8, num_hidden_layers=LAYERS),
 }
 
 

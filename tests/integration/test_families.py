@@ -40,6 +40,7 @@ from spectraqlora.tracking.registry import Registry
 from spectraqlora.tracking.runs import Tracker
 from spectraqlora_pipelines.dags.branch import unrolled
 
+from tests.architectures import ARCHITECTURES, written
 from tests.families import FAMILIES, UNFORESEEN, write_family, write_own_code
 from tests.measured import write_measurement
 
@@ -193,14 +194,25 @@ def test_a_model_with_code_of_its_own_goes_through_every_step_where_it_is_truste
             load_model(folder)
 
 
-@pytest.mark.parametrize(("family", "words"), [("bert", "looks ahead"), ("mamba", "fails")])
-def test_a_family_that_cannot_be_trained_is_refused_with_the_reason(
-    family: str, words: str, tmp_path: Path
-) -> None:
-    base = write_family(family, tmp_path / "base")
-    with pytest.raises(InputError, match=f"model.base_model.*{words}"):
+def test_a_family_that_looks_ahead_is_refused_with_the_reason(tmp_path: Path) -> None:
+    base = write_family("bert", tmp_path / "base")
+    with pytest.raises(InputError, match=r"model.base_model.*looks ahead"):
         quantize(ModelSettings(base_model=str(base)), tmp_path / "quantized", tmp_path / "outline")
     assert not (tmp_path / "quantized").exists()
+
+
+@pytest.mark.parametrize("name", ["mamba", "gemma-3n"])
+def test_weights_that_are_read_past_their_layers_are_not_packed_and_would_be_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ModelSettings(base_model=str(written(ARCHITECTURES[name], tmp_path / "base")))
+    manifest = quantize(settings, tmp_path / "four_bit", tmp_path / "outline")
+    past = {"mamba": "dt_proj", "gemma-3n": "correction_coefs"}[name]
+    assert any(past in parameter for parameter in manifest.unquantized)
+    assert not any(past in info.module for info in manifest.modules)
+    monkeypatch.setattr("spectraqlora.models.families._READ_PAST", {})
+    with pytest.raises(InputError, match=r"computes from 4-bit weights; this one fails"):
+        quantize(settings, tmp_path / "refused", tmp_path / "outline")
 
 
 def _branch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,12 @@ def auto_class(config: Any) -> Any:
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     kinds = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
-    sees = type(config) not in kinds[0] and type(config) in kinds[1]
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    if type(config) in kinds[1]:
+        # Some name their language model alone as the one that generates text (Llama 4).
+        alone = kinds[0].get(type(config), None)
+        if alone is None or alone.config_class is not type(config):
+            return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 @contextlib.contextmanager
@@ -48,6 +53,47 @@ def quantizable_t5() -> Iterator[None]:
 
     with replaced(T5PreTrainedModel, "_keep_in_fp32_modules", None):
         yield
+
+
+@contextlib.contextmanager
+def fused_experts() -> Iterator[None]:
+    """Keep Llama 4's experts in the fused tensors of its checkpoint, which transformers exchanges for layers in 4 bits."""
+    from transformers.quantizers import base
+
+    with replaced(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {}):
+        yield
+
+
+_ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*)(\.|$)")
+"""Layers that choose experts, in all families: the least of the weights, and the last to be rounded."""
+_READ_PAST = {
+    "bamba": ("mamba.out_proj",),
+    "falcon_h1": ("mamba.out_proj",),
+    "falcon_mamba": ("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"),
+    "gemma3n_text": ("altup.correction_coefs", "altup.prediction_coefs"),
+    "granitemoehybrid": ("mamba.out_proj",),
+    "jamba": ("mamba.dt_proj",),
+    "mamba": ("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"),
+    "mamba2": ("mixer.out_proj",),
+    "nemotron_h": ("mixer.out_proj",),
+    "zamba2": ("mamba.out_proj",),
+}
+"""Layers whose weights a family's code, or its kernels on a GPU, read past the layer, by the language model's type."""
+
+
+def stays_plain(layer: str, config: Any) -> bool:
+    """Whether a linear layer stays unquantized and without an adapter.
+
+    Routers do, and layers whose weight is read past them: packed it would be codes, and an adapter without effect.
+
+    Args:
+        layer: its name, or its name and `.weight`.
+        config: the model's; None where there is none.
+    """
+    layer = layer.removesuffix(".weight")
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    past = _READ_PAST.get(getattr(text, "model_type", ""), ())
+    return bool(_ROUTER.search(layer)) or layer.endswith(tuple(f".{name}" for name in past))
 
 
 def context_length(config: Any) -> int | None:
@@ -130,8 +176,8 @@ def check_packable(config: Any) -> None:
 def check_computes(model: Any, source: object) -> None:
     """Refuse a 4-bit model that does not compute, or whose predictions see the tokens that come after them.
 
-    State-space models read some weights past their layers, which packed ones do not bear; encoders such as BERT
-    load as language models but look ahead.
+    Models that read weights past their layers do not bear packed ones; encoders such as BERT load as language models but
+    look ahead.
 
     Raises:
         InputError: a forward pass fails, or changing later tokens changes earlier logits.
@@ -147,11 +193,15 @@ def check_computes(model: Any, source: object) -> None:
     try:
         with torch.no_grad():
             before, after = (model(input_ids=each).logits[0, :8].float() for each in (ids, other))
+            model.train()  # Some compute otherwise there.
+            model(input_ids=ids)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise InputError(
             "model.base_model", source, f"a model that computes from 4-bit weights; this one fails ({first})"
         ) from None
+    finally:
+        model.eval()
     # Rounding may differ a little where kernels group rows, as with experts.
     tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
     if float((before - after).abs().max()) > tolerance * float(before.abs().max()):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectraqlora.models.families import auto_class, plain_linears, quantizable_t5
+from spectraqlora.models.families import auto_class, fused_experts, plain_linears, quantizable_t5, stays_plain
 from spectraqlora.models.hardware import device
 from spectraqlora.models.inspection import check_loaded
 from spectraqlora.models.modules import dequantized_weight, without_cpu_packing
@@ -38,6 +39,7 @@ def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool =
         contextlib.nullcontext(source) if own else plain_folder(source) as folder,
         plain_linears(),
         quantizable_t5(),
+        fused_experts(),
     ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if own:
@@ -52,6 +54,7 @@ def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool =
                     bnb_4bit_compute_dtype=dtype,
                     # One type for all parameters: FSDP shards them together, and T5 asks `wo` for its type.
                     bnb_4bit_quant_storage=dtype,
+                    llm_int8_skip_modules=_left_plain(config, trust_remote_code),
                 )
             }
         model, info = auto_class(config).from_pretrained(
@@ -68,6 +71,18 @@ def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool =
         _forget_unpacking(model)
     without_cpu_packing(model)
     return model
+
+
+def _left_plain(config: Any, trust_remote_code: bool) -> list[str] | None:
+    """Ends of the names of layers that stay plain; None where these are those that transformers leaves, such as the head."""
+    import torch
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    layers = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    kept = {re.sub(r"^.*\.\d+\.", "", name) for name in layers if stays_plain(name, config)}
+    return [*get_keys_to_not_convert(model), *sorted(kept)] if kept else None
 
 
 def _forget_unpacking(model: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import auto_class, plain_linears, quantizable_t5
+from spectraqlora.models.families import auto_class, fused_experts, plain_linears, quantizable_t5
 from spectraqlora.models.hardware import device
 from spectraqlora.models.inspection import attempted, check_loaded
 from spectraqlora.models.modules import without_cpu_packing
@@ -66,7 +66,7 @@ def load_four_bit(folder: str | Path, on: str = "") -> tuple[Any, FourBitModel]:
 
     manifest = FourBitModel.read(folder)
     path, trust = Path(folder) / "model", manifest.trust_remote_code
-    with plain_linears(), quantizable_t5():
+    with plain_linears(), quantizable_t5(), fused_experts():
         model, info = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=trust)).from_pretrained(
             path,
             dtype=getattr(torch, manifest.compute_dtype),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import auto_class
+from spectraqlora.models.families import auto_class, stays_plain
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def module_identity(name: str) -> tuple[int, str] | None:
     match = _LAYER.search(name)
     if match is None:
         return None
-    stack = "encoder." if name[: match.start()].split(".")[0] == "encoder" else ""
+    stack = "encoder." if name.removeprefix("model.").startswith("encoder.") else ""
     return int(match.group(1)), stack + name[match.end() :]
 
 
@@ -43,16 +43,19 @@ def language_part(model: Any) -> str:
 
 
 def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
-    """Every linear layer inside numbered blocks of the language model, by its own name and its unpacked shape."""
+    """Every linear layer inside numbered blocks of the language model, by its own name and its unpacked shape.
+
+    Routers, and layers whose weight is read past them, are not among them.
+    """
     import bitsandbytes as bnb
     import torch
     from transformers.pytorch_utils import Conv1D
 
     modules = []
-    language = language_part(model)
+    language, config = language_part(model), getattr(model, "config", None)
     for name, module in model.named_modules():
         identity = module_identity(name)
-        if identity is None or not name.startswith(language):
+        if identity is None or not name.startswith(language) or stays_plain(name, config):
             continue
         four_bit = isinstance(module, bnb.nn.Linear4bit)
         if isinstance(module, torch.nn.Linear):

@@ -57,7 +57,7 @@ def kept_activations(model: Any, rows: int, tokens: int, padded: bool, cuda: boo
     with (
         count.blocks_noticed(),
         _without_storage(padded, cuda),
-        replaced(model.get_output_embeddings(), "forward", lambda hidden: hidden),
+        _without_logits(model),
         torch.autograd.graph.saved_tensors_hooks(count.save, lambda nothing: nothing),
     ):
         model(**batch, use_cache=False)
@@ -109,8 +109,8 @@ class _Count:
                 handle.remove()
 
     def result(self) -> KeptActivations:
-        """What was counted."""
-        indices = range(len(self._blocks))
+        """What was counted, of the blocks that ran: those of a vision tower do not."""
+        indices = sorted(self._inputs)
         return KeptActivations(
             blocks=tuple(self._kept[index] for index in indices),
             outside=self._kept[None],
@@ -146,6 +146,16 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextlib.contextmanager
+def _without_logits(model: Any) -> Iterator[None]:
+    """Inside, the head returns its input, as in training; not where something of the vocabulary's width follows it."""
+    if getattr(model, "final_logits_bias", None) is not None:  # BART's
+        yield
+        return
+    with replaced(model.get_output_embeddings(), "forward", lambda hidden: hidden):
+        yield
+
+
+@contextlib.contextmanager
 def _without_storage(padded: bool, cuda: bool) -> Iterator[None]:
     """Let a model run on tensors that have no numbers."""
     from transformers import masking_utils
@@ -169,12 +179,20 @@ def _without_storage(padded: bool, cuda: bool) -> Iterator[None]:
             )[0]
         return _FusedAttention.apply(query, key, value, attn_mask)
 
+    every_of = torch.all
+
+    def every(tensor: Any, *rest: Any, **more: Any) -> Any:
+        # Whether a mask is all ones, which decides over masks of recurrent layers, has no numbers to be read from.
+        found = every_of(tensor, *rest, **more)
+        return found if found.ndim else torch.tensor(not padded)
+
     with (
         replaced(torch.nn.functional, "scaled_dot_product_attention", attention),
         # Experts: any one of them has the result's shape.
         replaced(torch.nn.functional, "grouped_mm", lambda rows, experts, **_: rows @ experts[0]),
         replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None),
         replaced(masking_utils, "fast_all", lambda *_: not padded),
+        replaced(torch, "all", every),
         replaced(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_: not padded),
     ):
         yield

@@ -137,9 +137,20 @@ class ModelShape:
         return 3 * positions * self.hidden * self.dtype_bytes + 3 * FLOAT32 * chunk
 
     def past(self, rows: int, tokens: int) -> int:
-        """Keys and values of every layer, for rows of so many tokens."""
+        """Keys and values of every layer, for rows of so many tokens, and the states of recurrent ones."""
         text = self.config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or self.hidden // text.num_attention_heads
+        every = getattr(text, "num_attention_heads", None) or 0
+        heads = getattr(text, "num_key_value_heads", None) or every
+        width = getattr(text, "head_dim", None) or self.hidden // max(every, 1)
         layers = max(m.layer for m in self.modules) + 1
-        return 2 * layers * rows * tokens * heads * width * self.dtype_bytes
+        keys = 2 * tokens * heads * width * self.dtype_bytes if every else 0
+        return layers * rows * (keys + FLOAT32 * _state(text, self.hidden))
+
+
+def _state(text: Any, hidden: int) -> int:
+    """Numbers in the state that a state-space or linear-attention layer hands to the next token; 0 without such layers."""
+    inner = hidden * (getattr(text, "expand", None) or getattr(text, "mamba_expand", None) or 0)
+    mamba = inner * (getattr(text, "state_size", None) or getattr(text, "mamba_d_state", None) or 0)
+    heads = getattr(text, "linear_num_value_heads", None) or 0
+    delta = heads * getattr(text, "linear_key_head_dim", 0) * getattr(text, "linear_value_head_dim", 0)
+    return int(max(mamba, delta))

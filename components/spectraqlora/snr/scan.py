@@ -134,7 +134,9 @@ def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_
         wanted += [
             (name.removesuffix(".weight"), name)
             for name in checkpoint.names()
-            if ".experts." in name and _is_matrix(name, checkpoint.shape(name)) and name not in taken
+            if _is_matrix(name, checkpoint.shape(name))
+            and (".experts." in name or len(checkpoint.shape(name)) == 3)
+            and name not in taken
         ]
     plan = []
     for stem, name in wanted:
@@ -145,7 +147,7 @@ def _plan(checkpoint: Tensors, modules: Sequence[LinearModule] | None) -> list[_
 
 
 _NO_MATRIX = re.compile(
-    r"(^|\.)(\w*bias|\w*conv\w*|A_log|D|\w*rotary\w*|\w*norm\w*|\w*router\w*)(\.|$)|\.gate\.weight$"
+    r"(^|\.)(\w*bias|\w*conv\w*|A_log|D|\w*rotary\w*|\w*norm\w*|\w*router\w*|gate|shared_expert_gate)(\.|$)"
 )
 
 
@@ -157,7 +159,7 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """
     if _NO_MATRIX.search(name) or 0 in shape:
         return False
-    return len(shape) == 2 or (len(shape) == 3 and "expert" in name)
+    return len(shape) == 2 or (len(shape) == 3 and ("expert" in name or "_moe." in name))
 
 
 def _module(name: str, expert: int | None) -> str:

@@ -177,7 +177,9 @@ def _heatmap(table: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(max(6, 0.4 * grid.shape[1] + 3), 0.4 * len(grid) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    shown = axes.imshow(finite, aspect="auto", cmap="viridis", norm=LogNorm())
+    # A scale needs a number, and random weights may have none.
+    norm = LogNorm() if finite.notna().any(axis=None) else None
+    shown = axes.imshow(finite, aspect="auto", cmap="viridis", norm=norm)
     axes.set_yticks(range(len(grid)), grid.index)
     axes.set_xlabel("layer")
     axes.set_title("Signal-to-noise ratio per weight matrix")

@@ -1,5 +1,6 @@
 """Memory of every step, what to change where it does not fit, and the two places that say so."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from spectraqlora.planning.steps import PROCESS_BYTES, Plan, StepMemory, calibra
 from spectraqlora.settings import parse, with_overrides
 from spectraqlora_pipelines.local.preflight import memory_warning
 
-from tests.families import write_family
+from tests.architectures import ARCHITECTURES, written
 from tests.small import small
 
 CLI = [sys.executable, "-m", "spectraqlora_pipelines.cli"]
@@ -22,14 +23,19 @@ def step(planned: Plan, name: str, method: str = "") -> StepMemory:
     return next(memory for memory in planned.steps if (memory.step, memory.method) == (name, method))
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "mpt", "t5"])
-@pytest.mark.parametrize("dtype_bytes", [2, 4])
-def test_families_with_experts_own_masks_and_encoders_are_planned(
+@pytest.mark.parametrize(
+    ("family", "dtype_bytes"),
+    [
+        *itertools.product(["qwen3-moe", "deepseek-v3", "mpt", "t5"], [2, 4]),
+        *itertools.product(["mamba-2", "qwen3-next", "granite-4", "qwen3-vl"], [2]),
+    ],
+)
+def test_families_with_experts_own_masks_states_encoders_and_towers_are_planned(
     family: str, dtype_bytes: int, tmp_path: Path
 ) -> None:
-    write_family(family, tmp_path)
+    written(ARCHITECTURES[family], tmp_path)
     shape = ModelShape(config_of(str(tmp_path)), dtype_bytes)
-    planned = plan(shape, small(), cuda=dtype_bytes == 2)
+    planned = plan(shape, small(methods="qlora"), cuda=dtype_bytes == 2)
     assert all(memory.device + memory.host > 0 for memory in planned.steps)
 
 
@@ -126,3 +132,11 @@ def test_a_run_warns_of_a_step_that_takes_more_than_this_machine_has(tiny_model:
     assert warning.startswith("Memory: train (")
     assert "GiB that this machine has; the command plan" in warning
     assert memory_warning(small(), base_place("s3://bucket/model")) == ""
+
+
+@pytest.mark.parametrize(("name", "per_layer"), [("mamba-2", 2 * 64 * 16), ("qwen3-next", 4 * 16 * 16)])
+def test_states_of_recurrent_layers_are_planned(name: str, per_layer: int, tmp_path: Path) -> None:
+    shape = ModelShape(config_of(str(written(ARCHITECTURES[name], tmp_path))), 4)
+    keys = 0 if name == "mamba-2" else 2 * 2 * 16 * 4
+    assert shape.past(3, 10) - shape.past(3, 0) == 2 * 3 * 10 * keys
+    assert shape.past(3, 0) == 2 * 3 * per_layer * 4

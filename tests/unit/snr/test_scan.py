@@ -26,11 +26,12 @@ from spectraqlora.snr import workers
 from spectraqlora.snr.journal import ScanJournal
 from spectraqlora.snr.marchenko_pastur import SnrStatistics, from_singular_values, statistics
 from spectraqlora.snr.scan import scan, scan_tensors
-from spectraqlora.snr.table import order, read_table, top_modules
+from spectraqlora.snr.table import order, read_table, top_modules, write_table
 from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora_pipelines.cli.snr import snr_table
 
+from tests.architectures import ARCHITECTURES, written
 from tests.benchmarks.snr import memory_bound, peak_of_scan, write_checkpoint
 
 
@@ -86,6 +87,31 @@ def test_fused_experts_get_a_row_each(tmp_path: Path) -> None:
     assert list(streamed["module"]) == [f"{name}[{index}]" for index in range(3)]
     assert set(streamed["type"]) == {"mlp.experts.up_proj"}
     pd.testing.assert_frame_equal(streamed, stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [("granite-4", 4 * 2 * 2), ("qwen3-next", 4 * 3 * 2), ("jamba", 2 * 3), ("falcon-h1", 0), ("mamba-2", 0)],
+)
+def test_convolutions_routers_and_what_a_state_space_layer_stores_are_no_matrices_of_the_table(
+    name: str, experts: int, tmp_path: Path
+) -> None:
+    checkpoint = LocalTensors(written(ARCHITECTURES[name], tmp_path))
+    table = scan(checkpoint)
+    stored = table["module"].str.partition("[")[0]
+    sides = {tensor.removesuffix(".weight"): checkpoint.shape(tensor) for tensor in checkpoint.names()}
+    assert not table["type"].str.contains(r"conv|router|\bgate$|shared_expert_gate|A_log|bias|norm").any()
+    assert table["type"].str.contains(r"experts\.|_moe\.").sum() == experts
+    assert all(
+        (row.rows, row.cols) == sides[module][-2:]
+        for row, module in zip(table.itertuples(), stored, strict=True)
+    )
+
+
+def test_a_table_without_one_finite_value_is_written_and_drawn(tmp_path: Path) -> None:
+    table = scan_tensors([("model.layers.0.mlp.up_proj", torch.zeros(8, 8))])
+    write_table(table, tmp_path)
+    assert read_table(tmp_path)["snr"].isna().all() and (tmp_path / "heatmap.png").exists()
 
 
 def test_in_batches_gives_what_threads_give() -> None:

@@ -16,7 +16,7 @@ from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, own
 from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.inspection import Inspection, inspect_folder
 from spectraqlora.models.loading import load_tokenizer
-from spectraqlora.models.modules import candidates
+from spectraqlora.models.modules import candidates, linear_modules
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.places import base_digest, base_place
 from spectraqlora.runtime.console import say, warn
@@ -130,10 +130,11 @@ def _say_what_is_four_bit(manifest: FourBitModel, model: Any) -> None:
     }
     say(json.dumps(shown))
     if share < LOW_SHARE:
-        linear = sum(m.out_features * m.in_features for m in manifest.modules)
+        sizes = [(m.out_features * m.in_features, m.four_bit) for m in linear_modules(model)]
+        packed, linear = sum(size for size, four_bit in sizes if four_bit), sum(size for size, _ in sizes)
         warn(
             f"only {share:.0%} of the parameters are 4-bit (expected at least {LOW_SHARE:.0%}); "
-            f"{manifest.four_bit_parameters / max(linear, 1):.0%} of the decoder's linear weights are, the rest is "
+            f"{packed / max(linear, 1):.0%} of the decoder's linear weights are, the rest is "
             "embeddings, norms or layers that bitsandbytes does not know"
         )
     experts = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
