@@ -250,10 +250,22 @@ def test_running_again_reuses_every_finished_step(finished: list[str]) -> None:
     assert after == before
 
 
-def test_a_workdir_of_other_settings_is_refused(finished: list[str]) -> None:
-    refused = spectraqlora(*finished, "--seed", "7")
-    assert refused.returncode == 2
-    assert "seed was 42 and is now 7" in refused.stderr
+@pytest.mark.e2e
+def test_one_method_less_in_a_workdir_that_was_moved_reuses_what_the_other_did(
+    finished: list[str], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(_workdir(finished), tmp_path / "moved")
+    done = spectraqlora(*finished, "--workdir", str(moved), "--methods", "qlora")
+    assert done.returncode == 0, done.stdout + done.stderr
+    reused = re.findall(r"^\[\d+/\d+\] (.*) \(reused\)$", done.stdout, re.M)
+    assert set(reused) == {
+        "quantize-load", "prepare-data", "snr-analyze", "measure-base", "select-layers (qlora)",
+        "train (qlora, round 1)", "re-evaluate (qlora, round 1)",
+    }  # fmt: skip
+    assert "compare is the first step that runs again: alors is left out" in done.stdout
+    assert list(json.loads((moved / "summary.json").read_text())["methods"]) == ["qlora"]
+    again = spectraqlora(*finished, "--workdir", str(moved), "--fresh", "--data", "none.jsonl")
+    assert again.returncode == 2 and (moved / "artifacts" / ".steps").exists(), "bad input changes nothing"
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,9 @@ def _end_ids(folder: Path) -> list[int]:
 def _token(tokenizer: Any, number: int) -> str | None:
     token = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
     return str(token) if token else None
+
+
+def stored_bytes(model: Any) -> int:
+    """What a model's tensors take in a file; tensors that share their memory are there once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(storages.values())

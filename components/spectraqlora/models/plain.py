@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectraqlora.errors import InputError
 from spectraqlora.models.headers import TYPES
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.places import INDEX
+from spectraqlora.runtime.disk import ask
 
 _SHARD_BYTES = 2 << 30
 
@@ -42,13 +42,7 @@ def _write_plain(folder: Path, tensors: LocalTensors, copy: Path) -> None:
     from safetensors.torch import save_file
 
     copy.mkdir()
-    needed, free = sum(map(_bytes(tensors), tensors.names())), shutil.disk_usage(copy).free
-    if needed > free:
-        raise InputError(
-            "TMPDIR",
-            tempfile.gettempdir(),
-            f"{needed >> 20} MiB free for the unpacked weights; there are {free >> 20}",
-        )
+    ask(copy, sum(map(_bytes(tensors), tensors.names())), "the unpacked weights (TMPDIR says where)")
     for path in folder.iterdir():
         if (
             path.is_file()

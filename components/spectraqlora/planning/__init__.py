@@ -1,1 +1,1 @@
-"""How much memory every step takes, before anything runs."""
+"""How much memory and disk every step takes, before anything runs."""

@@ -82,6 +82,8 @@ class ModelShape:
 
     def __init__(self, config: Any, dtype_bytes: int) -> None:
         self.config, self.dtype_bytes = config, dtype_bytes
+        # Asked before the model is built, which writes its own type into the config.
+        self.stored_bytes = int(getattr(config.dtype, "itemsize", 0)) or dtype_bytes
         model = self.build()
         self.parameters = sum(p.numel() for p in model.parameters())
         self.largest_tensor = max(p.numel() for p in model.parameters())

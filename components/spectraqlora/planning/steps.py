@@ -103,11 +103,20 @@ def plan_for(source: str, settings: Settings, gpu_bytes: int) -> tuple[Plan, int
     Raises:
         InputError: as `config_of` and `ModelShape`.
     """
-    choice = settings.model.compute_dtype
-    short = choice in ("bfloat16", "float16") or (choice == "auto" and gpu_bytes > 0)
-    config = config_of(source, settings.model.revision, settings.model.trust_remote_code)
-    planned = plan(ModelShape(config, 2 if short else 4), settings, cuda=gpu_bytes > 0)
+    planned = plan(shape_of(source, settings, gpu_bytes > 0), settings, cuda=gpu_bytes > 0)
     return planned, available(gpu_bytes) if gpu_bytes else int(psutil.virtual_memory().total)
+
+
+def shape_of(source: str, settings: Settings, cuda: bool) -> ModelShape:
+    """The base model `source` in the type that the settings compute in, with a GPU or without.
+
+    Raises:
+        InputError: as `config_of` and `ModelShape`.
+    """
+    choice = settings.model.compute_dtype
+    short = choice in ("bfloat16", "float16") or (choice == "auto" and cuda)
+    config = config_of(source, settings.model.revision, settings.model.trust_remote_code)
+    return ModelShape(config, 2 if short else 4)
 
 
 def plan(shape: ModelShape, settings: Settings, cuda: bool) -> Plan:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 from spectraqlora.errors import InputError, Stopped
 from spectraqlora.files import write_text
 from spectraqlora.runtime.console import fail, say
+from spectraqlora.runtime.disk import full
 from spectraqlora.runtime.logs import silence_libraries
 from spectraqlora.runtime.threads import bound_threads
 
@@ -74,13 +75,19 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
         except Stopped as stop:
             say(str(stop))
             sys.exit(stop.exit_code)
-        except OSError as error:
-            if error.errno != 28:
+        except Exception as error:
+            no_room = full(error, _written(kwargs))
+            if no_room is None:
                 raise
-            fail(str(InputError("disk", error.filename or "output", "free space; it is full")))
+            fail(str(no_room))
             sys.exit(2)
 
     return guarded
+
+
+def _written(arguments: dict[str, Any]) -> list[Path]:
+    """Where a step's artifacts are, those that it reads among them: all are of one pipeline."""
+    return [Path(value.path) for value in arguments.values() if hasattr(value, "path")]
 
 
 def output_folder(artifact: Any) -> Path:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from spectraqlora.artifacts import LinearModule, RankMap
 from spectraqlora.errors import InputError
+from spectraqlora.runtime.disk import ask
 
 SKETCHES = "sketches.safetensors"
 _RANGE, _TWO_SIDED, _NUMBERS = "range", "two_sided", "gradient_snr"
@@ -229,6 +230,7 @@ def write_sketches(sketches: Mapping[str, GradientSketch], folder: Path) -> None
     numbers = json.dumps({name: s.gradient_snr for name, s in sketches.items()})
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{SKETCHES}.partial"
+    ask(folder, sum(tensor.nbytes for tensor in tensors.values()), "the gradients' sketches")
     save_file(tensors, partial, metadata={_NUMBERS: numbers})
     partial.replace(folder / SKETCHES)
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from spectraqlora.errors import InputError
 from spectraqlora.files import BOOKKEEPING, file_digest, name_fault, write_text
 from spectraqlora.runtime.console import warn
+from spectraqlora.runtime.disk import ask
 from spectraqlora.storage.address import Address
 from spectraqlora.storage.connection import (
     CHUNK_BYTES,
-    MIB,
     Connection,
     ObjectChanged,
     ObjectDamaged,
@@ -144,9 +144,7 @@ def _fetch_all(connection: Connection, fetches: Sequence[_Fetch], label: str, fo
         InputError: no room on the disk.
     """
     needed = sum(fetch.missing_bytes() for fetch in fetches)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError("target folder", folder, f"{needed // MIB} MiB free; there are {free // MIB}")
+    ask(folder, needed, "what is fetched")
     wrong = list(fetches)
     for again in (False, True):
         for fetch in wrong if again else ():

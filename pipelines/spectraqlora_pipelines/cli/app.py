@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
+from spectraqlora.runtime.disk import full
 from spectraqlora.runtime.logs import silence_libraries
 from typer.core import TyperGroup
 
@@ -88,15 +88,16 @@ def main() -> None:
         _end(str(error), BAD_INPUT)
     except StepFailed as error:
         _end(str(error), STEP_FAILED)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _end(str(InputError("disk", error.filename, "free space; it is full")), BAD_INPUT)
     except SystemExit as ended:
         # Typer ends on Ctrl-C with this code and without a word.
         if ended.code == INTERRUPTED:
             errors.print("interrupted; run, and snr with --output, resume where they stopped")
         raise
+    except Exception as error:
+        no_room = full(error)
+        if no_room is None:
+            raise
+        _end(str(no_room), BAD_INPUT)
 
 
 def _end(error: str, code: int) -> NoReturn:

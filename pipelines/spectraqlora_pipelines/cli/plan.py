@@ -53,7 +53,7 @@ def plan(
     set_: Set = None,
     markdown: Markdown = False,
 ) -> None:
-    """Show the memory every step takes, what fits, and what to change.
+    """Show memory and disk of every step, what fits, what to change.
 
     Only the model's config is read, no weights; 7B to 70B are Llama's shapes.
     Figures are upper bounds, for rows of data.max_length tokens. Without --gpu
@@ -87,6 +87,7 @@ def plan(
     for cells in rows:
         table.add_row(*cells)
     console.print(table)
+    console.print(_disk_table(planned))
     for memory in planned.steps:
         if memory.device > free:
             change, then = changes(planned, memory, free)
@@ -115,6 +116,27 @@ def planned_for(base: Place, settings: Settings, gpu_bytes: int) -> tuple[Plan, 
             base,
             f"a model whose memory can be planned ({type(error).__name__}: {reason})",
         ) from None
+
+
+def _disk_table(planned: Plan) -> Table:
+    """What the steps of a run write."""
+    from spectraqlora.planning.disk import base_bytes, disk, most
+    from spectraqlora.runtime.disk import shown
+
+    steps = disk(planned.shape, planned.settings)
+    table = Table(
+        title=f"Disk: up to {shown(most(steps))}, without the data's rows; a base from the hub or a store is "
+        f"kept in the cache, {shown(base_bytes(planned.shape))}"
+    )
+    for name in ("step", "kept", "while it runs"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    table.add_column("most of it")
+    for step in steps:
+        if step.kept or step.passing:
+            table.add_row(
+                step.step, *(shown(size) if size else "-" for size in (step.kept, step.passing)), step.what
+            )
+    return table
 
 
 def _cells(planned: Plan, free: int) -> tuple[list[str], list[list[str]]]:

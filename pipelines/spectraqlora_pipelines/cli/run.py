@@ -48,6 +48,9 @@ def run(
     set_: Set = None,
     workdir: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the run.")] = Path("runs/sample"),
     pipeline: Annotated[str, typer.Option(metavar="NAME", help="ablation or retraining.")] = "ablation",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: reuse nothing of earlier runs.")
+    ] = False,
     runner: Annotated[str, typer.Option(metavar="NAME", help="subprocess or docker.")] = "subprocess",
     network: Annotated[
         str | None,
@@ -56,7 +59,7 @@ def run(
 ) -> None:
     """Run the complete DAG on this machine and show which method won.
 
-    Without options it runs the offline sample; run again, it reuses what is done.
+    Without options it runs the offline sample; run again, it reuses what it can.
     The task's gradients choose what trains; with --preset seed the SNR table.
     Retraining (--pipeline retraining) trains where data or settings changed.
 
@@ -83,7 +86,7 @@ def run(
     base, source = _local_inputs(settings)
     workdir = workdir.expanduser().absolute()
     # Held until this process ends: one run works in a workdir.
-    contents, lock = _check(settings, base, source, workdir, kind)
+    contents, lock = _check(settings, base, source, workdir, kind, fresh)
     arguments = catalogue.arguments(kind, settings, base.text, source.text, contents)
     arguments |= _kept_in(workdir, arguments)
     access = _host_access(settings, workdir, [base, source], network) if network else None
@@ -164,25 +167,26 @@ def _local_inputs(settings: Settings) -> tuple[Place, Place]:
 
 
 def _check(
-    settings: Settings, base: Place, source: Place, workdir: Path, kind: str
+    settings: Settings, base: Place, source: Place, workdir: Path, kind: str, fresh: bool
 ) -> tuple[dict[str, str], WorkdirLock]:
     """Refuse what can be refused before the first step, and make the workdir this run's own.
 
     Returns:
-        Digests of the inputs, so that what changed is not taken from the cache, and what keeps other runs out.
+        Digests of the inputs, so that what changed is not taken from an earlier run, and what keeps others out.
     """
     from spectraqlora_pipelines.local import preflight
 
     with console.status("checking model, data and settings"):
-        pins = preflight.commits(base, source, workdir)
+        pins = preflight.commits(settings, base, source, workdir, fresh)
         remarks = preflight.check(settings, base, source, pins.get("base_model", ""))
         contents = preflight.contents(settings, base, source, workdir, pins)
         memory = preflight.memory_warning(settings, base)
+        preflight.check_disk(settings, base, source, workdir, fresh)
     for warning in [*([memory] if memory else []), *remarks]:
         line(warning, style="yellow")
-    # Retraining is run again because its data changed.
-    fixed = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}
-    return contents, preflight.claim_workdir(workdir, settings, fixed, kind)
+    # Retraining is run again because its data changed: a hub id's newest commit is taken each time.
+    pinned = {key: value for key, value in contents.items() if kind == "ablation" or key != "data"}
+    return contents, preflight.claim_workdir(workdir, settings, pinned, kind, fresh)
 
 
 def _kept_in(workdir: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +214,7 @@ class _RunBars:
         self._screen = Screen(file=sys.stdout)
         self._bars = bars(self._screen)
         self._steps, self._started = steps, 0
+        self._reused: list[str] = []
         self._run = self._bars.add_task("starting", total=steps)
         self._step: Any = None
 
@@ -221,16 +226,31 @@ class _RunBars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        if self._reused and self._screen.is_terminal:
+            self._say(f"Reused {len(self._reused)} of {self._started} steps: {', '.join(self._reused)}.")
 
-    def on_task(self, name: str) -> None:
-        """A step starts, or is taken from the cache."""
+    def on_task(self, name: str, why: str | None) -> None:
+        """A step starts, or (None) is taken from an earlier run.
+
+        Args:
+            name: of the step.
+            why: it is not taken from an earlier run; empty where nothing is to be said of that.
+        """
         self._started += 1
+        if why is None:
+            self._reused.append(name)
         if self._step is not None:
             self._bars.remove_task(self._step)
             self._step = None
         self._bars.update(self._run, completed=self._started - 1, description=name)
+        note = " (reused)" if why is None else ""
         if not self._screen.is_terminal:
-            self._screen.print(f"[{self._started}/{self._steps}] {name}", highlight=False)
+            self._say(f"[{self._started}/{self._steps}] {name}{note}")
+        if why:
+            self._say(f"{name} is the first step that runs again: {why}")
+
+    def _say(self, text: str) -> None:
+        self._screen.print(text, soft_wrap=True, highlight=False)
 
     def on_progress(self, done: int, total: int, label: str) -> None:
         """The present step has done so much of what it counts."""

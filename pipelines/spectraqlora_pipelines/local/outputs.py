@@ -1,7 +1,7 @@
-"""What the steps of one local run wrote, or took from an earlier run's cache.
+"""What the steps of one local run wrote, or took from an earlier run.
 
 kfp.local returns a pipeline's declared outputs only, and none from inside a condition. `recorded` therefore
-listens at the one function through which kfp.local runs every task, and which also answers from its cache.
+listens at the one function through which kfp.local runs every task.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from spectraqlora import __version__
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
+
+from spectraqlora_pipelines.local.reuse import StepResults
 
 FILE = "outputs.json"
 """Name of the record in a work directory."""
@@ -81,13 +83,18 @@ def read_outputs(workdir: Path) -> RunOutputs:
 
 @contextlib.contextmanager
 def recorded(
-    outputs: RunOutputs, on_task: Callable[[str], None], on_written: Callable[[str], None] = lambda name: None
+    outputs: RunOutputs,
+    results: StepResults,
+    on_task: Callable[[str, str | None], None],
+    on_written: Callable[[str], None] = lambda name: None,
 ) -> Iterator[None]:
-    """Record the outputs of every task that kfp.local runs inside.
+    """Record the outputs of every task that kfp.local runs inside, and run none whose result is at hand.
 
     Args:
         outputs: filled as tasks succeed.
-        on_task: called with every task's display name when it starts or is taken from the cache.
+        results: of earlier runs; those of this one are added.
+        on_task: called with every task's display name when it starts, with what `StepResults.why` says of it; with
+            None where its result is taken from an earlier run.
         on_written: called with the same name when its outputs are recorded.
     """
     from kfp import dsl
@@ -98,14 +105,21 @@ def recorded(
 
     def execute(task_name: str, task_spec: Any, **given: Any) -> Any:
         name = task_spec.task_info.name or task_name
-        on_task(name)
-        try:
-            written, status = kfps(task_name=task_name, task_spec=task_spec, **given)
-        except Exception:
-            outputs.failures.append(name)
-            raise
-        if status != Status.SUCCESS:
-            outputs.failures.append(name)
+        work = results.asked(name, task_spec, given["components"], given["executors"], given["io_store"])
+        written, status = results.find(work), Status.SUCCESS
+        if written is not None:
+            on_task(name, None)
+        else:
+            on_task(name, results.why(work))
+            try:
+                written, status = kfps(task_name=task_name, task_spec=task_spec, **given)
+            except Exception:
+                outputs.failures.append(name)
+                raise
+            if status == Status.SUCCESS:
+                results.keep(work, written)
+            else:
+                outputs.failures.append(name)
         outputs.steps[name] = {
             key: Path(value.uri) for key, value in written.items() if isinstance(value, dsl.Artifact)
         }

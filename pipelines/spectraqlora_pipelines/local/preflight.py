@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spectraqlora import __version__
 from spectraqlora.artifacts import SCHEMA_VERSION
@@ -17,7 +19,14 @@ from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
 from spectraqlora.places import Place, file_place
 from spectraqlora.runtime.console import quiet
+from spectraqlora.runtime.disk import ask, shown
 from spectraqlora.settings import Settings
+
+from spectraqlora_pipelines.local.reuse import FOLDER as RESULTS
+from spectraqlora_pipelines.local.reuse import StepResults
+
+if TYPE_CHECKING:
+    from spectraqlora.planning.disk import StepDisk
 
 MINIMUM_FREE_BYTES = 512 * 2**20
 LOCK = ".lock"
@@ -125,6 +134,53 @@ def memory_warning(settings: Settings, base: Place) -> str:
     )
 
 
+def check_disk(settings: Settings, base: Place, source: Place, workdir: Path, fresh: bool = False) -> None:
+    """Refuse a run whose steps write more than the workdir's disk has left.
+
+    Steps that finished there before are not counted: what they wrote may be reused. A model at an address is not
+    planned.
+
+    Raises:
+        InputError: less is left than the others take, or than 512 MiB.
+    """
+    from spectraqlora.planning.disk import most
+
+    finished = set() if fresh else StepResults(workdir).finished()
+    steps = [step for step in disk_steps(settings, base, source) if step.step not in finished]
+    largest = max(steps, key=lambda step: step.kept, default=None)
+    needed = MINIMUM_FREE_BYTES
+    what = "a run"
+    if largest is not None and most(tuple(steps)) > needed:
+        needed = most(tuple(steps))
+        what = f"the run, {shown(largest.kept)} of it for {largest.step}; the command plan shows all"
+    ask(workdir, needed, what)
+
+
+def disk_steps(settings: Settings, base: Place, source: Place) -> tuple[StepDisk, ...]:
+    """What the steps of a run write; nothing where the model cannot be planned, which `memory_warning` says."""
+    if base.kind == "s3":
+        return ()
+    from spectraqlora.models.hardware import gpu_memory_bytes
+    from spectraqlora.planning.disk import disk
+    from spectraqlora.planning.steps import shape_of
+
+    with (
+        quiet(),
+        warnings.catch_warnings(action="ignore"),
+        contextlib.suppress(AttributeError, KeyError, TypeError),
+    ):
+        return disk(shape_of(base.text, settings, gpu_memory_bytes() > 0), settings, _size(source))
+    return ()
+
+
+def _size(source: Place) -> int:
+    """Bytes of data that is on this machine."""
+    if source.kind != "path":
+        return 0
+    files = [source.path] if source.path.is_file() else source.path.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def _check_destinations(settings: Settings) -> None:
     from spectraqlora.storage import check_writable, parse_address
 
@@ -134,15 +190,18 @@ def _check_destinations(settings: Settings) -> None:
             check_writable(parse_address(destination, f"{section}.destination"))
 
 
-def commits(base: Place, source: Place, workdir: Path) -> dict[str, str]:
+def commits(
+    settings: Settings, base: Place, source: Place, workdir: Path, fresh: bool = False
+) -> dict[str, str]:
     """The commits of what a run takes from the hub, before anything else is asked of it.
 
-    A hub id keeps the commit that it was pinned to by the first run in the workdir, whatever its branch is at now.
+    A hub id keeps the commit that it was pinned to by the first run in the workdir, whatever its branch is at now;
+    not where the workdir starts over.
 
     Raises:
         InputError: the hub has no such thing.
     """
-    pinned = _pinned(workdir)
+    pinned = {} if fresh else _pinned(settings, workdir)
     return {
         name: pinned[name] if name in pinned else place.digest(offline=True)
         for name, place in (("base_model", base), ("data", source))
@@ -153,7 +212,7 @@ def commits(base: Place, source: Place, workdir: Path) -> dict[str, str]:
 def contents(
     settings: Settings, base: Place, source: Place, workdir: Path, pins: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """Digests of a run's inputs, so that what changed is not taken from the cache.
+    """Digests of a run's inputs, so that what changed is not taken from an earlier run.
 
     Args:
         settings: of the run.
@@ -165,7 +224,7 @@ def contents(
     Raises:
         InputError: the hub, or the store, has no such thing.
     """
-    pins = commits(base, source, workdir) if pins is None else pins
+    pins = commits(settings, base, source, workdir) if pins is None else pins
     digests = {
         name: pins[name] if name in pins else place.digest(offline=True)
         for name, place in (("base_model", base), ("data", source))
@@ -175,13 +234,19 @@ def contents(
     return digests
 
 
-def _pinned(workdir: Path) -> dict[str, str]:
-    """The contents of the run that a workdir holds; none where it holds none, about which `claim_workdir` decides."""
+def _pinned(settings: Settings, workdir: Path) -> dict[str, str]:
+    """What the run that a workdir holds took from places that these settings name, too."""
     try:
-        earlier = json.loads((workdir / "run.json").read_text(encoding="utf-8"))["contents"]
+        earlier = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+        before, held = earlier["settings"], dict(earlier["contents"])
+        same = {
+            "base_model": before["model"]["base_model"] == settings.model.base_model
+            and before["model"]["revision"] == settings.model.revision,
+            "data": before["data"]["source"] == settings.data.source,
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return earlier if isinstance(earlier, dict) else {}
+    return {name: value for name, value in held.items() if same.get(name)}
 
 
 class WorkdirLock:
@@ -222,22 +287,26 @@ class WorkdirLock:
 
 
 def claim_workdir(
-    workdir: Path, settings: Settings, contents: dict[str, str], pipeline: str = "ablation"
+    workdir: Path,
+    settings: Settings,
+    contents: dict[str, str],
+    pipeline: str = "ablation",
+    fresh: bool = False,
 ) -> WorkdirLock:
-    """Make the workdir this run's own, or find that it already is.
+    """Make the workdir this run's own.
 
     Args:
         workdir: the folder.
         settings: of the run.
-        contents: digests of what must not change between runs there.
+        contents: digests of what it reads.
         pipeline: name of the DAG.
+        fresh: whether nothing of earlier runs is taken up.
 
     Returns:
         The lock that keeps other runs out.
 
     Raises:
-        InputError: it holds a run of another version, other settings or inputs, another run works there, it is a file,
-            or its disk is full.
+        InputError: it holds a run of another version, another run works there, or it is a file or a foreign folder.
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError("--workdir", workdir, "a folder")
@@ -253,6 +322,10 @@ def claim_workdir(
         raise InputError("--workdir", workdir, "an empty or new folder, or one that holds a run")
     lock = WorkdirLock(workdir)
     try:
+        if fresh:
+            _start_over(workdir)
+        elif stored.exists():
+            _check_version(stored, identity)
         _claim(stored, identity)
     except InputError:
         lock.close()
@@ -260,48 +333,34 @@ def claim_workdir(
     return lock
 
 
+def _start_over(workdir: Path) -> None:
+    """Forget which steps finished, and remove the checkpoints; the command gc removes what nobody needs then."""
+    try:
+        for name in (RESULTS, "checkpoints"):
+            if (workdir / "artifacts" / name).exists():
+                shutil.rmtree(workdir / "artifacts" / name)
+    except OSError as error:
+        raise InputError("--fresh", error.filename, f"files that may be removed ({error.strerror})") from None
+
+
+def _check_version(stored: Path, identity: dict[str, object]) -> None:
+    """Refuse a run that another version made."""
+    try:
+        before = json.loads(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise InputError("--workdir", stored.parent, "a readable run.json, or --fresh") from None
+    if not isinstance(before, dict) or any(before.get(k, 1) != identity[k] for k in ("version", "artifacts")):
+        raise InputError(
+            "--workdir",
+            stored.parent,
+            "a new folder, or --fresh; this one holds a run of another version, such as 0.1.0, to be made anew",
+        )
+
+
 def _claim(stored: Path, identity: dict[str, object]) -> None:
-    """Write what the workdir's run is, or compare it with what is there."""
+    """Write what the workdir's run is."""
     workdir = stored.parent
-    if stored.exists():
-        try:
-            before = json.loads(stored.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            raise InputError("--workdir", workdir, "a readable run.json") from None
-        if isinstance(before, dict) and before.get("artifacts", 1) != SCHEMA_VERSION:
-            raise InputError(
-                "--workdir",
-                workdir,
-                "a new folder; this one holds a run of another version, such as 0.1.0, to be made anew",
-            )
-        if before != identity:
-            raise InputError(
-                "--workdir", workdir, f"a new folder; this one holds a run of {_difference(before, identity)}"
-            )
-    free = shutil.disk_usage(workdir).free
-    if free < MINIMUM_FREE_BYTES:
-        raise InputError("--workdir", workdir, f"at least 512 MiB of free disk; {free // 2**20} MiB are left")
-    if not stored.exists():
-        try:
-            write_text(stored, json.dumps(identity, indent=1))
-        except OSError as error:
-            raise InputError(
-                "--workdir", workdir, f"a folder that can be written ({error.strerror})"
-            ) from None
-
-
-def _difference(before: dict[str, object], now: dict[str, object]) -> str:
-    def flat(value: object, prefix: str = "") -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        leaves: dict[str, object] = {}
-        for key, inner in value.items():
-            leaves |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
-        return leaves
-
-    old, new = flat(before), flat(now)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            name = key.removeprefix("settings.")
-            return f"other settings: {name} was {old.get(key)!r} and is now {new.get(key)!r}"
-    return "other settings"
+    try:
+        write_text(stored, json.dumps(identity, indent=1))
+    except OSError as error:
+        raise InputError("--workdir", workdir, f"a folder that can be written ({error.strerror})") from None

@@ -21,6 +21,7 @@ from spectraqlora.runtime.console import ERROR, PROGRESS
 from spectraqlora.runtime.step import LAUNCHER_PID
 
 from spectraqlora_pipelines.local.outputs import RunOutputs, recorded
+from spectraqlora_pipelines.local.reuse import StepResults
 
 if TYPE_CHECKING:
     from spectraqlora_pipelines.local.containers import HostAccess
@@ -182,11 +183,11 @@ def run_locally(
     key: str,
     workdir: Path,
     access: HostAccess | None,
-    on_task: Callable[[str], None],
+    on_task: Callable[[str, str | None], None],
     on_progress: Callable[[int, int, str], None],
     on_rows: Callable[[Path], None] = lambda rows: None,
 ) -> RunOutputs:
-    """Run a DAG; finished steps of an earlier run with the same arguments are taken from kfp's cache.
+    """Run a DAG; what an earlier run in the workdir made of the same is taken from there (see `reuse`).
 
     Args:
         pipeline: the DAG.
@@ -194,7 +195,8 @@ def run_locally(
         key: of the run, by which its steps find one run in MLflow.
         workdir: where everything of the run is kept; absolute.
         access: what step containers share with this machine; None runs steps as processes.
-        on_task: called with every step's display name when it starts, or is taken from the cache.
+        on_task: called with every step's display name when it starts, and why it does where an earlier run had
+            such a step (`StepResults.why`); with None where its result is taken from an earlier run.
         on_progress: called with done, total and label of what a step counts.
         on_rows: called with the folder of the prepared rows when they are there.
 
@@ -213,8 +215,6 @@ def run_locally(
     local.init(
         local.DockerRunner() if access else local.SubprocessRunner(use_venv=False),
         pipeline_root=str(workdir / "artifacts"),
-        enable_caching=True,
-        cache_root=str(workdir / "artifacts" / ".kfp_cache"),
     )
 
     def listen(line: str) -> None:
@@ -230,12 +230,13 @@ def run_locally(
     try:
         in_containers = replace_kfps(access) if access else contextlib.nullcontext()
 
-        def on_step(name: str) -> None:
+        def on_step(name: str, why: str | None) -> None:
             lines.begin(name)
-            on_task(name)
+            on_task(name, why)
 
         with (
-            _steps_end_with_us(), _steps_know(key), in_containers, recorded(outputs, on_step, look), _captured(lines),
+            _steps_end_with_us(), _steps_know(key), in_containers,
+            recorded(outputs, StepResults(workdir), on_step, look), _captured(lines),
             warnings.catch_warnings(action="ignore"),
         ):  # fmt: skip
             pipeline(**arguments)

@@ -18,10 +18,12 @@ from spectraqlora.tracking.needs import NeededVersion, Needs
 
 from spectraqlora_pipelines.local.outputs import FILE, read_outputs
 from spectraqlora_pipelines.local.preflight import LOCK
+from spectraqlora_pipelines.local.reuse import FOLDER as RESULTS
+from spectraqlora_pipelines.local.reuse import StepResults
 from spectraqlora_pipelines.retention.plan import Entry, Guard, Plan
 
 RUN = "run.json"
-CHECKPOINTS, CACHE = "checkpoints", ".kfp_cache"
+CHECKPOINTS = "checkpoints"
 FOREIGN = "no work directory of a run"
 OTHER_VERSION = "of another version of this program, which knows what is in it"
 UNDER_WAY = "a run works there"
@@ -146,16 +148,7 @@ class _Workdir:
             for version in needs.versions
             if version.export.startswith("/")
         }
-        self._cached = set(self._cache_entries())
-
-    def _cache_entries(self) -> Iterator[Path]:
-        """Folders of the finished steps that kfp.local would take again."""
-        for file in (self._artifacts / CACHE).glob("*.json"):
-            with contextlib.suppress(OSError, ValueError):
-                entry = json.loads(file.read_text(encoding="utf-8"))
-                for output in entry.values() if isinstance(entry, dict) else ():
-                    if isinstance(output, dict) and isinstance(output.get("uri"), str):
-                        yield _task(Path(output["uri"]))
+        self._cached = {_task(path) for path in StepResults(workdir).artifacts()}
 
     def add_to(self, plan: Plan) -> None:
         """Sort everything of the work directory."""
@@ -163,7 +156,7 @@ class _Workdir:
             if run.name == CHECKPOINTS:
                 for training in sorted(run.iterdir()):
                     self._add_checkpoints(plan, training)
-            elif run.name != CACHE:
+            elif run.name != RESULTS:
                 for task in sorted(run.iterdir()):
                     self._add_task(plan, task)
         for left in [*self._workdir.glob("*.partial"), *self._workdir.glob("scratch")]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest
 from spectraqlora.places import base_digest, base_place, data_place
+from spectraqlora.runtime.disk import free_bytes
 from spectraqlora.settings import parse
 from spectraqlora_pipelines.local import preflight
 
@@ -32,7 +34,9 @@ print(json.dumps(contents))
 """
 
 
-def test_local_inputs_that_changed_are_another_run(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
+def test_the_content_of_local_inputs_is_part_of_a_run_and_may_change(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
     rows, workdir = tmp_path / "rows.jsonl", tmp_path / "work"
     rows.write_bytes(tiny_rows.read_bytes())
     settings = parse({"snr": {"table": str(rows)}})
@@ -46,8 +50,10 @@ def test_local_inputs_that_changed_are_another_run(tiny_model: Path, tiny_rows: 
     preflight.claim_workdir(workdir, settings, contents)
     preflight.claim_workdir(workdir, settings, preflight.contents(settings, base, source, workdir))
     rows.write_text('{"question": "q", "answer": "a"}\n')
-    with pytest.raises(InputError, match=r"--workdir.*contents\.data was"):
-        preflight.claim_workdir(workdir, settings, preflight.contents(settings, base, source, workdir))
+    changed = preflight.contents(settings, base, source, workdir)
+    assert changed["data"] == file_digest(rows) != contents["data"]
+    preflight.claim_workdir(workdir, settings, changed)
+    assert json.loads((workdir / "run.json").read_text())["contents"] == changed
 
 
 def test_a_workdir_of_0_1_0_is_refused_as_one_and_left_alone(tmp_path: Path) -> None:
@@ -63,7 +69,7 @@ def test_a_workdir_of_0_1_0_is_refused_as_one_and_left_alone(tmp_path: Path) -> 
     with pytest.raises(InputError) as refused:
         preflight.claim_workdir(tmp_path, settings, {})
     assert str(refused.value).endswith(
-        "expected a new folder; this one holds a run of another version, such as 0.1.0, to be made anew"
+        "expected a new folder, or --fresh; this one holds a run of another version, such as 0.1.0, to be made anew"
     )
     assert json.loads((tmp_path / "run.json").read_text()) == document
 
@@ -95,6 +101,11 @@ def test_a_hub_id_keeps_the_commit_of_the_first_run_in_a_workdir(
         }
         assert claim("one") == first, "the same command resumes the same run"
         assert claim("two") == later
+        stored = tmp_path / "one" / "run.json"
+        kept = stored.read_text()
+        stored.write_text(kept.replace('"revision": "main"', '"revision": "v1"'))
+        assert claim("one") == {**later, "data": first["data"]}, "a pin is of what the settings name"
+        stored.write_text(kept)
     assert claim("one", HF_HUB_OFFLINE="1") == first
 
 
@@ -166,3 +177,53 @@ def test_a_foreign_folder_is_no_workdir_and_nothing_is_written_there(tmp_path: P
     with pytest.raises(InputError, match="an empty or new folder"):
         preflight.claim_workdir(tmp_path, parse({}), {})
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_starting_over_leaves_nothing_to_take_up_and_keeps_what_was_made(tmp_path: Path) -> None:
+    workdir = tmp_path / "work"
+    preflight.claim_workdir(workdir, parse({}), {}).close()
+    (workdir / "run.json").write_text('{"version": "0.0.1"}')
+    made = ("artifacts/run-1/merge-export/exported/merged/x", "outputs.json", "mlflow.db")
+    for name in ("artifacts/.steps/1.json", "artifacts/checkpoints/2/x", *made):
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).write_text("{}")
+    with pytest.raises(InputError, match="--fresh"):
+        preflight.claim_workdir(workdir, parse({}), {})
+    preflight.claim_workdir(workdir, parse({"seed": 7}), {}, fresh=True).close()
+    assert {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()} == {
+        ".lock", "run.json", *made,
+    }  # fmt: skip
+    assert json.loads((workdir / "run.json").read_text())["settings"]["seed"] == 7
+
+
+def test_starting_over_in_a_foreign_folder_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").mkdir()
+    with pytest.raises(InputError, match="an empty or new folder"):
+        preflight.claim_workdir(tmp_path, parse({}), {}, fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["artifacts"]
+
+
+def test_a_run_that_writes_more_than_the_disk_has_left_is_refused_before_its_first_step(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, source = base_place(str(tiny_model)), data_place(str(tiny_rows))
+    preflight.check_disk(parse({}), base, source, tmp_path / "work")
+    free = free_bytes(tmp_path)
+    huge = shutil.copytree(tiny_model, tmp_path / "huge")
+    config = json.loads((huge / "config.json").read_text())
+    numbers = free // 2 // config["hidden_size"]
+    (huge / "config.json").write_text(json.dumps({**config, "vocab_size": numbers, "dtype": "float32"}))
+    with pytest.raises(InputError) as refused:
+        preflight.check_disk(parse({}), base_place(str(huge)), source, tmp_path / "work")
+    assert re.fullmatch(
+        rf"disk: '{tmp_path}/work': expected [\d.]+ [GT]iB free for the run, [\d.]+ [GT]iB of it for merge-export; "
+        r"the command plan shows all; there are [\d.]+ [GT]iB",
+        str(refused.value),
+    )
+    steps = tmp_path / "work" / "artifacts" / ".steps"
+    steps.mkdir(parents=True)
+    for step in ("quantize-load", "merge-export", "register"):
+        (steps / f"{step}.json").write_text(json.dumps({"step": step, "arguments": {}, "outputs": {}}))
+    preflight.check_disk(parse({}), base_place(str(huge)), source, tmp_path / "work")
+    with pytest.raises(InputError, match="disk: "):
+        preflight.check_disk(parse({}), base_place(str(huge)), source, tmp_path / "work", fresh=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from kfp import dsl
-from kfp.local.cache import LocalCache
 from spectraqlora.artifacts import SCHEMA_VERSION
 from spectraqlora.errors import InputError
 from spectraqlora.runtime import cache, threads
 from spectraqlora_pipelines.cli import app
 from spectraqlora_pipelines.local.outputs import RunOutputs
 from spectraqlora_pipelines.local.preflight import LOCK, WorkdirLock
+from spectraqlora_pipelines.local.reuse import StepResults, Work
 from typer.testing import CliRunner
 
 DAY = 86_400.0
@@ -53,8 +53,8 @@ class Workdir:
         artifact.mkdir(parents=True)
         (artifact / "weights.safetensors").write_bytes(b"x" * 2048)
         if cached:
-            store = LocalCache(str(self.artifacts / ".kfp_cache"))
-            store.put(f"{run}-{name}", {"adapter": dsl.Model(name="adapter", uri=str(artifact))})
+            work = Work(name, cached=True, command=[run], arguments={})
+            StepResults(self.folder).keep(work, {"adapter": dsl.Model(name="adapter", uri=str(artifact))})
         aged(artifact.parent, days)
         return artifact
 
@@ -89,7 +89,7 @@ def test_what_the_latest_finished_run_does_not_use_goes_and_the_rest_stays(
     assert earlier.exists(), "nothing is deleted without --delete"
     assert "Can go: 4, 6.0 KiB" in shown and "Stays: 1, 0 B: no work directory of a run" in shown
     assert "Stays: 1, 2.0 KiB: the latest finished run uses it" in shown
-    assert "Stays: 1, 2.0 KiB: of a run that has not finished" in shown, "kfp.local takes that step up"
+    assert "Stays: 1, 2.0 KiB: of a run that has not finished" in shown, "the next run takes that step up"
     assert f"gc {tmp_path / 'runs'} --older-than 15d --delete" in shown
 
     gc(*arguments, "--delete")

@@ -52,13 +52,19 @@ def pipeline(text: str, extra: str):
         last(made=inner.output, extra=extra)
 
 
+def ignore(*told: object) -> None:
+    """A listener that does not listen."""
+
+
 def run(workdir: Path, text: str, extra: str) -> tuple[RunOutputs, list[str]]:
     workdir.mkdir(exist_ok=True)
     started: list[str] = []
     given = {"text": text, "extra": extra}
-    return run_locally(
-        pipeline, given, "key of the run", workdir, None, started.append, lambda *told: None
-    ), started
+
+    def on_task(name: str, why: str | None) -> None:
+        started.append(name)
+
+    return run_locally(pipeline, given, "key of the run", workdir, None, on_task, ignore), started
 
 
 def test_two_runs_in_one_workdir_each_report_their_own_though_the_first_ones_files_are_newer(
@@ -90,7 +96,7 @@ def test_steps_know_the_key_of_their_run_and_take_from_the_cache_what_another_ru
         say_key()
 
     for key in ("first", "second"):
-        run_locally(asked, {}, key, tmp_path, None, lambda name: None, lambda *progress: None)
+        run_locally(asked, {}, key, tmp_path, None, ignore, ignore)
         (said,) = {
             json.loads(path.read_text())["parameterValues"]["Output"]
             for path in tmp_path.rglob("executor_output.json")
@@ -159,7 +165,7 @@ def test_a_failing_steps_own_error_is_what_the_command_shows_however_much_it_wro
     tmp_path: Path,
 ) -> None:
     with pytest.raises(StepFailed) as failed:
-        run_locally(failing, {"text": "it"}, "key", tmp_path, None, lambda name: None, lambda *progress: None)
+        run_locally(failing, {"text": "it"}, "key", tmp_path, None, ignore, ignore)
     wanted = f"train (hybrid, round 1) failed: RuntimeError: no room for it (read {tmp_path / 'run.log'})"
     assert str(failed.value) == wanted
     assert "===== train (hybrid, round 1) =====" in (tmp_path / "run.log").read_text()

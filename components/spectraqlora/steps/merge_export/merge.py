@@ -15,9 +15,16 @@ from spectraqlora.errors import InputError
 from spectraqlora.files import apply_umask, write_text
 from spectraqlora.models import adapters
 from spectraqlora.models.four_bit import copy_dequantized
-from spectraqlora.models.loading import load_four_bit, load_plain, load_tokenizer, original_folder
+from spectraqlora.models.loading import (
+    load_four_bit,
+    load_plain,
+    load_tokenizer,
+    original_folder,
+    stored_bytes,
+)
 from spectraqlora.places import kind_of
 from spectraqlora.runtime.console import say, warn
+from spectraqlora.runtime.disk import ask
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings
@@ -200,6 +207,7 @@ def _write_better_merge(
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
     end_turns(model, tokenizer, PreparedRows.read(inputs.rows))
     make_savable(model)
+    ask(output, stored_bytes(model), "the merged model")
     model.save_pretrained(output / "merged", safe_serialization=True)
     tokenizer.save_pretrained(output / "merged")
     return losses, better

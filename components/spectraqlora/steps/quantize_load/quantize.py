@@ -15,11 +15,12 @@ from spectraqlora.models.finite import check_finite
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, own_four_bit, unquantized
 from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.inspection import Inspection, inspect_folder
-from spectraqlora.models.loading import load_tokenizer
+from spectraqlora.models.loading import load_tokenizer, stored_bytes
 from spectraqlora.models.modules import candidates, linear_modules
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.places import base_digest, base_place
 from spectraqlora.runtime.console import say, warn
+from spectraqlora.runtime.disk import ask
 from spectraqlora.settings import ModelSettings
 
 LOW_SHARE = 0.8
@@ -95,6 +96,7 @@ def _write_four_bit(settings: ModelSettings, base: _Base, output: Path) -> FourB
         info.model_copy(update={"tensor": stored.get(info.module, "")})
         for info in candidates(model, base.source)
     ]
+    ask(output, stored_bytes(model), "the 4-bit model")
     model.save_pretrained(output / "model", safe_serialization=True)
     load_tokenizer(base.folder, trust).save_pretrained(output / "model")
     total, four_bit = count_parameters(model)
