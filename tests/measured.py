@@ -28,7 +28,7 @@ def write_measurement(
 def with_test_rows(prepared: Path, folder: Path) -> Path:
     """A copy of prepared rows in which five of the rows to train on are test rows instead; returns it."""
     rows = load_from_disk(str(prepared / "train"))
-    shutil.copytree(prepared, folder, ignore=lambda _, names: {"train"} & set(names))
+    shutil.copytree(prepared, folder, ignore=lambda _, names: {"train", "test"} & set(names))
     rows.select(range(5, len(rows))).save_to_disk(str(folder / "train"))
     rows.select(range(5)).save_to_disk(str(folder / "test"))
     PreparedRows.read(prepared).model_copy(update={"test_rows": 5}).write(folder)

@@ -350,11 +350,9 @@ class Evaluation(_Manifest):
     rounds: list[RoundResult]
     snr_after: dict[str, float | None]
     similarity: Similarity | None = None
-    test_loss: float | None = Field(
-        None, description="mean loss of the test rows, which chose nothing, after the last round"
+    base_test_loss: float | None = Field(
+        None, description="the base's mean loss of the test rows, where there are any"
     )
-    test_loss_stderr: float | None = None
-    base_test_loss: float | None = None
 
     @classmethod
     def filename(cls) -> str:
@@ -368,7 +366,6 @@ class Evaluation(_Manifest):
             "perplexity": self.perplexity,
             "accuracy": self.accuracy,
             "base_accuracy": self.base_accuracy,
-            "test_loss": self.test_loss,
             "base_test_loss": self.base_test_loss,
             "trainable_parameters": float(self.trainable_parameters),
             "train_seconds": self.train_seconds,
@@ -388,6 +385,10 @@ class MergedModel(_Manifest):
     eval_loss_quantized: float
     eval_loss_original: float
     verified_eval_loss: float
+    test_rows: int = Field(0, description="rows that chose nothing, scored once, with what is exported")
+    test_loss: float | None = Field(None, description="mean loss of the test rows; none where there are none")
+    test_loss_stderr: float | None = None
+    base_test_loss: float | None = Field(None, description="the 4-bit base's, on the same rows")
     dtype: str = Field("", description="of the exported weights, as torch calls it")
     warning: str = Field("", description="what a person should know before using it; empty where nothing")
     trust_remote_code: bool = Field(False, description="loading it runs the model's own code")

@@ -101,9 +101,10 @@ class DataSettings(_Section):
     encoding: str = Field(
         "utf-8", description="Encoding of text files without a byte order mark, such as cp1252"
     )
-    deduplicate: Literal["off", "exact"] = Field(
+    deduplicate: Literal["off", "exact", "near"] = Field(
         "off",
-        description="Rows that are equal but for white space and case: keep them, on one side, or one of each",
+        description="Rows that are equal but for white space and case: keep them, on one side (off), or one of each (exact); "
+        "near keeps one of those that are nearly equal, too (MinHash, 0.8 of their runs of five characters)",
     )
     eval_fraction: float = Field(
         0.2,
@@ -111,8 +112,15 @@ class DataSettings(_Section):
         lt=1,
         description="Share of the rows held out for evaluation, where no split of the source is",
     )
+    test_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the rows kept for the test that chooses nothing, where no split of the source is; 0 is none",
+    )
     max_rows: int = Field(0, ge=0, description="Use at most this many rows; 0 is all")
     max_eval_rows: int = Field(200, ge=1, description="Hold out at most this many rows")
+    max_test_rows: int = Field(1000, ge=1, description="Keep at most this many rows for the test")
     max_length: int = Field(
         512,
         ge=8,
@@ -356,7 +364,14 @@ class TrackingSettings(_Section):
 
 HIGHER_IS_BETTER = frozenset({"accuracy", "train_tokens_per_second"})
 LOWER_IS_BETTER = frozenset(
-    {"merged_eval_loss", "eval_loss", "perplexity", "guard_perplexity", "trainable_parameters"}
+    {
+        "merged_test_loss",
+        "merged_eval_loss",
+        "eval_loss",
+        "perplexity",
+        "guard_perplexity",
+        "trainable_parameters",
+    }
     | {"train_seconds", "peak_memory_bytes"}
 )
 
@@ -366,7 +381,9 @@ class PromoteSettings(_Section):
         True, description="Let the gate decide after register; off leaves that to `spectraqlora promote`"
     )
     metric: str = Field(
-        "merged_eval_loss", description="What must be better; of the registered model unless named otherwise"
+        "auto",
+        description="What must be better, of the registered model unless named otherwise; auto is merged_test_loss, where "
+        "there are no test rows merged_eval_loss",
     )
     margin: float = Field(0.0, ge=0, description="The metric must be better by more than this")
     guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
@@ -391,7 +408,7 @@ class PromoteSettings(_Section):
         """Refuse metrics that no run of this pipeline logs."""
         known = HIGHER_IS_BETTER | LOWER_IS_BETTER
         for key, name in [
-            ("promote.metric", self.metric),
+            *([("promote.metric", self.metric)] if self.metric != "auto" else []),
             *(("promote.guards", name) for name in self.guards),
         ]:
             if name not in known:

@@ -109,7 +109,11 @@ class Study:
             source = self.work / f"{name}.jsonl"
             source.write_text("".join(part), encoding="utf-8")
             settings = DataSettings(
-                source=str(source), max_length=self.max_length, max_rows=rows, max_eval_rows=eval_rows
+                source=str(source),
+                max_length=self.max_length,
+                max_rows=rows,
+                max_eval_rows=eval_rows,
+                test_fraction=0,
             )
             prepare(settings, self.work / "outline", 0, self.work / name)
 

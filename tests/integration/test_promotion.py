@@ -69,6 +69,20 @@ def test_the_decision_and_its_numbers_are_tags_of_the_version(models: Registry) 
     assert "same rows" in tags["promotion.scored"]
 
 
+def test_the_test_rows_decide_and_versions_of_others_are_scored_again(models: Registry) -> None:
+    first = register(models, loss=1.0, merged_test_loss=2.0, test_digest="test")
+    second = register(models, loss=3.0, merged_test_loss=1.5, test_digest="test")
+    promote(models, first)
+    assert "merged_test_loss 1.5 against 2" in promote(models, second).reason
+    tags = models.version(second).tags
+    assert tags["promotion.metric"] == "merged_test_loss" and tags["promotion.test_digest"] == "test"
+    assert promote(models, second, settings={"metric": "merged_eval_loss"}).decision == "is champion"
+    other = register(models, loss=3.0, merged_test_loss=1.0, test_digest="others")
+    # Its run keeps neither rows nor model: what was logged on other rows is not compared instead.
+    with pytest.raises(InputError, match="an MLflow model"):
+        promote(models, other)
+
+
 def test_a_dry_run_changes_nothing(models: Registry) -> None:
     first = register(models, loss=2.0)
     assert promote(models, first, dry_run=True).promoted

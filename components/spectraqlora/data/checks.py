@@ -9,8 +9,8 @@ from spectraqlora.data.accounting import Counter
 from spectraqlora.data.conversations import ROLES
 from spectraqlora.data.for_model import RowModel
 from spectraqlora.data.rows import Conversation, Origin, Row, RowRefused
-from spectraqlora.data.sources import Source, Split, open_remotely
-from spectraqlora.data.splits import held_out_target
+from spectraqlora.data.sources import Source, open_remotely
+from spectraqlora.data.splits import Split, side_sizes
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place
 from spectraqlora.settings import DataSettings
@@ -69,8 +69,7 @@ def check_source(place: Place, settings: DataSettings, model: RowModel | None = 
     if complete:
         if not total:
             raise InputError("data.source", place, f"rows to learn from; of all rows: {counter.reasons()}")
-        if "held_out" not in source.splits:
-            held_out_target(min(total, settings.max_rows or total), settings)
+        side_sizes(min(total, settings.max_rows or total), settings, source.splits)
     return _check_rendering(place, rows, model) if model else []
 
 

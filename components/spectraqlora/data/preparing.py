@@ -6,6 +6,7 @@ read again and rendered by all cores (`render`), into plain files of numbers, fr
 
 from __future__ import annotations
 
+import array
 import collections
 import itertools
 import multiprocessing
@@ -21,10 +22,23 @@ import numpy.typing as npt
 from spectraqlora.artifacts import IGNORED
 from spectraqlora.data.accounting import TOO_LONG, Counter
 from spectraqlora.data.layouts import MARKED_BAD
+from spectraqlora.data.near import FUNCTIONS, Places, signature
+from spectraqlora.data.near import groups as near_groups
 from spectraqlora.data.rendering import RenderedRow, Renderer
 from spectraqlora.data.rows import Origin, Row, RowRefused, Text
-from spectraqlora.data.sources import Source, Split
-from spectraqlora.data.splits import HELD_OUT, REASONS, TEST, TRAIN, USED, Choice, Keys, row_key
+from spectraqlora.data.sources import Source
+from spectraqlora.data.splits import (
+    HELD_OUT,
+    REASONS,
+    TEST,
+    TRAIN,
+    USED,
+    Choice,
+    Keys,
+    Split,
+    row_text,
+    text_key,
+)
 from spectraqlora.runtime.threads import threads_per_process
 from spectraqlora.settings import DataSettings
 
@@ -43,6 +57,8 @@ class Survey:
         read: rows read.
         splits: TRAIN, HELD_OUT or TEST of every row that can be learned from.
         keys: of the same rows.
+        groups: place of the first of the rows that are nearly equal to each other, of the same rows; None where
+            `data.deduplicate` is not near.
         layouts: names of the layouts that there are.
         unused_columns: columns of which nothing is used, in order of appearance.
         counter: counts rows from which there is nothing to learn.
@@ -51,6 +67,7 @@ class Survey:
     read: int
     splits: npt.NDArray[np.uint8]
     keys: Keys
+    groups: Places | None
     layouts: list[str]
     unused_columns: list[str]
     counter: Counter
@@ -68,6 +85,7 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
         InputError: a file that cannot be read, or a row that is none.
     """
     counter, read = Counter(), 0
+    near = array.array("H")
     parts: list[Keys] = []
     splits: list[npt.NDArray[np.uint8]] = []
     layouts: dict[str, None] = {}
@@ -88,17 +106,24 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
             if not used.issuperset(layout.columns.values()):
                 used.update(layout.columns.values())
             try:
-                yield row_key(layout.row(record, origin))
+                text = row_text(layout.row(record, origin))
             except RowRefused as refused:
                 asked_for = refused.reason == MARKED_BAD
                 counter.drop(refused.reason, origin, refused.detail, asked_for=asked_for)
+                continue
+            if settings.deduplicate == "near":
+                near.frombytes(signature(text).tobytes())
+            yield text_key(text)
 
     for split in source.splits:
         keys = np.fromiter(keys_of(split), np.uint64)
         parts.append(keys)
         splits.append(np.full(len(keys), CODES[split], np.uint8))
     unused = [name for name in columns if name and name not in used]
-    return Survey(read, np.concatenate(splits), np.concatenate(parts), list(layouts), unused, counter)
+    groups = None
+    if settings.deduplicate == "near":
+        groups = near_groups(np.frombuffer(near, np.uint16).reshape(-1, FUNCTIONS))
+    return Survey(read, np.concatenate(splits), np.concatenate(parts), groups, list(layouts), unused, counter)
 
 
 @dataclass

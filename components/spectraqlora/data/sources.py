@@ -16,19 +16,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import yaml
 
 from spectraqlora.data.files import DataFile, Record, read_rows, suffixes
 from spectraqlora.data.layouts import Layout, Layouts, check_label, known_columns
 from spectraqlora.data.rows import Origin, Row, RowRefused
+from spectraqlora.data.splits import Split
 from spectraqlora.errors import InputError
 from spectraqlora.places import COMPRESSED_SUFFIXES, DATA_SUFFIXES, Place
 from spectraqlora.settings import DataSettings
 from spectraqlora.storage import open_files
 
-Split = Literal["train", "held_out", "test"]
 _WORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "held_out": ("validation", "valid", "val", "dev", "eval", "evaluation"),

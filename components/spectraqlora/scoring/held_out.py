@@ -13,7 +13,7 @@ from spectraqlora.files import write_text
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.loss import Score, score
 
-_ROWS, _ANSWERS = "rows.parquet", "answers.json"
+_ROWS, _ANSWERS, _TEST = "rows.parquet", "answers.json", "test.parquet"
 
 
 def rows_digest(rows: Any) -> str:
@@ -24,13 +24,22 @@ def rows_digest(rows: Any) -> str:
     return content.hexdigest()
 
 
-def write_held_out(prepared: Path, folder: Path) -> str:
-    """Write the held-out ones among prepared rows, with the answers that are scored; returns their digest."""
-    rows = load_rows(prepared, "held_out")
+def write_held_out(prepared: Path, folder: Path) -> dict[str, str]:
+    """Write the held-out and the test rows among prepared ones, with the answers that are scored.
+
+    Returns:
+        Digests by the tags that a version has them in: `eval_digest` and, where there are test rows, `test_digest`.
+    """
+    rows, manifest = load_rows(prepared, "held_out"), PreparedRows.read(prepared)
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(str(folder / _ROWS))
-    write_text(folder / _ANSWERS, json.dumps(PreparedRows.read(prepared).answers))
-    return rows_digest(rows)
+    write_text(folder / _ANSWERS, json.dumps(manifest.answers))
+    digests = {"eval_digest": rows_digest(rows)}
+    if manifest.test_rows:
+        test = load_rows(prepared, "test")
+        test.to_parquet(str(folder / _TEST))
+        digests["test_digest"] = rows_digest(test)
+    return digests
 
 
 def read_held_out(folder: Path) -> tuple[Any, list[dict[str, str]]]:
@@ -46,6 +55,22 @@ def read_held_out(folder: Path) -> tuple[Any, list[dict[str, str]]]:
         return rows, json.loads((folder / _ANSWERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError("held-out rows", folder, f"{_ROWS} and {_ANSWERS}, complete") from None
+
+
+def read_test_rows(folder: Path) -> Any | None:
+    """The tokenized test rows beside the held-out ones; None where there are none.
+
+    Raises:
+        InputError: they are cut short.
+    """
+    from datasets import Dataset
+
+    if not (folder / _TEST).is_file():
+        return None
+    try:
+        return Dataset.from_parquet(str(folder / _TEST), keep_in_memory=True)
+    except (OSError, ValueError):
+        raise InputError("test rows", folder, f"{_TEST}, complete") from None
 
 
 def score_test_rows(model: Any, prepared: Path, batch_size: int) -> Score | None:

@@ -14,11 +14,13 @@ from spectraqlora.tracking.server import connect, explain_errors, fetching
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 HELD_OUT, ADAPTER = "eval_rows", "adapter"
-"""Folders among the artifacts of a version's run: the held-out rows it was scored on, its adapter with rank map."""
+"""Folders among the artifacts of a version's run: the rows it was scored on, its adapter with rank map."""
 DECISION = "promotion."
 """Prefix of a version's tags that hold the gate's last decision on it."""
 OWN_TAG, COMPLETING_TAG = "run_key", "merged_eval_loss"
 """Tags of every version of the register step; it writes the second one last."""
+TEST_LOSS = "merged_test_loss"
+"""Tag of versions that have test rows: the loss of what is registered on the rows that chose nothing."""
 TAG_LENGTH = 5000
 
 

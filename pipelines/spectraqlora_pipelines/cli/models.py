@@ -32,7 +32,11 @@ def models(uri: Uri = "", name: Name = "", config: ConfigOrVariable = None, set_
 
 
 def _table(settings: Settings, versions: list[Version]) -> Table:
-    wanted = [settings.promote.metric, *settings.promote.bounds, "accuracy", "trainable_parameters"]
+    from spectraqlora.tracking.registry import COMPLETING_TAG, TEST_LOSS
+
+    named = settings.promote.metric
+    decides = [TEST_LOSS, COMPLETING_TAG] if named == "auto" else [named]
+    wanted = [*decides, *settings.promote.bounds, "accuracy", "trainable_parameters"]
     known = HIGHER_IS_BETTER | LOWER_IS_BETTER | set(wanted)
     columns = [
         metric

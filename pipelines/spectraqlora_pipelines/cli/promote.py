@@ -43,7 +43,7 @@ def _promote(
 ) -> None:
     """Let the gate decide about a version, force one, or roll back.
 
-    A version becomes champion when, on the same held-out rows, promote.metric
+    A version becomes champion when, on the same rows, promote.metric
     is better by more than promote.margin and no guard got worse than its bound.
     Exit code 0: promoted, or champion already; 3: not promoted; 2: bad input.
 

@@ -275,6 +275,12 @@ def _show(summary: dict[str, Any]) -> None:
         f"Merged into the {summary['merged_into']} weights: eval loss {summary['merged_eval_loss']:.4f}. "
         f"Registered as {registered['name']} version {registered['version']}."
     )
+    test = summary["test"]
+    if test["loss"] is not None:
+        line(
+            f"Test loss, on {test['rows']:,} rows that chose nothing: {test['loss']:.4f} ± {test['loss_stderr']:.4f}; "
+            f"the base's {test['base_loss']:.4f}."
+        )
     if summary["merge_warning"]:
         line(f"Warning: {summary['merge_warning']}", style="yellow")
     gate = summary["promotion"]

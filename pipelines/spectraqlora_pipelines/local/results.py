@@ -63,6 +63,12 @@ def collect(outputs: RunOutputs, more: dict[str, Any] | None = None) -> dict[str
         "adapter": str(workdir / "adapter"),
         "merged_into": merged.merged_into,
         "merged_eval_loss": merged.verified_eval_loss,
+        "test": {
+            "rows": merged.test_rows,
+            "base_loss": merged.base_test_loss,
+            "loss": merged.test_loss,
+            "loss_stderr": merged.test_loss_stderr,
+        },
         "merge_warning": merged.warning,
         "published": merged.published,
         "registered": registered,
@@ -101,8 +107,6 @@ def _method_entry(evaluation: Evaluation) -> dict[str, Any]:
         include={
             "eval_loss",
             "eval_loss_stderr",
-            "test_loss",
-            "test_loss_stderr",
             "perplexity",
             "accuracy",
             "trainable_parameters",

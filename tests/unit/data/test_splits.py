@@ -8,17 +8,23 @@ from spectraqlora.data.rows import Conversation, Origin, PromptCompletion, Text
 from spectraqlora.data.splits import (
     BEYOND_HELD_OUT,
     BEYOND_ROWS,
+    BEYOND_TEST,
     EQUAL,
     EQUALS_HELD_OUT,
     EQUALS_TEST,
     HELD_OUT,
+    NEAR,
+    NEAR_HELD_OUT,
+    NEAR_TEST,
     TEST,
     TRAIN,
     USED,
     choose,
-    held_out_target,
     hold_out,
-    row_key,
+    part_rows,
+    row_text,
+    side_sizes,
+    text_key,
 )
 from spectraqlora.errors import InputError
 from spectraqlora.settings import DataSettings
@@ -31,21 +37,72 @@ def keys(*values: int) -> np.ndarray:
 
 
 def distinct(count: int) -> np.ndarray:
-    return np.array([row_key(Text(str(i), AT)) for i in range(count)], np.uint64)
+    return np.array([text_key(str(i)) for i in range(count)], np.uint64)
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "expected"),
-    [(100, {}, 20), (100, {"max_eval_rows": 5}, 5), (2, {"eval_fraction": 0.5}, 1)],
+    ("rows", "settings", "own", "expected"),
+    [
+        (100, {}, ["train"], (10, 20)),
+        (100, {"max_eval_rows": 5, "max_test_rows": 3}, ["train"], (3, 5)),
+        (100, {"test_fraction": 0}, ["train"], (0, 20)),
+        (100, {}, ["train", "test"], (0, 20)),
+        (100, {}, ["train", "held_out"], (10, 0)),
+        (2, {"eval_fraction": 0.5}, ["train"], (0, 1)),
+        (5, {}, ["train", "held_out", "test"], (0, 0)),
+    ],
 )
-def test_the_held_out_share_is_bounded(rows: int, settings: dict, expected: int) -> None:
-    assert held_out_target(rows, DataSettings(**settings)) == expected
+def test_the_shares_of_held_out_and_test_rows_are_bounded(
+    rows: int, settings: dict, own: list[Any], expected: tuple[int, int]
+) -> None:
+    assert side_sizes(rows, DataSettings(**settings), own) == expected
 
 
-@pytest.mark.parametrize(("rows", "share"), [(3, 0.01), (2, 0.9), (0, 0.5)])
-def test_both_sides_have_rows_or_the_split_is_refused(rows: int, share: float) -> None:
-    with pytest.raises(InputError, match=r"data\.eval_fraction"):
-        held_out_target(rows, DataSettings(eval_fraction=share))
+@pytest.mark.parametrize(
+    ("rows", "shares", "named"),
+    [
+        (3, {"eval_fraction": 0.01}, "eval"),
+        (2, {"eval_fraction": 0.9}, "eval"),
+        (0, {}, "eval"),
+        (10, {"eval_fraction": 0.5, "test_fraction": 0.5}, "test"),
+    ],
+)
+def test_all_sides_have_rows_or_the_split_is_refused(rows: int, shares: dict, named: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.{named}_fraction"):
+        side_sizes(rows, DataSettings(**shares), ["train"])
+
+
+def test_equal_rows_stay_on_one_of_three_sides() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        content = rng.integers(0, 40, 100).astype(np.uint64)
+        sides = part_rows(content, 10, 20)
+        assert not (sides.test & sides.held_out).any()
+        train = ~sides.test & ~sides.held_out
+        parts = [set(content[side]) for side in (sides.test, sides.held_out, train)]
+        assert sum(len(part) for part in parts) == len(set(content)) and all(parts)
+        assert sides.test.sum() >= 10 and sides.held_out.sum() >= 20
+
+
+def test_a_test_leaves_rows_that_differ_to_hold_out_and_to_train_on() -> None:
+    for content in (keys(7, 7, 7, 7), keys(1, 2), keys(1, 2, *[7] * 8)):
+        sides = part_rows(content, 2, 1)
+        assert not sides.test.any() and sides.held_out.any() and not sides.held_out.all()
+
+
+def test_rows_ordered_by_content_never_move_towards_the_test_as_data_grows() -> None:
+    content, settings = distinct(400), DataSettings(split_by="content")
+
+    def sides(part: np.ndarray) -> tuple[set[int], set[int], set[int]]:
+        ordered = part[choose(np.zeros(len(part), np.uint8), part, settings, 1).order]
+        parted = part_rows(ordered, 10, 20)
+        train = ordered[~parted.test & ~parted.held_out]
+        return set(ordered[parted.test]), set(ordered[parted.held_out]), set(train)
+
+    (test, held_out, train), before = sides(content), sides(content[:200])
+    assert len(test) == 10 and len(held_out) == 20
+    assert not before[2] & (test | held_out) and not before[1] & test
+    assert before[1] & train and before[0] & held_out
 
 
 def test_by_content_the_order_of_rows_is_no_matter_and_grown_data_keeps_it() -> None:
@@ -88,7 +145,7 @@ def test_a_seed_shuffles_and_at_most_so_many_rows_are_taken() -> None:
     ],
 )
 def test_rows_are_equal_but_for_white_space_and_case(one: Any, other: Any, same: bool) -> None:
-    assert (row_key(one) == row_key(other)) == same
+    assert (row_text(one) == row_text(other)) == same
 
 
 def test_equal_rows_stay_on_one_side() -> None:
@@ -127,3 +184,18 @@ def test_the_sources_own_splits_are_kept_and_cleared_of_what_another_holds() -> 
     assert fates[5] == EQUALS_TEST and fates[8:] == [USED, USED]
     assert sorted(choice.order.tolist()) == [0, 3]
     assert len(choice.held_out) == 2 and fates.count(BEYOND_HELD_OUT) == 1
+    assert sorted(choice.test.tolist()) == [8, 9]
+    limited = choose(splits, content, DataSettings(max_test_rows=1), 1)
+    assert len(limited.test) == 1 and limited.fates.tolist()[8:].count(BEYOND_TEST) == 1
+
+
+def test_of_nearly_equal_rows_one_is_kept_and_the_reason_tells_them_from_equal_ones() -> None:
+    content, near = keys(1, 2, 1, 4, 5, 6, 2, 8), np.array([0, 1, 0, 0, 4, 1, 1, 7])
+    splits = np.array([TRAIN] * 5 + [HELD_OUT, TEST, TEST], np.uint8)
+    choice = choose(splits, content, DataSettings(deduplicate="near"), 1, near)
+    fates = choice.fates.tolist()
+    assert fates == [USED, EQUALS_TEST, EQUAL, NEAR, USED, NEAR_TEST, USED, USED]
+    assert choice.equal == 0 and sorted(choice.order.tolist()) == [0, 4]
+    held_out = np.array([TRAIN, HELD_OUT], np.uint8)
+    nearly = choose(held_out, keys(1, 2), DataSettings(deduplicate="near"), 1, np.array([0, 0]))
+    assert nearly.fates.tolist() == [NEAR_HELD_OUT, USED]

@@ -23,7 +23,7 @@ def measure_base(
         evaluate_settings: the `evaluate` section.
         seed: of the calibration rows and the sketches' projections.
         four_bit: the 4-bit model.
-        rows: prepared rows; the held-out ones are scored, training rows are the calibration batches.
+        rows: prepared rows; held-out and test rows are scored, training rows are the calibration batches.
         measurement: loss of every held-out row, accuracy, and the gradient sketches where they are needed.
     """
     from spectraqlora.steps.measure_base.step import run

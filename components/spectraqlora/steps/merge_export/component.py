@@ -19,7 +19,7 @@ def merge_export(
     Args:
         evaluate_settings: the `evaluate` section.
         four_bit: the 4-bit model.
-        rows: prepared rows, of which the held-out ones are scored.
+        rows: prepared rows: the held-out ones choose the merge, the test rows are scored once.
         winner: the winner's adapter and evaluation.
         exported: `merged/` and `adapter/`.
         export_settings: the `export` section.

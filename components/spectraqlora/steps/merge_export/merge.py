@@ -26,6 +26,7 @@ from spectraqlora.places import kind_of
 from spectraqlora.runtime.console import say, warn
 from spectraqlora.runtime.disk import ask
 from spectraqlora.scoring.batches import load_rows
+from spectraqlora.scoring.held_out import score_test_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings
 from spectraqlora.steps.merge_export.turn_end import end_turns
@@ -55,7 +56,7 @@ def merge_export(
 
     The adapter was trained against the dequantized 4-bit weights; the original weights are the better
     base but shift under it. Both are scored on the held-out rows, then the exported folder is loaded again
-    and scored as proof.
+    and scored as proof. Only what is exported is scored on the test rows, once: they choose nothing.
 
     Args:
         inputs: what is read.
@@ -79,6 +80,9 @@ def merge_export(
     shutil.copytree(inputs.adapter, output / "adapter", dirs_exist_ok=True, ignore=leave_out)
     for name in FOLDERS:
         apply_umask(output / name)
+    exported = load_plain(
+        output / "merged", getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+    )
     warning = merge_warning(evaluation, losses[into])
     if warning:
         warn(warning)
@@ -90,10 +94,15 @@ def merge_export(
         adapter_eval_loss=evaluation.eval_loss,
         eval_loss_quantized=losses["quantized"],
         eval_loss_original=losses["original"],
-        verified_eval_loss=_verified_loss(manifest, loss, output, losses[into]),
+        verified_eval_loss=_verified(exported, loss, losses[into]),
         dtype=_exported_dtype(manifest),
         warning=warning,
     )
+    test = score_test_rows(exported, inputs.rows, evaluate.batch_size)
+    if test:
+        result.test_rows, result.test_loss, result.test_loss_stderr = len(test.losses), test.loss, test.stderr
+        result.base_test_loss = evaluation.base_test_loss
+        say(f"test loss of the {len(test.losses)} rows that chose nothing: {test.loss:.4f}")
     card = model_card(result, evaluation, manifest)
     for name in FOLDERS:
         write_text(output / name / "README.md", card)
@@ -142,6 +151,17 @@ def make_savable(model: Any) -> None:
             **ids, decoder_start_token_id=config.decoder_start_token_id
         )
         warn("the base's generation config contradicts itself: the export's names its special tokens alone")
+
+
+def _test_line(result: MergedModel) -> str:
+    """The card's line on the rows that chose neither checkpoint nor method nor merge."""
+    if result.test_loss is None:
+        return "- No test rows: the held-out rows above chose checkpoint, method and merge.\n"
+    base = "" if result.base_test_loss is None else f"; the base's (4-bit) {result.base_test_loss:.4f}"
+    return (
+        f"- Test loss on {result.test_rows} rows that chose nothing: {result.test_loss:.4f} ± "
+        f"{result.test_loss_stderr:.4f}{base}.\n"
+    )
 
 
 def _exported_dtype(manifest: FourBitModel) -> str:
@@ -213,12 +233,9 @@ def _write_better_merge(
     return losses, better
 
 
-def _verified_loss(
-    manifest: FourBitModel, loss: Callable[[Any], float], output: Path, expected: float
-) -> float:
+def _verified(exported: Any, loss: Callable[[Any], float], expected: float) -> float:
     """Loss of the exported model, loaded again."""
-    dtype, trust = getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
-    verified = loss(load_plain(output / "merged", dtype, trust))
+    verified = loss(exported)
     if abs(verified - expected) > 1e-2 * max(expected, 1e-3) + 1e-3:
         raise RuntimeError(
             f"the exported model scores {verified:.4f} where {expected:.4f} was measured before"
@@ -249,6 +266,7 @@ Trained by SpectraQLoRA: a 4-bit NF4 frozen base with LoRA adapters ({result.met
 | exact-match accuracy | {base_accuracy} | {accuracy} | | |
 
 - Exported: merged into the {result.merged_into} weights, verified eval loss {result.verified_eval_loss:.4f}.
+{_test_line(result)}\
 {f"- Warning: {result.warning}.{chr(10)}" if result.warning else ""}\
 - Trainable parameters: {evaluation.trainable_parameters:,}.
 - Base digest: {manifest.base_digest}. Data digest: {evaluation.data_digest}.

@@ -22,7 +22,7 @@ def prepare_data(
         data_settings: the `data` section.
         seed: of the split.
         outline: of the model, for its tokenizer.
-        rows: tokenized training rows and held-out rows.
+        rows: tokenized training rows, held-out rows and test rows.
     """
     from spectraqlora.steps.prepare_data.step import run
 

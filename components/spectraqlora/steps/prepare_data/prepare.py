@@ -21,7 +21,7 @@ from spectraqlora.data.preparing import Piece, Rendered, Sequences, Survey, rend
 from spectraqlora.data.rendering import Renderer
 from spectraqlora.data.rows import Row
 from spectraqlora.data.sources import Source, open_source
-from spectraqlora.data.splits import HELD_OUT, TEST, TRAIN, USED, Choice, choose, held_out_target, hold_out
+from spectraqlora.data.splits import HELD_OUT, TEST, TRAIN, USED, Choice, choose, part_rows, side_sizes
 from spectraqlora.errors import InputError
 from spectraqlora.places import data_place
 from spectraqlora.runtime.console import Progress, say, warn
@@ -36,7 +36,7 @@ Places = npt.NDArray[np.int64]
 def prepare(
     settings: DataSettings, outline: Path, seed: int, output: Path, content: str = ""
 ) -> PreparedRows:
-    """Write `train/`, `held_out/` and, where the source has one, `test/` (Arrow: input_ids, labels), and the manifest.
+    """Write `train/`, `held_out/` and, where there are test rows, `test/` (Arrow: input_ids, labels), and the manifest.
 
     Args:
         settings: the `data` section.
@@ -64,7 +64,7 @@ def prepare_for(
         say(f"rows end at the model's {model.length} positions, not at data.max_length={settings.max_length}")
     source = open_source(data_place(settings.source), settings, content)
     surveyed = survey(source, settings, _say_read)
-    choice = choose(surveyed.splits, surveyed.keys, settings, seed)
+    choice = choose(surveyed.splits, surveyed.keys, settings, seed, surveyed.groups)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         rendered = _rendered(source, settings, choice, model, Path(scratch), surveyed.counter)
@@ -97,8 +97,12 @@ def _rendered(
     def report(done: int) -> None:
         progress(done, f"({done / max(time.monotonic() - start, 1e-9):,.0f} rows/s)")
 
-    # The rows that are held out are the first ones in order, less those that rendering drops.
-    likely = int(4 * min(len(choice.order) * settings.eval_fraction, settings.max_eval_rows)) + 64
+    # The rows that are held out follow the test's, the first ones in order, less those that rendering drops.
+    shares = (
+        (settings.test_fraction, settings.max_test_rows),
+        (settings.eval_fraction, settings.max_eval_rows),
+    )
+    likely = int(4 * sum(min(len(choice.order) * share, most) for share, most in shares)) + 64
     keep = set(choice.held_out.tolist()) or set(choice.order[:likely].tolist())
     return render(
         source,
@@ -147,14 +151,16 @@ def _sides(
             settings.source,
             f"rows to learn from and to hold out; of {surveyed.read} rows: {counter.reasons()}",
         )
-    if not own:
-        first = hold_out(surveyed.keys[row[train]], held_out_target(len(train), settings))
-        train, held_out = train[~first], train[first]
-    elif too_few:
+    if own and too_few:
         raise InputError("data.source", settings.source, "rows both to train on and to hold out")
-    sides = {"train": train, "held_out": held_out}
-    test = np.flatnonzero(split == TEST)
-    return {**sides, "test": test} if len(test) else sides
+    test = _ordered(row, np.flatnonzero(split == TEST), choice.test)
+    parted = part_rows(surveyed.keys[row[train]], *side_sizes(len(train), settings, source.splits))
+    sides = {
+        "train": train[~parted.test & ~parted.held_out],
+        "held_out": held_out if own else train[parted.held_out],
+        "test": test if "test" in source.splits else train[parted.test],
+    }
+    return {name: places for name, places in sides.items() if name != "test" or len(places)}
 
 
 def _ordered(row: Places, sequences: Places, order: Places) -> Places:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from spectraqlora.errors import InputError
 from spectraqlora.settings import HIGHER_IS_BETTER, PromoteSettings
+from spectraqlora.tracking.registry import COMPLETING_TAG, TEST_LOSS
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,14 @@ class Decision:
     reason: str
     challenger: Mapping[str, float]
     champion: Mapping[str, float] = field(default_factory=dict)
+
+
+def with_metric(settings: PromoteSettings, challenger: Mapping[str, float]) -> PromoteSettings:
+    """The settings with what `promote.metric=auto` stands for: the loss of the test rows, where there are any."""
+    if settings.metric != "auto":
+        return settings
+    metric = TEST_LOSS if TEST_LOSS in challenger else COMPLETING_TAG
+    return settings.model_copy(update={"metric": metric})
 
 
 def decide(
@@ -33,6 +42,7 @@ def decide(
     Raises:
         InputError: a metric that one of them does not have.
     """
+    settings = with_metric(settings, challenger)
     names = [settings.metric, *settings.bounds]
     _all_there("challenger", challenger, names)
     numbers = {name: challenger[name] for name in names}

@@ -7,13 +7,21 @@ from datetime import UTC, datetime
 
 from spectraqlora.errors import InputError
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
-from spectraqlora.steps.promote.gate import Decision, decide
+from spectraqlora.steps.promote.gate import Decision, decide, with_metric
 from spectraqlora.steps.promote.scores import Scores
 from spectraqlora.tracking.ledger import Kind, Ledger, LedgerEntry
-from spectraqlora.tracking.registry import CHAMPION, DECISION, Registry, Version
+from spectraqlora.tracking.registry import (
+    CHAMPION,
+    COMPLETING_TAG,
+    DECISION,
+    TEST_LOSS,
+    Registry,
+    Version,
+)
 
 _OF_THE_ROWS = frozenset(
-    {"merged_eval_loss", "eval_loss", "perplexity", "accuracy", "base_eval_loss", "base_accuracy"}
+    {COMPLETING_TAG, "eval_loss", "perplexity", "accuracy", "base_eval_loss", "base_accuracy"}
+    | {TEST_LOSS, "base_test_loss"}
 )
 """Metrics that say nothing about another model unless both were measured on the same rows."""
 
@@ -120,12 +128,15 @@ class Promotion:
     def _decision(self, champion: Version | None) -> tuple[Decision, str]:
         """The gate's decision, and where its numbers come from."""
         ours = self.registry.run_metrics(self.challenger)
+        self.settings = with_metric(self.settings, ours)
         if champion is None:
             return decide(
                 {**ours, **self._scores.guard(self.challenger)}, None, self.settings
             ), "when trained"
         theirs = self.registry.run_metrics(champion)
-        same = self.challenger.tags.get("eval_digest", "") == champion.tags.get("eval_digest")
+        same = _scored_on(self.challenger) == _scored_on(champion)
+        if self.settings.metric == TEST_LOSS:
+            same &= TEST_LOSS in theirs
         if not same or self.settings.guard_data:
             mine, other = (v.tags.get("tokenizer_digest") for v in (self.challenger, champion))
             if mine != other:
@@ -151,6 +162,7 @@ class Promotion:
             "metric": self.settings.metric,
             "margin": f"{self.settings.margin:g}",
             "eval_digest": self.challenger.tags.get("eval_digest", ""),
+            "test_digest": self.challenger.tags.get("test_digest", ""),
             "at": _now(),
             **{f"bound.{name}": f"{bound:g}" for name, bound in self.settings.bounds.items()},
             **{f"challenger.{name}": f"{value:.9g}" for name, value in outcome.challenger.items()},
@@ -165,6 +177,11 @@ class Promotion:
 def _independent(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics that do not depend on which rows were scored."""
     return {name: value for name, value in metrics.items() if name not in _OF_THE_ROWS}
+
+
+def _scored_on(version: Version) -> tuple[str, str]:
+    """Digests of a version's held-out and test rows; where it has none, like those of no other."""
+    return version.tags.get("eval_digest", f"version {version.number}"), version.tags.get("test_digest", "")
 
 
 def _now() -> str:

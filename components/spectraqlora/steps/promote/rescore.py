@@ -21,15 +21,22 @@ _KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
 
 def rescore(
-    model: Any, tokenizer: Any, rows: Any, answers: list[dict[str, str]], settings: EvaluateSettings
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    answers: list[dict[str, str]],
+    settings: EvaluateSettings,
+    test: Any = None,
 ) -> dict[str, float]:
-    """Loss, perplexity and, where there are answers, accuracy of a model on tokenized rows."""
+    """A model's loss and perplexity on tokenized rows and, where there are any, accuracy and loss on the test rows."""
     measured = score(model, rows, settings.batch_size)
     numbers = {
         "merged_eval_loss": measured.loss,
         "eval_loss": measured.loss,
         "perplexity": measured.perplexity,
     }
+    if test is not None:
+        numbers["merged_test_loss"] = score(model, test, settings.batch_size).loss
     chosen = answers[: settings.accuracy_rows]
     if chosen:
         exact = accuracy(model, tokenizer, chosen, settings.max_new_tokens, settings.batch_size)

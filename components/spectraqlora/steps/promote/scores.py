@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from spectraqlora.runtime.console import say
-from spectraqlora.scoring.held_out import read_held_out
+from spectraqlora.scoring.held_out import read_held_out, read_test_rows
 from spectraqlora.settings import EvaluateSettings, PromoteSettings
 from spectraqlora.tracking.registry import HELD_OUT, Registry, Version
 
@@ -30,7 +30,7 @@ class Scores:
         self._guard: dict[int, float] = {}
 
     def on_rows(self, version: Version) -> dict[str, float]:
-        """Loss, perplexity and, where there are answers, accuracy on the challenger's rows."""
+        """Losses, perplexity and, where there are answers, accuracy on the challenger's held-out and test rows."""
         if version.number not in self._on_rows:
             self._measure(version, rows=True)
         return self._on_rows[version.number]
@@ -69,7 +69,9 @@ class Scores:
             if rows:
                 kept = self._registry.download(self._challenger, HELD_OUT, target)
                 scored, answers = read_held_out(kept)
-                self._on_rows[version.number] = rescore(model, tokenizer, scored, answers, self._evaluate)
+                self._on_rows[version.number] = rescore(
+                    model, tokenizer, scored, answers, self._evaluate, read_test_rows(kept)
+                )
             if settings.guard_data and version.number not in self._guard:
                 self._guard[version.number] = guard_perplexity(
                     model, tokenizer, settings.guard_data, settings.guard_rows, self._evaluate.batch_size

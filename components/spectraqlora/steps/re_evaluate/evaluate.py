@@ -25,7 +25,6 @@ from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit, load_tokenizer
 from spectraqlora.runtime.console import say
 from spectraqlora.scoring.batches import load_rows
-from spectraqlora.scoring.held_out import score_test_rows
 from spectraqlora.scoring.loss import Score, accuracy, score
 from spectraqlora.settings import EvaluateSettings, SelectSettings, SnrSettings
 from spectraqlora.snr.table import finite_snr, read_table, write_table
@@ -103,7 +102,6 @@ def re_evaluate(
     result = score(wrapped, held_out, sections.evaluate.batch_size, packing=trained.rows.shared_sequences)
     exact = _accuracy(model, trained, inputs, sections.evaluate)
     follows = method(rank_map.method).moves and round < rounds
-    test = None if follows else score_test_rows(wrapped, inputs.rows, sections.evaluate.batch_size)
 
     active = len(rank_map.active())
     say(f"measuring the {active} updated weight matrices of {len(manifest.modules)}")
@@ -122,13 +120,6 @@ def re_evaluate(
         for folder in (outputs.next_rank_map, outputs.next_adapter):
             write_nothing(folder, f"no round follows round {round} of {rank_map.method}")
     evaluation = _evaluation(trained, sections, result, exact, finite_snr(table), spectra, changes)
-    if test:
-        own = {
-            "test_loss": test.loss,
-            "test_loss_stderr": test.stderr,
-            "base_test_loss": trained.base.test_loss,
-        }
-        evaluation = evaluation.model_copy(update=own)
     evaluation.write(outputs.evaluation)
     say(f"{rank_map.method} round {rank_map.round}: eval loss {trained.base.loss:.4f} to {result.loss:.4f}")
     return evaluation
@@ -188,6 +179,7 @@ def _evaluation(
         base_eval_loss=base.loss,
         base_perplexity=base.perplexity,
         base_accuracy=base.accuracy,
+        base_test_loss=base.test_loss,
         eval_loss=result.loss,
         eval_loss_stderr=result.stderr,
         perplexity=result.perplexity,

@@ -20,7 +20,7 @@ def register(
     Args:
         tracking_settings: the `tracking` section.
         origin: digests of data source and recipe, by which retraining knows what was trained already.
-        rows: prepared rows, of which the held-out ones are kept next to the model.
+        rows: prepared rows, of which the held-out and test rows are kept next to the model.
         winner: the winner's adapter and evaluation.
         exported: the merged model.
         leaderboard: of compare; what steps that were taken from the cache did not send to MLflow is sent from it.

@@ -23,6 +23,7 @@ from spectraqlora.tracking.registry import (
     COMPLETING_TAG,
     HELD_OUT,
     OWN_TAG,
+    TEST_LOSS,
     Registry,
 )
 from spectraqlora.tracking.runs import REVISION, Tracker
@@ -70,12 +71,12 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
     else:
         trust = MergedModel.read(inputs.exported).trust_remote_code
         tokenizer = load_tokenizer(inputs.exported / "merged", trust)
-        rows_digest, example = _keep_for_comparison(tracker, run_id, inputs, tokenizer)
+        digests, example = _keep_for_comparison(tracker, run_id, inputs, tokenizer)
         tags = {
             **identity,
             **where,
             **_tags(tracker, inputs, origin),
-            "eval_digest": rows_digest,
+            **digests,
             "tokenizer_digest": vocabulary_digest(tokenizer),
             **_metrics(tracker, inputs),
         }
@@ -91,17 +92,19 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
     return registry.name, number
 
 
-def _keep_for_comparison(tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any) -> tuple[str, str]:
-    """Keep the held-out rows and the adapter with its rank map in the run; (digest of the rows, a prompt)."""
+def _keep_for_comparison(
+    tracker: Tracker, run_id: str, inputs: Inputs, tokenizer: Any
+) -> tuple[dict[str, str], str]:
+    """Keep the scored rows and the adapter with its rank map in the run; (tags with the rows' digests, a prompt)."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        digest = write_held_out(inputs.rows, folder / HELD_OUT)
+        digests = write_held_out(inputs.rows, folder / HELD_OUT)
         tracker.log_folder(run_id, folder / HELD_OUT, HELD_OUT)
         example = _example(folder / HELD_OUT, tokenizer)
         Evaluation.read(inputs.winner).rounds[-1].rank_map.write(folder / "rank_map")
         tracker.log_folder(run_id, inputs.winner / "adapter", ADAPTER)
         tracker.log_folder(run_id, folder / "rank_map", ADAPTER)
-    return digest, example
+    return digests, example
 
 
 def _where(inputs: Inputs) -> dict[str, str]:
@@ -131,7 +134,10 @@ def _metrics(tracker: Tracker, inputs: Inputs) -> dict[str, str]:
     merged = MergedModel.read(inputs.exported)
     adapter = tracker.settings.registered_form == "adapter"
     loss = merged.eval_loss_original if adapter else merged.verified_eval_loss
-    numbers = {**Evaluation.read(inputs.winner).headline(), COMPLETING_TAG: loss}
+    # The adapter is registered with the original base: the test loss of another merge is not its own.
+    tested = merged.test_loss is not None and (not adapter or merged.merged_into == "original")
+    test = {TEST_LOSS: merged.test_loss} if tested else {}
+    numbers = {**Evaluation.read(inputs.winner).headline(), **test, COMPLETING_TAG: loss}
     return {name: f"{value:.9g}" for name, value in numbers.items()}
 
 

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from spectraqlora.artifacts import MergedModel
+from spectraqlora.artifacts import Evaluation, MergedModel, PreparedRows
 from spectraqlora.errors import InputError
 from spectraqlora.files import link_or_copy
 from spectraqlora.models import adapters
-from spectraqlora.models.loading import load_four_bit
+from spectraqlora.models.loading import load_four_bit, load_plain
 from spectraqlora.models.tensors import LocalTensors
+from spectraqlora.scoring.batches import load_rows
+from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ModelSettings
 from spectraqlora.steps.merge_export.merge import Inputs, make_savable, merge_export, merge_warning
 from spectraqlora.steps.quantize_load.quantize import quantize
 
+from tests.measured import with_test_rows
 from tests.models import change_weights, copied
 from tests.unit.models.test_adapters import Q0, randomize, rank_map
 from tests.unit.results import evaluation
@@ -64,6 +67,29 @@ def test_the_merged_model_has_the_bases_type_whatever_was_computed_in(
         result.merged_into
     ]
     assert result.verified_eval_loss == pytest.approx(scored, rel=1e-5)
+
+
+def test_only_what_is_exported_is_scored_on_the_test_rows(
+    winner: Path, prepared: Path, tmp_path: Path
+) -> None:
+    rows = with_test_rows(prepared, tmp_path / "rows")
+    work = Path(shutil.copytree(winner, tmp_path / "work"))
+    won = Evaluation.read(work / "winner").model_copy(update={"base_test_loss": 9.5})
+    won.write(work / "winner")
+    result = export(work, rows, tmp_path / "exported")
+    model = load_plain(tmp_path / "exported" / "merged", torch.float32)
+    expected = score(model, load_rows(rows, "test"), 2)
+    assert (result.test_rows, result.base_test_loss) == (5, 9.5)
+    assert result.test_loss == pytest.approx(expected.loss) and result.test_loss != result.verified_eval_loss
+    assert result.test_loss_stderr == pytest.approx(expected.stderr)
+    said = f"Test loss on 5 rows that chose nothing: {result.test_loss:.4f} ± {result.test_loss_stderr:.4f}; "
+    for name in ("merged", "adapter"):
+        card = (tmp_path / "exported" / name / "README.md").read_text()
+        assert said + "the base's (4-bit) 9.5000." in card
+    without = PreparedRows.read(rows).model_copy(update={"test_rows": 0})
+    without.write(rows)
+    assert export(work, rows, tmp_path / "again").test_loss is None
+    assert "No test rows" in (tmp_path / "again" / "merged" / "README.md").read_text()
 
 
 def test_exported_files_have_the_mode_of_new_files(winner: Path, prepared: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_only_completions_count_and_what_is_dropped_is_said_with_its_first_row(
     ]
     source = _jsonl(tmp_path / "d.jsonl", rows)
     out = tmp_path / "out"
-    result = prepare(DataSettings(source=source, max_length=64), outline, 1, out)
+    result = prepare(DataSettings(source=source, max_length=64, test_fraction=0), outline, 1, out)
     account = result.account
     assert (account.read, account.used) == (20, 18)
     assert {d.reason: (d.rows, d.first.partition(":")[0]) for d in account.dropped} == {
@@ -47,7 +47,7 @@ def test_only_completions_count_and_what_is_dropped_is_said_with_its_first_row(
         "longer than data.max_length": (1, f"{source}, row 20"),
     }
     assert account.unused_columns == ["id"]
-    assert result.train_rows + result.eval_rows == 18
+    assert result.train_rows + result.eval_rows == 18 and not result.test_rows
     tokenizer = load_tokenizer(outline / "model")
     row = load_rows(out, "train")[0]
     counted = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
@@ -83,7 +83,8 @@ def test_rows_end_where_the_model_has_no_more_positions(outline: Path, tmp_path:
     # The model has 128.
     rows = [*_questions(8), *({"question": f"{i} y" * 200, "answer": "red"} for i in range(2))]
     result = prepare(DataSettings(source=_jsonl(tmp_path / "d.jsonl", rows)), outline, 1, tmp_path / "rows")
-    assert result.account.dropped[0].rows == 2 and result.train_rows + result.eval_rows == 8
+    assert result.account.dropped[0].rows == 2
+    assert (result.train_rows, result.eval_rows, result.test_rows) == (5, 2, 1)
     assert result.account.max_length == 128
     text = _jsonl(tmp_path / "t.jsonl", [{"text": f"mara {i} likes red . " * 80} for i in range(4)])
     prepare(DataSettings(source=text, pack=True), outline, 1, tmp_path / "text")
@@ -106,13 +107,13 @@ def test_long_documents_are_split_into_pieces_that_stay_on_one_side(outline: Pat
         tmp_path / "o",
     )
     assert not result.account.dropped and result.account.used == 10 and result.account.pieces > 10
-    sides = {split: _texts(tmp_path / "o", outline, split) for split in ("train", "held_out")}
+    sides = {split: _texts(tmp_path / "o", outline, split) for split in ("train", "held_out", "test")}
     numbers = {
         split: {word for text in texts for word in text.split() if word.isdigit()}
         for split, texts in sides.items()
     }
-    assert numbers["train"] | numbers["held_out"] == {str(i) for i in range(10)}
-    assert not numbers["train"] & numbers["held_out"]
+    assert set().union(*numbers.values()) == {str(i) for i in range(10)}
+    assert sum(len(part) for part in numbers.values()) == 10 and all(numbers.values())
     ids = [token for row in load_rows(tmp_path / "o", "train") for token in row["input_ids"]]
     assert result.train_tokens == len(ids)
     alone = prepare(
@@ -127,7 +128,9 @@ def test_long_documents_are_split_into_pieces_that_stay_on_one_side(outline: Pat
 @pytest.mark.parametrize("too_long", ["auto", "drop", "cut_right", "cut_left", "split"])
 def test_what_becomes_of_long_rows_is_a_setting(outline: Path, tmp_path: Path, too_long: Any) -> None:
     rows = [*_questions(10), {"question": "start " + "y " * 100, "answer": "blue"}]
-    settings = DataSettings(source=_jsonl(tmp_path / "d.jsonl", rows), max_length=24, too_long=too_long)
+    settings = DataSettings(
+        source=_jsonl(tmp_path / "d.jsonl", rows), max_length=24, too_long=too_long, test_fraction=0
+    )
     result = prepare(settings, outline, 1, tmp_path / "o")
     both = [row for split in ("train", "held_out") for row in load_rows(tmp_path / "o", split)]
     assert all(len(row["input_ids"]) == len(row["labels"]) <= 24 for row in both)
@@ -181,17 +184,34 @@ def test_equal_rows_stay_on_one_side_and_are_counted(outline: Path, tmp_path: Pa
     rows += [{"prompt": f"q {i}", "completion": "r"} for i in range(8)]
     source = _jsonl(tmp_path / "d.jsonl", rows)
     result = prepare(DataSettings(source=source, split_by=split_by), outline, 1, tmp_path / "o")
-    train, held_out = (
+    train, held_out, test = (
         {" ".join(text.lower().split()) for text in _texts(tmp_path / "o", outline, split)}
-        for split in ("train", "held_out")
+        for split in ("train", "held_out", "test")
     )
-    assert not train & held_out and len(held_out) == 6
+    assert not train & held_out and not test & (train | held_out) and (len(held_out), len(test)) == (5, 3)
     assert result.account.equal == 19 and result.account.used == 28
     exact = prepare(
         DataSettings(source=source, split_by=split_by, deduplicate="exact"), outline, 1, tmp_path / "e"
     )
-    assert exact.train_rows + exact.eval_rows == 9 and exact.account.dropped[0].rows == 19
+    assert exact.train_rows + exact.eval_rows + exact.test_rows == 9 and exact.account.dropped[0].rows == 19
     assert not warning(exact)
+
+
+def test_nearly_equal_rows_are_counted_with_the_first_and_stand_on_one_side(
+    outline: Path, tmp_path: Path
+) -> None:
+    long = "the harbour of {} lies behind two hills and its ships bring salt , wool and copper from far away"
+    rows = [{"prompt": f"about {name}", "completion": long.format(name) + " ." * again} for name in
+            ("oslo", "cairo") for again in range(10)]  # fmt: skip
+    rows += [{"prompt": f"number {i}", "completion": str(i * 7919)} for i in range(20)]
+    source = _jsonl(tmp_path / "d.jsonl", rows)
+    result = prepare(DataSettings(source=source, deduplicate="near"), outline, 1, tmp_path / "o")
+    (dropped,) = result.account.dropped
+    assert (dropped.reason, dropped.first) == ("nearly equal to an earlier row", f"{source}, row 2")
+    sides = [_texts(tmp_path / "o", outline, side) for side in ("train", "held_out", "test")]
+    assert sum("harbour" in text for side in sides for text in side) == 20 - dropped.rows <= 2
+    assert sum("number" in text for side in sides for text in side) == 20
+    assert f"{dropped.rows} nearly equal to an earlier row" in "\n".join(lines(result))
 
 
 def test_rows_that_are_all_equal_are_said_to_be(outline: Path, tmp_path: Path) -> None:
@@ -214,6 +234,26 @@ def test_where_nothing_is_left_the_true_reason_is_said(
 ) -> None:
     with pytest.raises(InputError, match=words):
         prepare(DataSettings(source=_jsonl(tmp_path / "d.jsonl", rows)), outline, 1, tmp_path / "o")
+
+
+def test_where_the_source_brings_none_test_rows_are_ours(outline: Path, tmp_path: Path) -> None:
+    source = _jsonl(tmp_path / "d.jsonl", _questions(50))
+    result = prepare(DataSettings(source=source, max_test_rows=4), outline, 1, tmp_path / "o")
+    assert (result.train_rows, result.eval_rows, result.test_rows) == (36, 10, 4)
+    texts = [_texts(tmp_path / "o", outline, side) for side in ("train", "held_out", "test")]
+    assert [len(set(side)) for side in texts] == [36, 10, 4] and len(
+        {t for side in texts for t in side}
+    ) == 50
+    asked = {answer["prompt"].removeprefix("<s>") for answer in result.answers}
+    assert asked == {text.removesuffix(" red") for text in texts[1]}
+    _jsonl(tmp_path / "f" / "train.jsonl", _questions(50))
+    _jsonl(tmp_path / "f" / "validation.jsonl", _questions(9, 60))
+    own = prepare(DataSettings(source=str(tmp_path / "f")), outline, 1, tmp_path / "p")
+    assert (own.train_rows, own.eval_rows, own.test_rows) == (45, 9, 5)
+    with pytest.raises(
+        InputError, match=r"data\.test_fraction: '0\.9'.*of 50 rows, of which 10 are held out"
+    ):
+        prepare(DataSettings(source=source, test_fraction=0.9), outline, 1, tmp_path / "q")
 
 
 def test_the_split_is_the_seeds(outline: Path, tiny_rows: Path, tmp_path: Path) -> None:

@@ -83,3 +83,12 @@ def test_the_decision_carries_the_numbers_that_it_compared() -> None:
     )
     assert found.challenger == loss(1.0, accuracy=0.5) and found.champion == loss(2.0, accuracy=0.5)
     assert "1" in found.reason and "2" in found.reason
+
+
+def test_where_there_are_test_rows_their_loss_decides_unless_a_metric_is_named() -> None:
+    better = {"merged_test_loss": 1.0, "merged_eval_loss": 3.0}
+    worse = {"merged_test_loss": 2.0, "merged_eval_loss": 2.0}
+    decision = decide(better, worse, PromoteSettings())
+    assert decision.promote and decision.reason.startswith("merged_test_loss 1 against 2")
+    assert not decide(better, worse, PromoteSettings(metric="merged_eval_loss")).promote
+    assert not decide(loss(3.0), worse, PromoteSettings()).promote
