@@ -114,6 +114,19 @@ class DroppedRows(BaseModel):
     setting: str = Field("", description="the setting that would keep them")
 
 
+class SourceAccount(BaseModel):
+    """What became of the rows of one of several sources."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str
+    weight: float | None = None
+    read: int = Field(description="rows read")
+    train: int = Field(description="of these, rows that are trained on")
+    held_out: int
+    test: int
+    dropped: dict[str, int] = Field(description="rows that are not used, by reason")
+
+
 class DataAccount(BaseModel):
     """What became of everything that was read."""
 
@@ -123,6 +136,9 @@ class DataAccount(BaseModel):
     read: int = Field(description="rows read")
     used: int = Field(description="of these rows, how many are trained on, held out or kept for a test")
     dropped: list[DroppedRows]
+    sources: list[SourceAccount] = Field(
+        default_factory=list, description="the same by source, where there are several"
+    )
     pieces: int = Field(0, description="sequences more than rows, since long rows were split")
     cut: int = Field(0, description="rows that were cut to data.max_length")
     equal: int = Field(0, description="rows that equal an earlier one, and are kept on its side")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import escape
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest, folder_digest, name_fault
+from spectraqlora.settings import DataSettings
 
 if TYPE_CHECKING:
     from spectraqlora.storage import Address
@@ -69,6 +70,10 @@ def kind_of(name: str) -> Kind:
 
 class HubAway(InputError):
     """A hub that does not answer."""
+
+
+_UNKNOWN = "-"
+"""Stands for the content of a source among several that is not known."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +336,35 @@ def data_place(name: str, field: str = "data.source") -> Place:
     place = Place(_normal(name), kind_of(name), "data", field)
     _check(place, name)
     return place
+
+
+def data_places(settings: DataSettings, field: str = "data.source") -> list[Place]:
+    """The places of all data sources, in order.
+
+    Raises:
+        InputError: as `data_place`.
+    """
+    if not settings.sources:
+        return [data_place(settings.source, field)]
+    return [
+        data_place(part.source, f"data.sources[{number}]") for number, part in enumerate(settings.sources)
+    ]
+
+
+def joined_contents(contents: Sequence[str]) -> str:
+    """What several sources hold as one text; that of one source is its own.
+
+    Args:
+        contents: as `Place.digest` says it, of each source; empty where it is not known.
+    """
+    return contents[0] if len(contents) == 1 else " ".join(content or _UNKNOWN for content in contents)
+
+
+def parted_contents(content: str, count: int) -> list[str]:
+    """What each of `count` sources holds, of what `joined_contents` made; empty where it is not known."""
+    parts = content.split(" ") if count > 1 else [content]
+    known = ["" if part == _UNKNOWN else part for part in parts]
+    return known if len(known) == count else [""] * count
 
 
 def file_place(name: str, field: str) -> Place:

@@ -11,7 +11,8 @@ import difflib
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -78,11 +79,28 @@ class ModelSettings(_Section):
     )
 
 
+class DataPart(_Section):
+    """One of several data sources."""
+
+    source: str = Field(description="As data.source", min_length=1)
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the training split's rows that are used, in proportion to the other weights; none uses all rows",
+    )
+    split: str = Field("train", description="As data.split, of this source")
+
+
 class DataSettings(_Section):
     source: str = Field(
         "sample",
         description="Hub id, folder, s3:// address, `sample`, or a file: .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md "
         "(each also as .gz, .zst, .xz), .parquet, .arrow",
+    )
+    sources: tuple[DataPart, ...] = Field(
+        (),
+        description="In place of data.source several, each with source and, where wanted, weight and split: "
+        "[{source: a.jsonl, weight: 3}, {source: owner/name, weight: 1}]",
     )
     subset: str = Field("", description="Which of the subsets that a folder's README lists (hub: its config)")
     split: str = Field(
@@ -156,6 +174,39 @@ class DataSettings(_Section):
         description="What is learned of a conversation: every assistant's turn, the last one, or all of its text",
     )
 
+    @property
+    def parts(self) -> tuple[DataPart, ...]:
+        """The data sources: those of `sources`, else the one that `source` names."""
+        return self.sources or (DataPart(source=self.source, split=self.split),)
+
+    def at(self, names: Sequence[str]) -> Self:
+        """The same settings with the sources called otherwise, one name a source."""
+        if not self.sources:
+            return self.model_copy(update={"source": names[0]})
+        pairs = zip(self.sources, names, strict=True)
+        parts = tuple(part.model_copy(update={"source": name}) for part, name in pairs)
+        return self.model_copy(update={"sources": parts})
+
+    @property
+    def named(self) -> str:
+        """The names of all sources."""
+        return ", ".join(part.source for part in self.parts)
+
+    @field_validator("sources")
+    @classmethod
+    def _all_weighed_or_none(cls, value: tuple[DataPart, ...]) -> tuple[DataPart, ...]:
+        if len({part.weight is None for part in value}) > 1:
+            raise ValueError("a weight for every source, or for none")
+        return value
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.sources and self.source != "sample":
+            raise InputError(
+                "data.sources", self.named, f"data.source ({self.source}) or data.sources, not both"
+            )
+        return self
+
     @field_validator("prompt_template")
     @classmethod
     def _has_prompt(cls, value: str) -> str:
@@ -185,6 +236,12 @@ class DataSettings(_Section):
         except LookupError:
             pass
         raise ValueError("an encoding of text, such as utf-8 or cp1252")
+
+
+def data_section(values: Mapping[str, Any], source: str) -> DataSettings:
+    """The `data` section of a pipeline's parameters; `source` is the one source, where it does not have several."""
+    section = DataSettings(**values)
+    return section if section.sources else section.model_copy(update={"source": source})
 
 
 class SnrSettings(_Section):

@@ -184,7 +184,7 @@ def test_preflight_reads_no_weights(
     )
     with Proxy(server.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        preflight.check(settings, base_place(model), data_place(rows))
+        preflight.check(settings, base_place(model), [data_place(rows)])
         weights = [r for r in proxy.requests if r.path.endswith(".safetensors") and r.method == "GET"]
         assert weights and all(r.range in ("bytes=0-65535", "bytes=0-0") for r in weights)
     left = [

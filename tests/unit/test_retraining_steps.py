@@ -53,6 +53,29 @@ def test_the_digest_follows_the_content_of_a_file_and_a_folder(tmp_path: Path) -
         source_digest(DataSettings(source=str(tmp_path / "none.jsonl")))
 
 
+def test_the_digest_of_several_sources_follows_each_of_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    parts = [{"source": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")]
+    settings = DataSettings.model_validate({"sources": parts})
+    first = source_digest(settings).split()
+    assert len(first) == 2 and first[0] == source_digest(DataSettings(source=parts[0]["source"]))
+    (tmp_path / "b.jsonl").write_text("{}\n{}\n")
+    second = source_digest(settings).split()
+    assert second[0] == first[0] and second[1] != first[1]
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(InputError, match=r"data\.sources\[1\]: .*b\.jsonl"):
+        source_digest(settings)
+
+
+def test_where_several_sources_are_is_no_part_of_the_recipe_and_their_weights_are() -> None:
+    def of(*parts: tuple[str, float]) -> str:
+        sources = [{"source": name, "weight": weight} for name, weight in parts]
+        return recipe(Settings.model_validate({"data": {"sources": sources}}))
+
+    assert of(("a", 1), ("b", 2)) == of(("c", 1), ("d", 2)) != of(("a", 2), ("b", 2))
+
+
 def test_the_recipe_is_what_shapes_the_model_and_nothing_else() -> None:
     plain = recipe(Settings())
     same = Settings.model_validate(

@@ -30,6 +30,15 @@ from spectraqlora_pipelines.cli.options import load_settings
         ({"retrain": {"method": "a" * 41}}, ["retrain.method", "aaa", "a method's name"]),
         ({"methods": "qlora,qlora"}, ["methods", "each named once"]),
         ({"data": {"prompt_template": "x"}}, ["data.prompt_template", "{prompt}"]),
+        (
+            {"data": {"sources": [{"source": "a", "weight": 1}, {"source": "b"}]}},
+            ["data.sources", "a weight for"],
+        ),
+        ({"data": {"sources": [{"source": "a", "weight": 0}]}}, ["data.sources.0.weight", "0"]),
+        (
+            {"data": {"source": "c", "sources": [{"source": "a"}]}},
+            ["data.sources", "data.source (c)", "not both"],
+        ),
         ({"tracking": {"registered_model": "a/b"}}, ["tracking.registered_model", "a/b"]),
         (
             {"tracking": {"uri": "http://me:secret@host"}},

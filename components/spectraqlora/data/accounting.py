@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from spectraqlora.artifacts import DataAccount, DroppedRows, Example, PreparedRows
+from spectraqlora.artifacts import DataAccount, DroppedRows, Example, PreparedRows, SourceAccount
 from spectraqlora.data.rows import Origin
 
 LOST_SHARE = 0.1
@@ -22,6 +23,7 @@ class Counter:
     """Counts rows that are not used, by reason, with the first of each."""
 
     dropped: dict[str, DroppedRows] = field(default_factory=dict)
+    of_source: dict[int, collections.Counter[str]] = field(default_factory=dict)
 
     def drop(
         self, reason: str, origin: Origin, detail: str = "", setting: str = "", asked_for: bool = False
@@ -35,6 +37,7 @@ class Counter:
             setting: that would keep such rows.
             asked_for: whether a setting said so.
         """
+        self.of_source.setdefault(origin.source, collections.Counter())[reason] += 1
         entry = self.dropped.get(reason)
         if entry is None:
             first = f"{origin}: {detail}" if detail else str(origin)
@@ -75,6 +78,8 @@ def facts(rows: PreparedRows) -> list[tuple[str, str]]:
     ]
     if rows.test_rows:
         pairs.append(("test", f"{rows.test_rows:,}, kept apart: neither trained on nor chosen by"))
+    for number, part in enumerate(account.sources, 1):
+        pairs.append((f"source {number}", _of_source(part)))
     for entry in account.dropped:
         hint = f"; {entry.setting} keeps them" if entry.setting and not entry.asked_for else ""
         pairs.append(
@@ -153,6 +158,14 @@ def lines(rows: PreparedRows) -> list[str]:
 def marked(example: Example) -> str:
     """An example in one line: the learned part between » and «."""
     return "".join(f"»{text}«" if learned else text for text, learned in example).replace("\n", "\\n")
+
+
+def _of_source(part: SourceAccount) -> str:
+    """What became of one source's rows, in a line."""
+    weight = "" if part.weight is None else f", weight {part.weight:g}"
+    kept = f"{part.train:,} trained on, {part.held_out:,} held out, {part.test:,} for the test"
+    rest = "".join(f", {rows:,} {reason}" for reason, rows in part.dropped.items())
+    return f"{part.source}{weight}: {part.read:,} rows, {kept}{rest}"
 
 
 def _sequences(account: DataAccount) -> str:

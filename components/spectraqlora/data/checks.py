@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from spectraqlora.data.accounting import Counter
 from spectraqlora.data.conversations import ROLES
 from spectraqlora.data.for_model import RowModel
 from spectraqlora.data.rows import Conversation, Origin, Row, RowRefused
-from spectraqlora.data.sources import Source, open_remotely
+from spectraqlora.data.sources import Source, look_at_sources
 from spectraqlora.data.splits import Split, side_sizes
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place
@@ -22,14 +22,16 @@ _REMOTE_ROWS, _REMOTE_FILES = 20, 8
 _FIRST_ROWS, _PATTERNS = 3, 64
 
 
-def check_source(place: Place, settings: DataSettings, model: RowModel | None = None) -> list[str]:
+def check_sources(
+    places: Sequence[Place], settings: DataSettings, model: RowModel | None = None
+) -> list[str]:
     """Refuse bad data: missing, empty, unknown columns, values that are no text, nothing left to hold out.
 
     With a model, the first rows of every file and a row of every pattern of roles are rendered. Of files that are
     elsewhere only the first rows are read.
 
     Args:
-        place: of the data.
+        places: of the sources.
         settings: the `data` section.
         model: that renders rows.
 
@@ -39,10 +41,11 @@ def check_source(place: Place, settings: DataSettings, model: RowModel | None = 
     Raises:
         InputError: what is wrong with it.
     """
-    source = open_remotely(place, settings)
+    source = look_at_sources(places, settings)
     if source is None:
         return []
-    local = place.kind == "path"
+    local = all(place.kind == "path" for place in places)
+    named = ", ".join(map(str, places))
     counter, rows, total, complete = Counter(), [], 0, True
     patterns: set[object] = set()
     for split in source.splits:
@@ -68,9 +71,9 @@ def check_source(place: Place, settings: DataSettings, model: RowModel | None = 
             total = kept
     if complete:
         if not total:
-            raise InputError("data.source", place, f"rows to learn from; of all rows: {counter.reasons()}")
+            raise InputError("data.source", named, f"rows to learn from; of all rows: {counter.reasons()}")
         side_sizes(min(total, settings.max_rows or total), settings, source.splits)
-    return _check_rendering(place, rows, model) if model else []
+    return _check_rendering(named, rows, model) if model else []
 
 
 def _files(
@@ -97,7 +100,7 @@ def _pattern(row: Row) -> object:
     )
 
 
-def _check_rendering(place: Place, rows: list[Row], model: RowModel) -> list[str]:
+def _check_rendering(named: str, rows: list[Row], model: RowModel) -> list[str]:
     counter, fine = Counter(), 0
     for row, rendered in zip(rows, model.renderer.render_all(rows), strict=True):
         if isinstance(rendered, RowRefused):
@@ -107,7 +110,7 @@ def _check_rendering(place: Place, rows: list[Row], model: RowModel) -> list[str
     if rows and not fine:
         entry = max(counter.dropped.values(), key=lambda dropped: dropped.rows)
         raise InputError(
-            entry.first, entry.reason, f"rows that the base model renders; none of {place} is one"
+            entry.first, entry.reason, f"rows that the base model renders; none of {named} is one"
         )
     return [
         f"{entry.reason}: rows such as {entry.first}; they will be dropped, and counted"

@@ -74,12 +74,14 @@ class DataFile:
         suffix: its kind, one of `DATA_SUFFIXES`.
         compression: one of `COMPRESSED_SUFFIXES`, or empty.
         open_bytes: opens it for reading, at its beginning.
+        source: place of its source among `data.sources`.
     """
 
     name: str
     suffix: str
     compression: str
     open_bytes: Callable[[], BinaryIO]
+    source: int = 0
 
 
 def suffixes(name: str) -> tuple[str, str]:

@@ -59,6 +59,8 @@ class Survey:
         keys: of the same rows.
         groups: place of the first of the rows that are nearly equal to each other, of the same rows; None where
             `data.deduplicate` is not near.
+        sources: place of each row's source among `data.sources`, of the same rows.
+        read_of: rows read of each source.
         layouts: names of the layouts that there are.
         unused_columns: columns of which nothing is used, in order of appearance.
         counter: counts rows from which there is nothing to learn.
@@ -68,6 +70,8 @@ class Survey:
     splits: npt.NDArray[np.uint8]
     keys: Keys
     groups: Places | None
+    sources: npt.NDArray[np.uint16]
+    read_of: collections.Counter[int]
     layouts: list[str]
     unused_columns: list[str]
     counter: Counter
@@ -85,7 +89,8 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
         InputError: a file that cannot be read, or a row that is none.
     """
     counter, read = Counter(), 0
-    near = array.array("H")
+    near, sources = array.array("H"), array.array("H")
+    read_of: collections.Counter[int] = collections.Counter()
     parts: list[Keys] = []
     splits: list[npt.NDArray[np.uint8]] = []
     layouts: dict[str, None] = {}
@@ -97,6 +102,7 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
         nonlocal read
         for origin, record, layout in source.records(settings, split):
             read += 1
+            read_of[origin.source] += 1
             progress(read)
             names = tuple(record)
             if (names, layout.name) not in seen:
@@ -113,6 +119,7 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
                 continue
             if settings.deduplicate == "near":
                 near.frombytes(signature(text).tobytes())
+            sources.append(origin.source)
             yield text_key(text)
 
     for split in source.splits:
@@ -123,7 +130,17 @@ def survey(source: Source, settings: DataSettings, progress: Callable[[int], Non
     groups = None
     if settings.deduplicate == "near":
         groups = near_groups(np.frombuffer(near, np.uint16).reshape(-1, FUNCTIONS))
-    return Survey(read, np.concatenate(splits), np.concatenate(parts), groups, list(layouts), unused, counter)
+    return Survey(
+        read,
+        np.concatenate(splits),
+        np.concatenate(parts),
+        groups,
+        np.frombuffer(sources, np.uint16),
+        read_of,
+        list(layouts),
+        unused,
+        counter,
+    )
 
 
 @dataclass

@@ -33,10 +33,12 @@ class Origin:
     Args:
         file: path or address of the file, or hub id and split.
         number: the row's, counted from 1; in a file of lines, the line's.
+        source: place of its source among `data.sources`.
     """
 
     file: str
     number: int
+    source: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.number}"

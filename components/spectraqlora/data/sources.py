@@ -13,8 +13,8 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -25,7 +25,7 @@ from spectraqlora.data.layouts import Layout, Layouts, check_label, known_column
 from spectraqlora.data.rows import Origin, Row, RowRefused
 from spectraqlora.data.splits import Split
 from spectraqlora.errors import InputError
-from spectraqlora.places import COMPRESSED_SUFFIXES, DATA_SUFFIXES, Place
+from spectraqlora.places import COMPRESSED_SUFFIXES, DATA_SUFFIXES, Place, data_places, parted_contents
 from spectraqlora.settings import DataSettings
 from spectraqlora.storage import open_files
 
@@ -69,7 +69,7 @@ class Source:
         for file in self.splits.get(split, []):
             layouts = Layouts(settings, file.name, file.suffix in _NATIVE)
             for number, record in read_rows(file, settings.encoding, known_columns(settings)):
-                origin = Origin(file.name, number)
+                origin = Origin(file.name, number, file.source)
                 layout = layouts.of(record)
                 check_label(record, layout, settings, origin)
                 yield origin, record, layout
@@ -101,6 +101,52 @@ def open_source(place: Place, settings: DataSettings, content: str = "") -> Sour
     if place.kind == "hub":
         return _hub_source(place, settings, content)
     return _local_source(place.local_copy(content), settings)
+
+
+def open_sources(settings: DataSettings, content: str = "") -> Source:
+    """The files of all sources as those of one, on this machine.
+
+    Args:
+        settings: the `data` section.
+        content: what each of them must hold, as `joined_contents` says it; empty takes what is there.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    places = data_places(settings)
+    contents = parted_contents(content, len(places))
+    return _together(
+        [
+            open_source(place, settings.model_copy(update={"split": part.split}), known)
+            for place, part, known in zip(places, settings.parts, contents, strict=True)
+        ]
+    )
+
+
+def look_at_sources(places: Sequence[Place], settings: DataSettings) -> Source | None:
+    """The files of all sources where they are, as `open_remotely` has them; None where one of them cannot be seen.
+
+    Args:
+        places: of the sources.
+        settings: the `data` section.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    opened = [
+        open_remotely(place, settings.model_copy(update={"split": part.split}))
+        for place, part in zip(places, settings.parts, strict=True)
+    ]
+    seen = [source for source in opened if source is not None]
+    return _together(seen) if len(seen) == len(opened) else None
+
+
+def _together(sources: list[Source]) -> Source:
+    splits: dict[Split, list[DataFile]] = {}
+    for number, source in enumerate(sources):
+        for split, files in source.splits.items():
+            splits.setdefault(split, []).extend(replace(file, source=number) for file in files)
+    return Source(splits, [name for source in sources for name in source.unused])
 
 
 def open_remotely(place: Place, settings: DataSettings) -> Source | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ Places = npt.NDArray[np.int64]
 Split = Literal["train", "held_out", "test"]
 TRAIN, HELD_OUT, TEST = range(3)
 """Codes of a row's split."""
-USED, EQUAL, EQUALS_HELD_OUT, EQUALS_TEST, NEAR, NEAR_HELD_OUT, NEAR_TEST, *_BEYOND = range(10)
-BEYOND_ROWS, BEYOND_HELD_OUT, BEYOND_TEST = _BEYOND
+USED, EQUAL, EQUALS_HELD_OUT, EQUALS_TEST, NEAR, NEAR_HELD_OUT, NEAR_TEST, *_BEYOND = range(11)
+BEYOND_ROWS, BEYOND_HELD_OUT, BEYOND_TEST, BEYOND_WEIGHT = _BEYOND
 """Codes of what becomes of a row before it is rendered; a nearly equal row's are those of an equal one, plus NEAR - EQUAL."""
 REASONS = {
     EQUAL: ("equal to an earlier row", "data.deduplicate=off", True),
@@ -36,6 +36,7 @@ REASONS = {
     NEAR_HELD_OUT: ("nearly equal to a held-out row of the source", "data.deduplicate=exact", True),
     NEAR_TEST: ("nearly equal to a test row of the source", "data.deduplicate=exact", True),
     BEYOND_ROWS: ("beyond data.max_rows", "data.max_rows", True),
+    BEYOND_WEIGHT: ("beyond their source's weight", "data.sources", True),
     BEYOND_HELD_OUT: ("held-out rows beyond data.max_eval_rows", "data.max_eval_rows", True),
     BEYOND_TEST: ("test rows beyond data.max_test_rows", "data.max_test_rows", True),
 }
@@ -85,6 +86,7 @@ def choose(
     settings: DataSettings,
     seed: int,
     groups: Places | None = None,
+    sources: npt.NDArray[np.uint16] | None = None,
 ) -> Choice:
     """Which rows are rendered.
 
@@ -95,6 +97,7 @@ def choose(
         seed: of the order.
         groups: place of the first of the rows that are nearly equal to each other, a row each; where
             `data.deduplicate` is near.
+        sources: place of each row's source among `data.sources`; None where there is one source.
     """
     fates, later = _equal(splits, keys)
     if settings.deduplicate != "off":
@@ -104,6 +107,11 @@ def choose(
         near[later] = EQUAL
         fates = np.where((near != USED) & (fates == USED), near + NEAR - EQUAL, fates).astype(np.uint8)
     order = _in_order(np.flatnonzero((splits == TRAIN) & (fates == USED)), keys, settings, seed)
+    weights = [part.weight for part in settings.parts if part.weight is not None]
+    if weights and sources is not None:
+        mixture = order[_mixture(sources[order], weights)]
+        fates[np.setdiff1d(order, mixture)] = BEYOND_WEIGHT
+        order = mixture
     if settings.max_rows:
         fates[order[settings.max_rows :]] = BEYOND_ROWS
         order = order[: settings.max_rows]
@@ -116,6 +124,34 @@ def choose(
         fates[places[most:]] = beyond
         own[split] = places[:most]
     return Choice(fates, order, own["held_out"], own["test"], int((later & (fates == USED)).sum()))
+
+
+def _mixture(sources: npt.NDArray[np.uint16], weights: Sequence[float]) -> Places:
+    """Places of the rows that make the mixture: as many as there are in the weights' proportion, none twice.
+
+    Of each source they are the first ones, in their order, and every stretch of the mixture has the proportion.
+
+    Args:
+        sources: place of each row's source, in the rows' order.
+        weights: of the sources.
+
+    Raises:
+        InputError: a source has no rows, or too few for its weight.
+    """
+    counts = np.bincount(sources, minlength=len(weights))
+    whole = min(count / weight for count, weight in zip(counts, weights, strict=True))
+    share = np.full(len(sources), np.inf)
+    for source, weight in enumerate(weights):
+        # A hair more: 0.1 * (30 / 0.1) may be less than 30.
+        wanted = int(whole * weight * (1 + 1e-9))
+        if wanted < 1:
+            raise InputError(
+                f"data.sources[{source}]",
+                f"weight {weight:g}",
+                f"a weight that leaves rows of every source; this one has {counts[source]}",
+            )
+        share[np.flatnonzero(sources == source)[:wanted]] = (np.arange(wanted) + 0.5) / wanted
+    return np.argsort(share, kind="stable")[: np.isfinite(share).sum()]
 
 
 def _equal(splits: npt.NDArray[np.uint8], keys: Keys) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:

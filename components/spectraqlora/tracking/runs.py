@@ -243,20 +243,23 @@ class Tracker:
         self.log_points(run_id, [Metric(k, v, now, 0) for k, v in fresh.items()])
 
     def log_data(self, run_id: str, data: PreparedRows) -> None:
-        """Log the data set as an MLflow dataset: name, source, digest, counts."""
+        """Log each source of the data as an MLflow dataset: name, source, digest and counts of all."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        kind = {"hub": "hugging_face", "s3": "s3"}.get(kind_of(data.source), "local")
-        entity = Dataset(
-            name=Path(data.source).name[:100] or "data",
-            digest=data.digest[:36],
-            source_type=kind,
-            source=json.dumps({"uri": data.source}),
-            profile=json.dumps({"train_rows": data.train_rows, "eval_rows": data.eval_rows}),
-        )
+        kinds = {"hub": "hugging_face", "s3": "s3"}
+        entities = [
+            Dataset(
+                name=Path(source).name[:100] or "data",
+                digest=data.digest[:36],
+                source_type=kinds.get(kind_of(source), "local"),
+                source=json.dumps({"uri": source}),
+                profile=json.dumps({"train_rows": data.train_rows, "eval_rows": data.eval_rows}),
+            )
+            for source in [part.source for part in data.account.sources] or [data.source]
+        ]
         context = [InputTag("mlflow.data.context", "training")]
         with explain_errors(self.settings):
-            self.client.log_inputs(run_id, datasets=[DatasetInput(entity, context)])
+            self.client.log_inputs(run_id, datasets=[DatasetInput(entity, context) for entity in entities])
 
     def log_evaluation(self, run_id: str, evaluation: Evaluation, metrics: dict[str, float]) -> None:
         """Log what an evaluation holds of its branch: all rounds' curves, numbers and digests."""

@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 from spectraqlora.files import write_text
-from spectraqlora.places import base_place, data_place
+from spectraqlora.places import base_place, data_places
 
-from spectraqlora_pipelines.cli.options import Config, Set, load_settings
+from spectraqlora_pipelines.cli.options import Config, Set, given_data, load_settings
 from spectraqlora_pipelines.cli.screen import console, line
 
 
 def data(
-    source: Annotated[str, typer.Argument(metavar="DATA", help="Hub id, file, folder or s3:// address.")],
+    source: Annotated[
+        list[str], typer.Argument(metavar="DATA", help="Hub id, file, folder or s3:// address; several, too.")
+    ],
     base_model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Hub id, folder or s3:// address; its weights are not read."),
@@ -32,8 +34,8 @@ def data(
 
     Example: spectraqlora data my.jsonl --base-model Qwen/Qwen3-0.6B --html data.html
     """
-    settings = load_settings(config, {"model.base_model": base_model, "data.source": source}, set_)
-    from spectraqlora.data.checks import check_source
+    settings = load_settings(config, {"model.base_model": base_model, **given_data(source)}, set_)
+    from spectraqlora.data.checks import check_sources
     from spectraqlora.data.for_model import description_of, row_model
     from spectraqlora.report.page import render_data_page
     from spectraqlora.runtime.console import quiet
@@ -44,8 +46,8 @@ def data(
 
     model = settings.model
     base = on_this_machine(base_place(model.base_model, model.revision, model.trust_remote_code))
-    place = on_this_machine(data_place(settings.data.source, "DATA"))
-    section = settings.data.model_copy(update={"source": place.text})
+    places = [on_this_machine(place) for place in data_places(settings.data, "DATA")]
+    section = settings.data.at([place.text for place in places])
     with (
         tempfile.TemporaryDirectory() as scratch,
         console.status("reading and rendering all rows"),
@@ -53,7 +55,7 @@ def data(
     ):
         folder = description_of(base, Path(scratch) / "model")
         renders = row_model(folder, section, model.trust_remote_code)
-        refused = check_source(place, section, renders)
+        refused = check_sources(places, section, renders)
         rows = prepare_for(renders, section, settings.seed, Path(scratch) / "rows")
     for text in refused:
         line(f"Data: {text}", style="yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +70,15 @@ def load_settings(
     settings = check_methods(parse(with_overrides(values, assignments or [])))
     data = settings.data.model_copy(update={"chat_template": portable(settings.data.chat_template)})
     return settings.model_copy(update={"data": data})
+
+
+def given_data(sources: Sequence[str] | None) -> dict[str, Any]:
+    """What an option that may be given several times says of the data; nothing where it is not given."""
+    if not sources:
+        return {}
+    if len(sources) == 1:
+        return {"data.source": sources[0], "data.sources": []}
+    return {"data.source": "sample", "data.sources": [{"source": source} for source in sources]}
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
-from spectraqlora.places import Place, base_place, data_place, file_place
+from spectraqlora.places import Place, base_place, data_places, file_place
 from spectraqlora.runtime.cache import plainly_named
 from spectraqlora.settings import Settings
 
-from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
+from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, given_data, load_settings
 from spectraqlora_pipelines.cli.screen import Screen, bars, console, line
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def run(
         typer.Option(metavar="MODEL", help="Hub id, folder or s3:// address."),
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="Hub id, file, folder or s3:// address."),
+        list[str] | None,
+        typer.Option(metavar="DATA", help="Hub id, file, folder or s3:// address; may be repeated."),
     ] = None,
     methods: Methods = None,
     rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds of train and re-evaluate.")] = None,
@@ -67,7 +67,7 @@ def run(
     """
     given = {
         "model.base_model": base_model,
-        "data.source": data,
+        **given_data(data),
         "methods": methods,
         "snr.table": snr_table,
         "rounds": rounds,
@@ -83,13 +83,15 @@ def run(
     _check_runner(runner, network)
     kind = catalogue.checked(pipeline)
     network = _checked_network(network) if runner == "docker" else None
-    base, source = _local_inputs(settings)
+    base, sources = _local_inputs(settings)
     workdir = workdir.expanduser().absolute()
     # Held until this process ends: one run works in a workdir.
-    contents, lock = _check(settings, base, source, workdir, kind, fresh)
-    arguments = catalogue.arguments(kind, settings, base.text, source.text, contents)
+    contents, lock = _check(settings, base, sources, workdir, kind, fresh)
+    data_section = settings.data.at([place.text for place in sources])
+    here = settings.model_copy(update={"data": data_section})
+    arguments = catalogue.arguments(kind, here, base.text, data_section.named, contents)
     arguments |= _kept_in(workdir, arguments)
-    access = _host_access(settings, workdir, [base, source], network) if network else None
+    access = _host_access(settings, workdir, [base, *sources], network) if network else None
     with _RunBars(catalogue.steps(kind, settings)) as shown:
         outputs = run_locally(
             catalogue.dag(kind, settings, Placement(retries=0)),
@@ -153,21 +155,21 @@ def _host_access(settings: Settings, workdir: Path, inputs: list[Place], network
     return host_access(settings, workdir, inputs, network)
 
 
-def _local_inputs(settings: Settings) -> tuple[Place, Place]:
+def _local_inputs(settings: Settings) -> tuple[Place, list[Place]]:
     """Base model and data as the steps find them: the sample made, paths absolute."""
     model = settings.model
     base = base_place(model.base_model, model.revision, model.trust_remote_code)
-    source = data_place(settings.data.source)
-    if "sample" in (base.kind, source.kind):
+    sources = data_places(settings.data)
+    if "sample" in (base.kind, *(place.kind for place in sources)):
         from spectraqlora.sample.make import on_this_machine
 
         with console.status("preparing the offline sample (pretrained once, one to two minutes)"):
-            base, source = on_this_machine(base), on_this_machine(source)
-    return base, source
+            base, sources = on_this_machine(base), [on_this_machine(place) for place in sources]
+    return base, sources
 
 
 def _check(
-    settings: Settings, base: Place, source: Place, workdir: Path, kind: str, fresh: bool
+    settings: Settings, base: Place, sources: list[Place], workdir: Path, kind: str, fresh: bool
 ) -> tuple[dict[str, str], WorkdirLock]:
     """Refuse what can be refused before the first step, and make the workdir this run's own.
 
@@ -177,11 +179,11 @@ def _check(
     from spectraqlora_pipelines.local import preflight
 
     with console.status("checking model, data and settings"):
-        pins = preflight.commits(settings, base, source, workdir, fresh)
-        remarks = preflight.check(settings, base, source, pins.get("base_model", ""))
-        contents = preflight.contents(settings, base, source, workdir, pins)
+        pins = preflight.commits(settings, base, sources, workdir, fresh)
+        remarks = preflight.check(settings, base, sources, pins.get("base_model", ""))
+        contents = preflight.contents(settings, base, sources, workdir, pins)
         memory = preflight.memory_warning(settings, base)
-        preflight.check_disk(settings, base, source, workdir, fresh)
+        preflight.check_disk(settings, base, sources, workdir, fresh)
     for warning in [*([memory] if memory else []), *remarks]:
         line(warning, style="yellow")
     # Retraining is run again because its data changed: a hub id's newest commit is taken each time.

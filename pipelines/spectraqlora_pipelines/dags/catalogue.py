@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import yaml
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import check_methods
-from spectraqlora.places import Place, base_place, data_place, file_place, kind_of
+from spectraqlora.places import Place, base_place, data_place, file_place, joined_contents, kind_of
 from spectraqlora.runtime.console import warn
 from spectraqlora.settings import Settings, digest
 
@@ -104,7 +105,8 @@ def steps(name: Dag, settings: Settings) -> int:
 def recipe(settings: Settings) -> str:
     """Digest of the settings that shape a retrained model; detect-changes adds what base and table hold."""
     values = settings.model_dump(mode="json", include={*_RECIPE, "seed", "rounds"})
-    del values["data"]["source"]
+    for part in (values["data"], *values["data"]["sources"]):
+        del part["source"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -168,7 +170,7 @@ def cluster_arguments(
     settings.promote.check_measured()
     for key, value in (
         ("model.base_model", settings.model.base_model),
-        ("data.source", settings.data.source),
+        *(("data.source", part.source) for part in settings.data.parts),
     ):
         what = kind_of(value)
         if what == "sample" or (what == "path" and not value.startswith("/")):
@@ -182,7 +184,7 @@ def cluster_arguments(
         checkpoint = settings.checkpoint.model_copy(update={"every_minutes": CLUSTER_CHECKPOINT_MINUTES})
         settings = settings.model_copy(update={"checkpoint": checkpoint})
     contents = _contents(settings, unseen) if unseen and kind == "ablation" else {}
-    return arguments(kind, settings, settings.model.base_model, settings.data.source, contents)
+    return arguments(kind, settings, settings.model.base_model, settings.data.named, contents)
 
 
 def _contents(settings: Settings, unseen: Callable[[str], None]) -> dict[str, str]:
@@ -191,22 +193,26 @@ def _contents(settings: Settings, unseen: Callable[[str], None]) -> dict[str, st
     inputs: list[tuple[str, str, str, Callable[[], Place]]] = [
         ("base_model", "model.base_model", model.base_model,
          lambda: base_place(model.base_model, model.revision, model.trust_remote_code)),
-        ("data", "data.source", settings.data.source, lambda: data_place(settings.data.source)),
+        *(
+            ("data", "data.source", part.source, functools.partial(data_place, part.source))
+            for part in settings.data.parts
+        ),
     ]  # fmt: skip
     if table:
         inputs.append(("snr_table", "snr.table", table, lambda: file_place(table, "snr.table")))
-    contents = {}
+    found: dict[str, list[str]] = {}
     for name, key, value, place in inputs:
         if kind_of(value) == "path":
             reason = f"{key}: {value!r}: on a volume of the steps, not seen from here"
         else:
             try:
-                contents[name] = place().digest()
+                found.setdefault(name, []).append(place().digest())
                 continue
             except InputError as error:
                 reason = f"{error}; not seen from here"
         unseen(f"{reason}: what reads it takes nothing from an earlier run")
-    return contents
+        found.setdefault(name, []).append("")
+    return {name: joined_contents(digests) for name, digests in found.items() if all(digests)}
 
 
 def readers_without_digest(name: Dag, settings: Settings, given: dict[str, Any]) -> set[str]:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,10 @@ from spectraqlora import __version__
 from spectraqlora.artifacts import SCHEMA_VERSION
 from spectraqlora.errors import InputError
 from spectraqlora.files import write_text
-from spectraqlora.places import Place, file_place
+from spectraqlora.places import Place, file_place, joined_contents, parted_contents
 from spectraqlora.runtime.console import quiet
 from spectraqlora.runtime.disk import ask, shown
-from spectraqlora.settings import Settings
+from spectraqlora.settings import DataSettings, Settings
 
 from spectraqlora_pipelines.local.reuse import FOLDER as RESULTS
 from spectraqlora_pipelines.local.reuse import StepResults
@@ -33,13 +34,13 @@ LOCK = ".lock"
 """File of a work directory that the run there holds locked."""
 
 
-def check(settings: Settings, base: Place, source: Place, commit: str = "") -> list[str]:
+def check(settings: Settings, base: Place, sources: Sequence[Place], commit: str = "") -> list[str]:
     """Refuse bad data, bad base models, servers that do not answer, and ranks and processes that do not fit.
 
     Args:
         settings: of the run.
         base: base model.
-        source: data.
+        sources: data.
         commit: of the base model on the hub; empty where it is not there.
 
     Returns:
@@ -58,17 +59,17 @@ def check(settings: Settings, base: Place, source: Place, commit: str = "") -> l
         split_batch(settings.train, settings.train.processes)
     lines = [f"Base model: {text}" for text in _check_base_model(settings, base, commit)]
     with quiet():
-        return lines + [f"Data: {text}" for text in _check_data(settings, base, source, commit)]
+        return lines + [f"Data: {text}" for text in _check_data(settings, base, sources, commit)]
 
 
-def _check_data(settings: Settings, base: Place, source: Place, commit: str) -> list[str]:
+def _check_data(settings: Settings, base: Place, sources: Sequence[Place], commit: str) -> list[str]:
     """Refuse data that cannot be read, or that the base model's template refuses."""
-    from spectraqlora.data.checks import check_source
+    from spectraqlora.data.checks import check_sources
     from spectraqlora.data.for_model import description_of, row_model
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = description_of(base, Path(scratch) / "description", commit)
-        return check_source(source, settings.data, row_model(folder, settings.data, base.trusted))
+        return check_sources(sources, settings.data, row_model(folder, settings.data, base.trusted))
 
 
 def _check_promotion(settings: Settings, base: Place) -> None:
@@ -134,7 +135,9 @@ def memory_warning(settings: Settings, base: Place) -> str:
     )
 
 
-def check_disk(settings: Settings, base: Place, source: Place, workdir: Path, fresh: bool = False) -> None:
+def check_disk(
+    settings: Settings, base: Place, sources: Sequence[Place], workdir: Path, fresh: bool = False
+) -> None:
     """Refuse a run whose steps write more than the workdir's disk has left.
 
     Steps that finished there before are not counted: what they wrote may be reused. A model at an address is not
@@ -146,7 +149,7 @@ def check_disk(settings: Settings, base: Place, source: Place, workdir: Path, fr
     from spectraqlora.planning.disk import most
 
     finished = set() if fresh else StepResults(workdir).finished()
-    steps = [step for step in disk_steps(settings, base, source) if step.step not in finished]
+    steps = [step for step in disk_steps(settings, base, sources) if step.step not in finished]
     largest = max(steps, key=lambda step: step.kept, default=None)
     needed = MINIMUM_FREE_BYTES
     what = "a run"
@@ -156,7 +159,7 @@ def check_disk(settings: Settings, base: Place, source: Place, workdir: Path, fr
     ask(workdir, needed, what)
 
 
-def disk_steps(settings: Settings, base: Place, source: Place) -> tuple[StepDisk, ...]:
+def disk_steps(settings: Settings, base: Place, sources: Sequence[Place]) -> tuple[StepDisk, ...]:
     """What the steps of a run write; nothing where the model cannot be planned, which `memory_warning` says."""
     if base.kind == "s3":
         return ()
@@ -169,7 +172,7 @@ def disk_steps(settings: Settings, base: Place, source: Place) -> tuple[StepDisk
         warnings.catch_warnings(action="ignore"),
         contextlib.suppress(AttributeError, KeyError, TypeError),
     ):
-        return disk(shape_of(base.text, settings, gpu_memory_bytes() > 0), settings, _size(source))
+        return disk(shape_of(base.text, settings, gpu_memory_bytes() > 0), settings, sum(map(_size, sources)))
     return ()
 
 
@@ -191,9 +194,9 @@ def _check_destinations(settings: Settings) -> None:
 
 
 def commits(
-    settings: Settings, base: Place, source: Place, workdir: Path, fresh: bool = False
+    settings: Settings, base: Place, sources: Sequence[Place], workdir: Path, fresh: bool = False
 ) -> dict[str, str]:
-    """The commits of what a run takes from the hub, before anything else is asked of it.
+    """The commits of what a run takes from the hub, before anything else is asked of it; those of the data joined.
 
     A hub id keeps the commit that it was pinned to by the first run in the workdir, whatever its branch is at now;
     not where the workdir starts over.
@@ -202,32 +205,46 @@ def commits(
         InputError: the hub has no such thing.
     """
     pinned = {} if fresh else _pinned(settings, workdir)
-    return {
-        name: pinned[name] if name in pinned else place.digest(offline=True)
-        for name, place in (("base_model", base), ("data", source))
-        if place.kind == "hub"
-    }
+    found = {}
+    if base.kind == "hub":
+        found["base_model"] = pinned.get("base_model") or base.digest(offline=True)
+    if any(place.kind == "hub" for place in sources):
+        known = parted_contents(pinned.get("data", ""), len(sources))
+        found["data"] = joined_contents(
+            [
+                (pin or place.digest(offline=True)) if place.kind == "hub" else ""
+                for pin, place in zip(known, sources, strict=True)
+            ]
+        )
+    return found
 
 
 def contents(
-    settings: Settings, base: Place, source: Place, workdir: Path, pins: dict[str, str] | None = None
+    settings: Settings,
+    base: Place,
+    sources: Sequence[Place],
+    workdir: Path,
+    pins: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Digests of a run's inputs, so that what changed is not taken from an earlier run.
 
     Args:
         settings: of the run.
         base: base model.
-        source: data.
+        sources: data.
         workdir: of the run.
         pins: what `commits` said; None asks it.
 
     Raises:
         InputError: the hub, or the store, has no such thing.
     """
-    pins = commits(settings, base, source, workdir) if pins is None else pins
+    pins = commits(settings, base, sources, workdir) if pins is None else pins
+    data = parted_contents(pins.get("data", ""), len(sources))
     digests = {
-        name: pins[name] if name in pins else place.digest(offline=True)
-        for name, place in (("base_model", base), ("data", source))
+        "base_model": pins.get("base_model") or base.digest(offline=True),
+        "data": joined_contents(
+            [pin or place.digest(offline=True) for pin, place in zip(data, sources, strict=True)]
+        ),
     }
     if settings.snr.table:
         digests["snr_table"] = file_place(settings.snr.table, "snr.table").digest()
@@ -242,7 +259,7 @@ def _pinned(settings: Settings, workdir: Path) -> dict[str, str]:
         same = {
             "base_model": before["model"]["base_model"] == settings.model.base_model
             and before["model"]["revision"] == settings.model.revision,
-            "data": before["data"]["source"] == settings.data.source,
+            "data": DataSettings(**before["data"]).named == settings.data.named,
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}

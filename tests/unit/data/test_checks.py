@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spectraqlora.data.checks import check_source
+from spectraqlora.data.checks import check_sources
 from spectraqlora.data.for_model import RowModel, row_model
 from spectraqlora.errors import InputError
 from spectraqlora.places import base_place, data_place
@@ -26,7 +26,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def check(source: str, model: RowModel | None = None, **settings: Any) -> list[str]:
-    return check_source(data_place(source), DataSettings(**settings), model)
+    return check_sources([data_place(source)], DataSettings(**settings), model)
 
 
 @pytest.fixture(scope="module")
@@ -101,4 +101,4 @@ def test_a_run_is_refused_before_its_first_step(tmp_path: Path, tiny_model: Path
     source = jsonl(tmp_path / "d.jsonl", [{"messages": [system, *CHAT]}] * 24)
     settings = parse({"select": {"rank": 8, "rank_high": 8, "rank_low": 4}, "methods": "hybrid"})
     with pytest.raises(InputError, match="System role not supported"):
-        preflight.check(settings, base_place(str(base)), data_place(source))
+        preflight.check(settings, base_place(str(base)), [data_place(source)])

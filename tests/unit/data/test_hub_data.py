@@ -21,14 +21,20 @@ SCRIPT = """
 import json, sys
 from spectraqlora.data.sources import open_source
 from spectraqlora.errors import InputError
-from spectraqlora.places import data_place
+from spectraqlora.places import data_place, data_places
 from spectraqlora.settings import DataSettings
 for what, given in json.loads(sys.argv[1]):
     settings, place = DataSettings(**given), data_place("owner/rows")
     try:
         if what == "check":
-            from spectraqlora.data.checks import check_source
-            said = check_source(place, settings)
+            from spectraqlora.data.checks import check_sources
+            said = check_sources(data_places(settings) if settings.sources else [place], settings)
+        elif what == "several":
+            from spectraqlora.data.sources import open_sources
+            from spectraqlora.places import joined_contents
+            content = joined_contents([each.digest() for each in data_places(settings)])
+            source = open_sources(settings, content)
+            said = [content, {split: [file.source for file in files] for split, files in source.splits.items()}]
         else:
             source = open_source(place, settings)
             said = {
@@ -105,3 +111,17 @@ def test_a_look_at_columns_before_a_run_keeps_no_copy(hub: Hub, tmp_path: Path) 
     assert "data.columns={prompt: Question, completion: Answer}" in unnamed
     assert named == []
     assert not list((tmp_path / "home").rglob("*.parquet"))
+
+
+def test_several_sources_bring_their_splits_each_at_its_own_commit(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, tmp_path / "published", ["text"])
+    here = tmp_path / "here.jsonl"
+    here.write_text(json.dumps({"text": "here"}) + "\n")
+    parts = [{"source": str(here)}, {"source": "owner/rows", "split": "test"}, {"source": "owner/rows"}]
+    given = {"sources": parts, "subset": "easy"}
+    said, (content, splits) = ask(hub, tmp_path / "home", ("check", given), ("several", given))
+    assert said == [] and len(content.split()) == 3
+    commits = {name.partition("/")[0] for name in hub.fetched}
+    assert set(content.split()[1:]) == commits
+    # Rows of the second are trained on; those that the third brings for a test are a test.
+    assert splits == {"train": [0, 1, 2], "test": [2]}

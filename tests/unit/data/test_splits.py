@@ -9,6 +9,7 @@ from spectraqlora.data.splits import (
     BEYOND_HELD_OUT,
     BEYOND_ROWS,
     BEYOND_TEST,
+    BEYOND_WEIGHT,
     EQUAL,
     EQUALS_HELD_OUT,
     EQUALS_TEST,
@@ -199,3 +200,31 @@ def test_of_nearly_equal_rows_one_is_kept_and_the_reason_tells_them_from_equal_o
     held_out = np.array([TRAIN, HELD_OUT], np.uint8)
     nearly = choose(held_out, keys(1, 2), DataSettings(deduplicate="near"), 1, np.array([0, 0]))
     assert nearly.fates.tolist() == [NEAR_HELD_OUT, USED]
+
+
+MIXED = DataSettings.model_validate(
+    {"sources": [{"source": "a", "weight": 3}, {"source": "b", "weight": 1}], "deduplicate": "off"}
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [((600, 100), (300, 100)), ((30, 400), (30, 10)), ((3, 1), (3, 1))]
+)
+def test_weights_are_the_proportion_of_rows_and_none_is_used_twice(
+    rows: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    sources = np.repeat(np.arange(2, dtype=np.uint16), rows)
+    splits = np.zeros(sum(rows), np.uint8)
+    choice = choose(splits, distinct(sum(rows)), MIXED, 1, sources=sources)
+    assert np.bincount(sources[choice.order]).tolist() == list(expected)
+    assert (choice.fates == BEYOND_WEIGHT).sum() == sum(rows) - sum(expected)
+    assert len(set(choice.order.tolist())) == sum(expected)
+    # Those that are held out and tested on, the first ones, are of the same mixture.
+    part = np.bincount(sources[choice.order[: sum(expected) // 3]], minlength=2)
+    assert abs(part[0] - 3 * part[1]) <= 3
+
+
+def test_a_source_that_is_too_small_for_its_weight_is_refused() -> None:
+    sources = np.array([0, 0, 1], np.uint16)
+    with pytest.raises(InputError, match=r"data\.sources\[1\]: 'weight 1': .*this one has 1"):
+        choose(np.zeros(3, np.uint8), distinct(3), MIXED, 1, sources=sources)

@@ -28,7 +28,7 @@ from spectraqlora.places import base_place, data_place
 from spectraqlora.settings import parse
 from spectraqlora_pipelines.local import preflight
 workdir, settings = Path(sys.argv[1]), parse({})
-contents = preflight.contents(settings, base_place("owner/name"), data_place("owner/rows"), workdir)
+contents = preflight.contents(settings, base_place("owner/name"), [data_place("owner/rows")], workdir)
 preflight.claim_workdir(workdir, settings, contents)
 print(json.dumps(contents))
 """
@@ -41,16 +41,16 @@ def test_the_content_of_local_inputs_is_part_of_a_run_and_may_change(
     rows.write_bytes(tiny_rows.read_bytes())
     settings = parse({"snr": {"table": str(rows)}})
     base, source = base_place(str(tiny_model)), data_place(str(rows))
-    contents = preflight.contents(settings, base, source, workdir)
+    contents = preflight.contents(settings, base, [source], workdir)
     assert contents == {
         "base_model": base_digest(tiny_model),
         "data": file_digest(rows),
         "snr_table": file_digest(rows),
     }
     preflight.claim_workdir(workdir, settings, contents)
-    preflight.claim_workdir(workdir, settings, preflight.contents(settings, base, source, workdir))
+    preflight.claim_workdir(workdir, settings, preflight.contents(settings, base, [source], workdir))
     rows.write_text('{"question": "q", "answer": "a"}\n')
-    changed = preflight.contents(settings, base, source, workdir)
+    changed = preflight.contents(settings, base, [source], workdir)
     assert changed["data"] == file_digest(rows) != contents["data"]
     preflight.claim_workdir(workdir, settings, changed)
     assert json.loads((workdir / "run.json").read_text())["contents"] == changed
@@ -153,7 +153,7 @@ def test_a_file_that_appears_beside_the_model_does_not_make_another_run(
 ) -> None:
     base = base_place(str(shutil.copytree(tiny_model, tmp_path / "model")))
     source, workdir = data_place(str(tiny_rows)), tmp_path / "work"
-    first = preflight.contents(parse({}), base, source, workdir)
+    first = preflight.contents(parse({}), base, [source], workdir)
     for name in (
         ".DS_Store",
         "notes.txt",
@@ -167,9 +167,9 @@ def test_a_file_that_appears_beside_the_model_does_not_make_another_run(
     (base.path / ".cache" / "huggingface" / "config.json").write_text("{}")
     (base.path / "onnx").mkdir()
     (base.path / "onnx" / "config.json").write_text("{}")
-    assert preflight.contents(parse({}), base, source, workdir) == first
+    assert preflight.contents(parse({}), base, [source], workdir) == first
     (base.path / "chat_template.jinja").write_text("{{ messages }}")
-    assert preflight.contents(parse({}), base, source, workdir) != first
+    assert preflight.contents(parse({}), base, [source], workdir) != first
 
 
 def test_a_foreign_folder_is_no_workdir_and_nothing_is_written_there(tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_a_run_that_writes_more_than_the_disk_has_left_is_refused_before_its_fir
     tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, source = base_place(str(tiny_model)), data_place(str(tiny_rows))
-    preflight.check_disk(parse({}), base, source, tmp_path / "work")
+    preflight.check_disk(parse({}), base, [source], tmp_path / "work")
     free = free_bytes(tmp_path)
     huge = shutil.copytree(tiny_model, tmp_path / "huge")
     config = json.loads((huge / "config.json").read_text())
     numbers = free // 2 // config["hidden_size"]
     (huge / "config.json").write_text(json.dumps({**config, "vocab_size": numbers, "dtype": "float32"}))
     with pytest.raises(InputError) as refused:
-        preflight.check_disk(parse({}), base_place(str(huge)), source, tmp_path / "work")
+        preflight.check_disk(parse({}), base_place(str(huge)), [source], tmp_path / "work")
     assert re.fullmatch(
         rf"disk: '{tmp_path}/work': expected [\d.]+ [GT]iB free for the run, [\d.]+ [GT]iB of it for merge-export; "
         r"the command plan shows all; there are [\d.]+ [GT]iB",
@@ -224,6 +224,6 @@ def test_a_run_that_writes_more_than_the_disk_has_left_is_refused_before_its_fir
     steps.mkdir(parents=True)
     for step in ("quantize-load", "merge-export", "register"):
         (steps / f"{step}.json").write_text(json.dumps({"step": step, "arguments": {}, "outputs": {}}))
-    preflight.check_disk(parse({}), base_place(str(huge)), source, tmp_path / "work")
+    preflight.check_disk(parse({}), base_place(str(huge)), [source], tmp_path / "work")
     with pytest.raises(InputError, match="disk: "):
-        preflight.check_disk(parse({}), base_place(str(huge)), source, tmp_path / "work", fresh=True)
+        preflight.check_disk(parse({}), base_place(str(huge)), [source], tmp_path / "work", fresh=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from spectraqlora.places import base_place, data_place, file_place
+from spectraqlora.places import base_place, data_places, file_place, joined_contents
 from spectraqlora.settings import DataSettings, ModelSettings, SnrSettings
 from spectraqlora.tracking.registry import CHAMPION, Version
 
@@ -25,12 +25,12 @@ class Changes:
 
 
 def source_digest(settings: DataSettings) -> str:
-    """What identifies a data source's content as it is now; of a hub id, its commit.
+    """What identifies the content of all data sources as it is now; of a hub id, its commit.
 
     Raises:
         InputError: it is not there, or its hub does not answer.
     """
-    return data_place(settings.source).digest()
+    return joined_contents([place.digest() for place in data_places(settings)])
 
 
 def base_content_of(settings: ModelSettings) -> str:

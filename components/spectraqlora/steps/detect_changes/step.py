@@ -10,7 +10,7 @@ from typing import Any
 from spectraqlora.files import write_text
 from spectraqlora.runtime.console import say
 from spectraqlora.runtime.step import output_folder, step
-from spectraqlora.settings import DataSettings, ModelSettings, SnrSettings, TrackingSettings
+from spectraqlora.settings import ModelSettings, SnrSettings, TrackingSettings, data_section
 
 
 @step
@@ -44,7 +44,7 @@ def run(
     base = base_content or base_content_of(ModelSettings(**{**model_settings, "base_model": base_model}))
     table = table_content or table_content_of(SnrSettings(**snr_settings))
     everything = recipe_with(recipe, base, table)
-    digest = source_digest(DataSettings(**{**data_settings, "source": source}))
+    digest = source_digest(data_section(data_settings, source))
     result = changed_since_champion(digest, everything, registry.versions())
     say(f"{'training' if result.changed else 'stopping early'}: {result.reason}")
     for path, text in ((base_digest, base), (table_digest, table), (full_recipe, everything)):

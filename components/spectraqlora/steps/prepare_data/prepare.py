@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spectraqlora.artifacts import IGNORED, DataAccount, Example, ModelOutline, PreparedRows
+from spectraqlora.artifacts import IGNORED, DataAccount, Example, ModelOutline, PreparedRows, SourceAccount
 from spectraqlora.data.accounting import TOO_LONG, Counter, lines, quantiles, warning
 from spectraqlora.data.for_model import RowModel, row_model
 from spectraqlora.data.packing import packed
 from spectraqlora.data.preparing import Piece, Rendered, Sequences, Survey, render, survey
 from spectraqlora.data.rendering import Renderer
 from spectraqlora.data.rows import Row
-from spectraqlora.data.sources import Source, open_source
+from spectraqlora.data.sources import Source, open_sources
 from spectraqlora.data.splits import HELD_OUT, TEST, TRAIN, USED, Choice, choose, part_rows, side_sizes
 from spectraqlora.errors import InputError
-from spectraqlora.places import data_place
 from spectraqlora.runtime.console import Progress, say, warn
 from spectraqlora.settings import DataSettings
 
@@ -62,9 +61,9 @@ def prepare_for(
     """
     if model.length < settings.max_length:
         say(f"rows end at the model's {model.length} positions, not at data.max_length={settings.max_length}")
-    source = open_source(data_place(settings.source), settings, content)
+    source = open_sources(settings, content)
     surveyed = survey(source, settings, _say_read)
-    choice = choose(surveyed.splits, surveyed.keys, settings, seed, surveyed.groups)
+    choice = choose(surveyed.splits, surveyed.keys, settings, seed, surveyed.groups, surveyed.sources)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         rendered = _rendered(source, settings, choice, model, Path(scratch), surveyed.counter)
@@ -148,11 +147,11 @@ def _sides(
             )
         raise InputError(
             "data.source",
-            settings.source,
+            settings.named,
             f"rows to learn from and to hold out; of {surveyed.read} rows: {counter.reasons()}",
         )
     if own and too_few:
-        raise InputError("data.source", settings.source, "rows both to train on and to hold out")
+        raise InputError("data.source", settings.named, "rows both to train on and to hold out")
     test = _ordered(row, np.flatnonzero(split == TEST), choice.test)
     parted = part_rows(surveyed.keys[row[train]], *side_sizes(len(train), settings, source.splits))
     sides = {
@@ -192,7 +191,7 @@ def _written(
     held_out = rendered.sequences.row[sides["held_out"]]
     used_rows = len(np.unique(rendered.sequences.row))
     return PreparedRows(
-        source=settings.source,
+        source=settings.named,
         digest=total.hexdigest(),
         layout=" and ".join(surveyed.layouts),
         train_rows=counts["train"].rows,
@@ -205,6 +204,7 @@ def _written(
             read=surveyed.read,
             used=used_rows,
             dropped=list(surveyed.counter.dropped.values()),
+            sources=_by_source(settings, surveyed, rendered, sides),
             pieces=len(rendered.sequences) - used_rows,
             cut=rendered.cut,
             equal=choice.equal,
@@ -225,6 +225,32 @@ def _written(
         chat_template=model.renderer.source if settings.chat_template else "",
         shared_sequences=settings.packing == "rows",
     )
+
+
+def _by_source(
+    settings: DataSettings, surveyed: Survey, rendered: Rendered, sides: dict[str, Places]
+) -> list[SourceAccount]:
+    """What became of each source's rows; nothing where there is one source."""
+    if len(settings.parts) < 2:
+        return []
+    used = {
+        name: np.bincount(
+            surveyed.sources[np.unique(rendered.sequences.row[places])], minlength=len(settings.parts)
+        )
+        for name, places in sides.items()
+    }
+    return [
+        SourceAccount(
+            source=part.source,
+            weight=part.weight,
+            read=surveyed.read_of[number],
+            train=int(used["train"][number]),
+            held_out=int(used["held_out"][number]),
+            test=int(used["test"][number]) if "test" in used else 0,
+            dropped=dict(surveyed.counter.of_source.get(number, {})),
+        )
+        for number, part in enumerate(settings.parts)
+    ]
 
 
 class _Side:

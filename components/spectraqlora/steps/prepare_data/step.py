@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora.runtime.step import output_folder, step
-from spectraqlora.settings import DataSettings
+from spectraqlora.settings import data_section
 
 
 @step
@@ -15,6 +15,6 @@ def run(
 ) -> None:
     from spectraqlora.steps.prepare_data.prepare import prepare
 
-    section = DataSettings(**{**data_settings, "source": source})
+    section = data_section(data_settings, source)
     result = prepare(section, Path(outline.path), seed, output_folder(rows), content)
     rows.metadata.update(digest=result.digest, train_rows=result.train_rows, eval_rows=result.eval_rows)

@@ -256,6 +256,40 @@ def test_where_the_source_brings_none_test_rows_are_ours(outline: Path, tmp_path
         prepare(DataSettings(source=source, test_fraction=0.9), outline, 1, tmp_path / "q")
 
 
+def test_several_sources_are_mixed_by_their_weights_and_each_is_accounted_for(
+    outline: Path, tmp_path: Path
+) -> None:
+    _jsonl(tmp_path / "a" / "train.jsonl", [*_questions(40), {"question": "x", "answer": ""}])
+    _jsonl(tmp_path / "a" / "validation.jsonl", _questions(6, 100))
+    b = _jsonl(tmp_path / "b.jsonl", [{"prompt": f"other {i}", "completion": "blue"} for i in range(40)])
+    parts = [
+        {"source": str(tmp_path / "a"), "weight": 1, "split": "train+validation"},
+        {"source": b, "weight": 0.5},
+    ]
+    settings = DataSettings.model_validate({"sources": parts, "max_test_rows": 3})
+    result = prepare(settings, outline, 1, tmp_path / "o")
+    texts = {side: _texts(tmp_path / "o", outline, side) for side in ("train", "held_out", "test")}
+    # All 46 rows of the first, the other's half of them.
+    assert sum("who" in text for side in texts.values() for text in side) == 46
+    assert sum("other" in text for side in texts.values() for text in side) == 23
+    first, second = result.account.sources
+    assert (first.source, first.weight, first.read) == (str(tmp_path / "a"), 1, 47)
+    assert first.dropped == {"no answer": 1} and second.dropped == {"beyond their source's weight": 17}
+    for part, word in ((first, "who"), (second, "other")):
+        counted = {side: sum(word in text for text in of_side) for side, of_side in texts.items()}
+        assert (part.train, part.held_out, part.test) == tuple(counted.values())
+        assert part.read == part.train + part.held_out + part.test + sum(part.dropped.values())
+    assert (
+        result.source == f"{tmp_path / 'a'}, {b}" and result.layout == "question-answer and prompt-completion"
+    )
+    said = "\n".join(lines(result))
+    assert f"source 2        {b}, weight 0.5: 40 rows, {second.train} trained on" in said
+    assert "17 beyond their source's weight (first: " + b in said and not warning(result)
+    parts[0]["split"] = "train"
+    own = prepare(DataSettings.model_validate({"sources": parts}), outline, 1, tmp_path / "p")
+    assert own.eval_rows == own.account.sources[0].held_out == 6
+
+
 def test_the_split_is_the_seeds(outline: Path, tiny_rows: Path, tmp_path: Path) -> None:
     digests = [
         prepare(DataSettings(source=str(tiny_rows)), outline, seed, tmp_path / str(i)).digest
