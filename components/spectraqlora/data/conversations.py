@@ -30,6 +30,7 @@ from spectraqlora.errors import InputError
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "model", "chatbot", "ai", "assistant", "function_call"), "assistant"),
+    **dict.fromkeys(("chatgpt", "bing", "bard"), "assistant"),  # as ShareGPT's rows have them
     **dict.fromkeys(("observation", "function", "function_response", "ipython", "tool"), "tool"),
 }
 """Roles by their synonyms, in lower case."""

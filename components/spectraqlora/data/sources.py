@@ -13,7 +13,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -45,6 +45,7 @@ _DESCRIPTIONS = {
 }
 _NO_DATA = ("readme", "license", "licence", "notice", "changelog", "contributing", "requirements", "citation")
 _TEXT = (".txt", ".md")
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _NATIVE = (".parquet", ".arrow")
 
 
@@ -330,6 +331,10 @@ def _arranged(
         readme: text of the README; None reads it where there is one.
     """
     names = sorted(opened) if single else _data_names(sorted(opened))
+    if not single and (model := _model_folder(opened)) is not None:
+        raise InputError(
+            "data.source", source, f"data; {model or 'this'} is a model's folder, for model.base_model"
+        )
     if not names or (single and not suffixes(names[0])[0]):
         kinds = ", ".join(DATA_SUFFIXES)
         expected = f"one of {kinds}, a folder or a hub id" if single else f"a folder with {kinds} files"
@@ -362,6 +367,19 @@ def _arranged(
     }
     read = {name for of_split in chosen.values() for name in of_split}
     return Source(files, [name for name in names if name not in read])
+
+
+def _model_folder(names: Iterable[str]) -> str | None:
+    """The folder among the files' in which a model is: a config, and weights or a tokenizer; None where there is none."""
+    kinds: dict[str, set[str]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.name in ("config.json", "adapter_config.json"):
+            kinds.setdefault(str(path.parent), set()).add("config")
+        elif path.name in ("tokenizer.json", "tokenizer_config.json") or path.suffix in _WEIGHTS:
+            kinds.setdefault(str(path.parent), set()).add("model")
+    found = next((folder for folder, kind in kinds.items() if len(kind) == 2), None)
+    return "" if found == "." else found
 
 
 def source_is_path(source: str) -> bool:

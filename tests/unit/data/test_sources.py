@@ -202,6 +202,10 @@ def test_bad_sources_are_refused_with_one_line(tmp_path: Path) -> None:
     jsonl(tmp_path / "only" / "test.jsonl")
     jsonl(tmp_path / "mixed" / "a.jsonl")
     (tmp_path / "mixed" / "b.csv").write_text("question,answer\nq,a\n")
+    for name in ("model/config.json", "model/tokenizer.json", "run/adapter/adapter_config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
     cases = {
         "none.jsonl": "existing file",
         "e.jsonl": "file is empty",
@@ -209,6 +213,8 @@ def test_bad_sources_are_refused_with_one_line(tmp_path: Path) -> None:
         "folder": "a folder with .jsonl",
         "only": "a file to train on, or the path of one; it has test",
         "mixed": "files of one kind",
+        "model": "data; this is a model's folder, for model.base_model",
+        "run": "data; adapter is a model's folder",
     }
     for name, words in cases.items():
         with pytest.raises(InputError, match=words) as caught:
