@@ -20,7 +20,7 @@ import yaml
 from kubernetes.utils.quantity import parse_quantity
 from mlflow import MlflowClient
 from spectraqlora.tracking.runs import KFP_UI, MLFLOW_UI
-from spectraqlora_pipelines.dags.placement import CACHED
+from spectraqlora_pipelines.cluster.environment import CACHED
 from spectraqlora_pipelines.reference import CHART
 
 from tests.helm import ROOT, helm

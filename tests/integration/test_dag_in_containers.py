@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import boto3  # type: ignore[import-untyped]
 import pytest
 from spectraqlora.files import folder_digest
-from spectraqlora_pipelines.local.containers import IMAGE_USER
+from spectraqlora.runtime.images import IMAGE_USER
 
 from tests.containers import engine
 from tests.integration.test_dag import CLI, METHODS

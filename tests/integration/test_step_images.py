@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from spectraqlora import __version__
 from spectraqlora.artifacts import RankMap, TrainingLog
-from spectraqlora.runtime.images import image_reference, images
-from spectraqlora_pipelines.local.containers import IMAGE_USER
+from spectraqlora.runtime.images import IMAGE_USER, image_reference, images
 
 from tests.containers import contained, engine
 

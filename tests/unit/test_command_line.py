@@ -1,11 +1,13 @@
 """A step's command line is its component: names, types and meanings."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kfp import dsl
 from spectraqlora.runtime import command_line
 from spectraqlora.runtime.images import images
 
@@ -29,7 +31,8 @@ def call(*arguments: str, image: str = "") -> subprocess.CompletedProcess[str]:
 def test_every_parameter_of_a_component_is_an_option_with_its_meaning(step: str) -> None:
     function = command_line.component(step)
     described = command_line.options(function)
-    assert {option.name for option in described} == set(
+    returned = {command_line.RETURNED} if step == "detect-changes" else set()
+    assert {option.name for option in described} == returned | set(
         function.__code__.co_varnames[: function.__code__.co_argcount]
     )
     assert all(option.help for option in described)
@@ -95,3 +98,45 @@ def test_a_step_runs_and_says_what_it_wrote(
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["rows"]["eval_rows"] == 12
     assert (tmp_path / "rows" / "manifest.json").exists()
+
+
+def test_what_a_step_wrote_may_be_taken_along_by_another_user(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = ["--four-bit", str(tmp_path / "four_bit"), "--outline", str(tmp_path / "outline")]
+    command_line.run("quantize-load", ["--base-model", str(tiny_model), *outputs])
+    assert "digest" in capsys.readouterr().out
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in written)
+    expected = 0o666 & ~_umask()
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(expected)}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def count_letters(text: str, longest: dsl.OutputPath(str)) -> str:  # type: ignore[valid-type]
+    """Count.
+
+    Args:
+        text: to count.
+        longest: its longest word.
+    """
+    Path(longest).write_text(max(text.split(), key=len))
+    return str(len(text))
+
+
+def test_a_returned_text_is_a_file_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "component", lambda step: count_letters)
+    command_line.run(
+        "count", ["--text", "an example", "--longest", str(tmp_path / "l"), "--output", str(tmp_path / "o")]
+    )
+    assert json.loads(capsys.readouterr().out) == {"longest": "example", "Output": "10"}
+    assert ((tmp_path / "l").read_text(), (tmp_path / "o").read_text()) == ("example", "10")
+    command_line.run("count", ["--text", "by hand"])
+    assert json.loads(capsys.readouterr().out)["longest"] == "hand"

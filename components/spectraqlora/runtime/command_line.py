@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from spectraqlora.errors import InputError
+from spectraqlora.files import apply_umask, write_text
 from spectraqlora.runtime.component import plain
 from spectraqlora.runtime.images import component_of, images, step_names
 from spectraqlora.settings import Settings
@@ -30,6 +31,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 """What a parameter without default is worth where a step runs alone."""
 _REQUIRED = inspect.Parameter.empty
+RETURNED = "Output"
+"""The text that is what the step returns, by KFP's name for it."""
 
 
 class Option(NamedTuple):
@@ -51,7 +54,7 @@ class Option(NamedTuple):
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.name.replace("_", "-").lower()
 
     @property
     def required(self) -> bool:
@@ -64,12 +67,12 @@ def steps() -> list[str]:
     return images()[here] if here else step_names()
 
 
-def component(step: str) -> Callable[..., None]:
+def component(step: str) -> Callable[..., Any]:
     """The component's function without KFP's decorator."""
     return plain(component_of(step))
 
 
-def options(function: Callable[..., None]) -> list[Option]:
+def options(function: Callable[..., Any]) -> list[Option]:
     """The options that a component's signature and docstring describe."""
     from kfp.dsl import PipelineTaskFinalStatus
     from kfp.dsl.types import type_annotations as kfp_types
@@ -92,10 +95,12 @@ def options(function: Callable[..., None]) -> list[Option]:
             if default is _REQUIRED:
                 default = {} if annotation is dict else _DEFAULTS.get(name, _REQUIRED)
             described.append(Option(name, annotation.__name__, default, meaning))
+    if inspect.signature(function).return_annotation is str:
+        described.append(Option(RETURNED, "text", None, "the text that the step returns"))
     return described
 
 
-def summary(function: Callable[..., None]) -> str:
+def summary(function: Callable[..., Any]) -> str:
     """What a component's docstring says before its arguments."""
     return (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
 
@@ -110,7 +115,7 @@ def example(step: str) -> str:
     return f"{step} {given}"
 
 
-def _meanings(function: Callable[..., None]) -> dict[str, str]:
+def _meanings(function: Callable[..., Any]) -> dict[str, str]:
     _, _, lines = (inspect.getdoc(function) or "").partition("Args:")
     meanings: dict[str, str] = {}
     name = ""
@@ -128,7 +133,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError("arguments", self.prog, f"{message}; --help explains them")
 
 
-def parser(step: str, function: Callable[..., None]) -> argparse.ArgumentParser:
+def parser(step: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
     """The step's command line."""
     made = _Parser(
         prog=step,
@@ -145,6 +150,7 @@ Exit code 0: done; 2: bad input, in one line; 1: an error.""",
         if option.kind in ("input", "output", "text"):
             made.add_argument(
                 option.flag,
+                dest=option.name,
                 metavar="FILE" if option.is_file else "DIR",
                 required=option.required,
                 help=(
@@ -157,6 +163,7 @@ Exit code 0: done; 2: bad input, in one line; 1: an error.""",
             metavar = {"dict": "JSON", "str": "TEXT", "int": "NUMBER", "float": "NUMBER"}.get(option.kind)
             made.add_argument(
                 option.flag,
+                dest=option.name,
                 metavar=metavar or option.kind.upper(),
                 required=option.required,
                 default=None if option.required else option.default,
@@ -224,7 +231,15 @@ def run(step: str, arguments: Sequence[str]) -> None:
             uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{scratch}/mlflow.db"
             values["tracking_settings"] = {**tracking, "uri": uri}
         texts = {name: str(path or Path(scratch) / name) for name, path in texts.items()}
-        function(**values, **texts)
+        result = texts.pop(RETURNED, None)
+        returned = function(**values, **texts)
+        if result is not None:
+            write_text(Path(result), str(returned))
+            texts[RETURNED] = result
+        for artifact in written.values():
+            # Who takes the folder along may be another user, as Argo's executor is; safetensors writes for its own alone.
+            if artifact is not None and Path(artifact.path).is_dir():
+                apply_umask(Path(artifact.path))
         values_written = {name: Path(path).read_text(encoding="utf-8") for name, path in texts.items()}
     print(json.dumps({name: artifact.metadata for name, artifact in written.items()} | values_written))
 

@@ -10,6 +10,8 @@ from spectraqlora import __version__
 
 IMAGE_REFERENCE = "SPECTRAQLORA_IMAGE_REFERENCE"
 """Environment variable of a step's container: its image in full, as a cluster names it."""
+IMAGE_USER = 10001
+"""User of the images, whose group is 0."""
 _STEPS = Path(__file__).resolve().parents[1] / "steps"
 
 

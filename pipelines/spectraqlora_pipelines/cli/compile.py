@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from spectraqlora.errors import InputError
 
+from spectraqlora_pipelines.cli.argo import ARGO, read_for_argo
 from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
 from spectraqlora_pipelines.cli.screen import errors, line
 
@@ -29,13 +30,13 @@ def compile_(
     preset: Preset = "default",
     config: Config = None,
     set_: Set = None,
-    target: Annotated[str, typer.Option(metavar="NAME", help="local or kubernetes.")] = "local",
+    target: Annotated[str, typer.Option(metavar="NAME", help="local, kubernetes or argo.")] = "local",
     values: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="YAML file: how each step runs there."),
     ] = None,
 ) -> None:
-    """Write the pipeline YAML for Kubeflow Pipelines.
+    """Write the pipeline YAML for Kubeflow Pipelines, or for Argo Workflows alone.
 
     For a cluster, a values file gives every step its image, resources, nodes,
     retries, secrets by name and time limit: pipelines/cluster-values.yaml is
@@ -44,16 +45,20 @@ def compile_(
     Example: spectraqlora compile --target kubernetes --values my-values.yaml
     """
     from spectraqlora_pipelines.cluster.values import read_values
+    from spectraqlora_pipelines.dags.argo import manifest, template_for
     from spectraqlora_pipelines.dags.catalogue import checked, compile_dag
 
     kind = checked(pipeline)
-    if target not in ("local", "kubernetes"):
-        raise InputError("--target", target, "local or kubernetes")
-    if (target == "kubernetes") != (values is not None):
-        expected = "a values file" if values is None else "nothing without --target kubernetes"
+    if target not in ("local", "kubernetes", ARGO):
+        raise InputError("--target", target, "local, kubernetes or argo")
+    if (target != "local") != (values is not None):
+        expected = "a values file" if values is None else "nothing without --target kubernetes or argo"
         raise InputError("--values", values, expected)
     settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_, preset)
     output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
+    if target == ARGO:
+        _write(output, manifest([template_for(kind, settings, read_for_argo(values))]))
+        return
     placed = read_values(values) if values else None
     for text in placed.short_windows() if placed else []:
         errors.print(f"warning: {text}", highlight=False)
@@ -61,4 +66,12 @@ def compile_(
         compile_dag(output, kind, settings, placed)
     except ValueError as error:
         raise InputError("--output", output, str(error).splitlines()[0]) from None
+    line(f"Wrote {output}")
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError("--output", output, f"a file that can be written ({error.strerror})") from None
     line(f"Wrote {output}")

@@ -30,20 +30,21 @@ SERVER = "Kubeflow Pipelines"
 """Panel of the options that say where the server is and how to be let in."""
 
 
-def _option(help: str, variable: str | list[str], metavar: str, panel: str | None = None) -> Any:
+def option(help: str, variable: str | list[str], metavar: str, panel: str | None = None) -> Any:
+    """An option that is an environment variable too."""
     return typer.Option(envvar=variable, help=help, metavar=metavar, rich_help_panel=panel, show_envvar=False)
 
 
 Host = Annotated[
     str,
-    _option("Its address.", ["SPECTRAQLORA_KFP_HOST", "KF_PIPELINES_ENDPOINT"], "URL", SERVER),
+    option("Its address.", ["SPECTRAQLORA_KFP_HOST", "KF_PIPELINES_ENDPOINT"], "URL", SERVER),
 ]
 Namespace = Annotated[
-    str, _option("Profile namespace of a multi-user Kubeflow.", "SPECTRAQLORA_KFP_NAMESPACE", "NAME", SERVER)
+    str, option("Profile namespace of a multi-user Kubeflow.", "SPECTRAQLORA_KFP_NAMESPACE", "NAME", SERVER)
 ]
 TokenFile = Annotated[
     str,
-    _option(
+    option(
         "Bearer token, read again when it changes.",
         ["SPECTRAQLORA_KFP_TOKEN_FILE", "KF_PIPELINES_SA_TOKEN_PATH"],
         "FILE",
@@ -51,35 +52,35 @@ TokenFile = Annotated[
     ),
 ]
 CaFile = Annotated[
-    str, _option("Certificates that vouch for the host.", "SPECTRAQLORA_KFP_CA_FILE", "FILE", SERVER)
+    str, option("Certificates that vouch for the host.", "SPECTRAQLORA_KFP_CA_FILE", "FILE", SERVER)
 ]
-Pipeline = Annotated[str, _option("ablation or retraining.", "SPECTRAQLORA_PIPELINE", "NAME")]
+Pipeline = Annotated[str, option("ablation or retraining.", "SPECTRAQLORA_PIPELINE", "NAME")]
 PipelineName = Annotated[
     str,
-    _option("Pipeline's name; spectraqlora-PIPELINE.", "SPECTRAQLORA_PIPELINE_NAME", "NAME", SERVER),
+    option("Pipeline's name; spectraqlora-PIPELINE.", "SPECTRAQLORA_PIPELINE_NAME", "NAME", SERVER),
 ]
 Package = Annotated[
     Path | None,
-    _option("Take this compiled YAML.", "SPECTRAQLORA_PIPELINE_PACKAGE", "FILE"),
+    option("Take this compiled YAML.", "SPECTRAQLORA_PIPELINE_PACKAGE", "FILE"),
 ]
 Values = Annotated[
     Path | None,
-    _option("How each step runs, as for compile.", "SPECTRAQLORA_CLUSTER_VALUES", "FILE"),
+    option("How each step runs, as for compile.", "SPECTRAQLORA_CLUSTER_VALUES", "FILE"),
 ]
 Experiment = Annotated[
     str,
-    _option("Its experiment; that of tracking.experiment.", "SPECTRAQLORA_KFP_EXPERIMENT", "NAME", SERVER),
+    option("Its experiment; that of tracking.experiment.", "SPECTRAQLORA_KFP_EXPERIMENT", "NAME", SERVER),
 ]
 ServiceAccount = Annotated[
-    str, _option("Service account of the steps.", "SPECTRAQLORA_KFP_SERVICE_ACCOUNT", "NAME", SERVER)
+    str, option("Service account of the steps.", "SPECTRAQLORA_KFP_SERVICE_ACCOUNT", "NAME", SERVER)
 ]
 PipelineRoot = Annotated[
-    str, _option("s3:// address of the steps' artifacts.", "SPECTRAQLORA_PIPELINE_ROOT", "URL", SERVER)
+    str, option("s3:// address of the steps' artifacts.", "SPECTRAQLORA_PIPELINE_ROOT", "URL", SERVER)
 ]
 
 Ui = Annotated[
     str,
-    _option(
+    option(
         "Its UI's address, for links; that of run.ui in the values file, else of the host.",
         "SPECTRAQLORA_KFP_UI",
         "URL",
@@ -88,7 +89,7 @@ Ui = Annotated[
 ]
 PodNamespace = Annotated[
     str,
-    _option(
+    option(
         "Namespace of the runs' pods; that of --namespace, else kubeflow.",
         "SPECTRAQLORA_POD_NAMESPACE",
         "NAME",

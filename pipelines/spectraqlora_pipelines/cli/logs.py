@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from spectraqlora.errors import InputError
 
+from spectraqlora_pipelines.cli.argo import Target, for_argo
 from spectraqlora_pipelines.cli.kubeflow import (
     CaFile,
     Host,
@@ -28,13 +29,14 @@ def logs(
         bool, typer.Option("--all", help="Of all attempts and rounds, not of the newest alone.")
     ] = False,
     tail: Annotated[int | None, typer.Option(metavar="N", min=1, help="The last N lines.")] = None,
+    target: Target = "kubeflow",
     host: Host = "",
     namespace: Namespace = "",
     token_file: TokenFile = "",
     ca_file: CaFile = "",
     pod_namespace: PodNamespace = "",
 ) -> None:
-    """Print what a step of a run on Kubeflow Pipelines has printed.
+    """Print what a step of a run on Kubeflow Pipelines, or on Argo Workflows, has printed.
 
     Logs are Kubernetes' to give: this needs a kubeconfig of the cluster, and
     lasts as long as the step's pods. A step that was taken from an earlier run
@@ -44,13 +46,20 @@ def logs(
     """
     from spectraqlora.runtime.images import step_names
 
-    from spectraqlora_pipelines.cluster.pods import Pods, labelled
+    from spectraqlora_pipelines.cluster.pods import RUN_OF_ARGO, Pods, labelled
 
     if step not in step_names():
         raise InputError("STEP", step, f"one of the steps {', '.join(step_names())}")
-    found = connect(host, namespace, token_file, ca_file).run(run)
-    pods = Pods(pods_are_in(pod_namespace, namespace))
-    those = pods.of(found.run_id, step, method)
+    if for_argo(target):
+        from spectraqlora_pipelines.cluster.argo_client import Argo
+
+        argo = Argo(namespace or pod_namespace)
+        run_id = argo.workflow(run)["metadata"]["name"]
+        pods = Pods(argo.namespace, RUN_OF_ARGO)
+    else:
+        run_id = connect(host, namespace, token_file, ca_file).run(run).run_id
+        pods = Pods(pods_are_in(pod_namespace, namespace))
+    those = pods.of(run_id, step, method)
     branches = sorted({labelled(pod)[1] for pod in those})
     if not those:
         raise InputError(

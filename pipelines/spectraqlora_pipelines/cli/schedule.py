@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 from spectraqlora.errors import InputError
 
+from spectraqlora_pipelines.cli.argo import Target, delete_of, for_argo, schedule_on_argo, wanted
 from spectraqlora_pipelines.cli.kubeflow import (
     CaFile,
     Experiment,
@@ -32,6 +33,7 @@ from spectraqlora_pipelines.cli.options import ConfigOrVariable, Set
 from spectraqlora_pipelines.cli.screen import console, line
 
 if TYPE_CHECKING:
+    from spectraqlora_pipelines.cluster.argo_client import Argo
     from spectraqlora_pipelines.cluster.client import Kubeflow
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
@@ -78,6 +80,7 @@ def create(
     config: ConfigOrVariable = None,
     set_: Set = None,
     values: Values = None,
+    target: Target = "kubeflow",
     pipeline: Pipeline = "retraining",
     package: Package = None,
     host: Host = "",
@@ -99,10 +102,16 @@ def create(
     Example:
     spectraqlora schedule create nightly --cron "0 3 * * *" --config my.yaml
     """
-    from spectraqlora_pipelines.cluster.cron import cron_line, interval_seconds
+    from spectraqlora_pipelines.cluster.cron import argo_schedule, cron_line, interval_seconds
 
     if bool(cron) == bool(every):
         raise InputError("--cron", cron, "either --cron or --every")
+    if for_argo(target):
+        argo_schedule(cron, every)
+        own = pipeline_name or f"spectraqlora-{name}"
+        run = wanted(pipeline, config, set_, "default", values, package, own, service_account)
+        schedule_on_argo(_argo(namespace), run, name, cron, every, paused, owner)
+        return
     cron_fields = cron_line(cron) if cron else ""
     seconds = interval_seconds(every) if every else 0
     # What is there when a run starts counts, not what is there now.
@@ -124,7 +133,11 @@ def create(
 
 
 def list_(
-    host: Host = "", namespace: Namespace = "", token_file: TokenFile = "", ca_file: CaFile = ""
+    target: Target = "kubeflow",
+    host: Host = "",
+    namespace: Namespace = "",
+    token_file: TokenFile = "",
+    ca_file: CaFile = "",
 ) -> None:
     """List the recurring runs.
 
@@ -132,6 +145,9 @@ def list_(
     """
     from spectraqlora_pipelines.cluster.client import timing
 
+    if for_argo(target):
+        _list_on_argo(namespace)
+        return
     runs = connect(host, namespace, token_file, ca_file).schedules()
     if not runs:
         line("There is no schedule.")
@@ -143,8 +159,33 @@ def list_(
     console.print(table)
 
 
+def _argo(namespace: str) -> Argo:
+    from spectraqlora_pipelines.cluster.argo_client import Argo
+
+    return Argo(namespace)
+
+
+def _list_on_argo(namespace: str) -> None:
+    found = _argo(namespace).schedules()
+    if not found:
+        line("There is no schedule.")
+        return
+    table = Table("name", "when", "state", "created", "latest run")
+    for cron in found:
+        spec, status = cron["spec"], cron.get("status", {})
+        table.add_row(
+            cron["metadata"]["name"],
+            f"{', '.join(spec['schedules'])} ({spec['timezone']})",
+            "paused" if spec.get("suspend") else "active",
+            cron["metadata"]["creationTimestamp"][:16].replace("T", " "),
+            (status.get("lastScheduledTime") or "")[:16].replace("T", " "),
+        )
+    console.print(table)
+
+
 def pause(
     name: Name,
+    target: Target = "kubeflow",
     host: Host = "",
     namespace: Namespace = "",
     token_file: TokenFile = "",
@@ -154,12 +195,16 @@ def pause(
 
     Example: spectraqlora schedule pause nightly --host http://localhost:8080
     """
-    connect(host, namespace, token_file, ca_file).change(name, "pause")
+    if for_argo(target):
+        _argo(namespace).change(name, "pause")
+    else:
+        connect(host, namespace, token_file, ca_file).change(name, "pause")
     line(f"Schedule {name} paused")
 
 
 def resume(
     name: Name,
+    target: Target = "kubeflow",
     host: Host = "",
     namespace: Namespace = "",
     token_file: TokenFile = "",
@@ -171,13 +216,17 @@ def resume(
 
     Example: spectraqlora schedule resume nightly --host http://localhost:8080
     """
-    connect(host, namespace, token_file, ca_file).change(name, "resume")
+    if for_argo(target):
+        _argo(namespace).change(name, "resume")
+    else:
+        connect(host, namespace, token_file, ca_file).change(name, "resume")
     line(f"Schedule {name} active")
 
 
 def delete(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the schedule.")] = "",
     owner: Owner = "",
+    target: Target = "kubeflow",
     host: Host = "",
     namespace: Namespace = "",
     token_file: TokenFile = "",
@@ -191,13 +240,16 @@ def delete(
     """
     if bool(name) == bool(owner):
         raise InputError("NAME", name, "either the name of a schedule or --owner")
-    server = connect(host, namespace, token_file, ca_file)
-    if owner:
-        if not _delete_of(server, owner):
-            line(f"{owner} keeps no schedule")
-        return
-    count = server.change(name, "delete")
-    line(f"Schedule {name} {'deleted' if count else 'was not there'}")
+    if for_argo(target):
+        argo = _argo(namespace)
+        found = delete_of(argo, owner) if owner else int(argo.change(name, "delete"))
+    else:
+        server = connect(host, namespace, token_file, ca_file)
+        found = _delete_of(server, owner) if owner else server.change(name, "delete")
+    if not owner:
+        line(f"Schedule {name} {'deleted' if found else 'was not there'}")
+    elif not found:
+        line(f"{owner} keeps no schedule")
 
 
 def _delete_of(server: Kubeflow, owner: str, keep: str = "") -> int:

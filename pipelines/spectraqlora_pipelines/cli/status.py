@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from spectraqlora_pipelines.cli.argo import Target, for_argo
 from spectraqlora_pipelines.cli.kubeflow import (
     CaFile,
     Host,
@@ -32,6 +33,7 @@ _COLOURS = {"done": "green", "cached": "green", "running": "cyan", "failed": "re
 
 def status(
     run: Run,
+    target: Target = "kubeflow",
     host: Host = "",
     namespace: Namespace = "",
     token_file: TokenFile = "",
@@ -39,7 +41,7 @@ def status(
     ui: Ui = "",
     pod_namespace: PodNamespace = "",
 ) -> None:
-    """Show how far a run on Kubeflow Pipelines is, step by step.
+    """Show how far a run on Kubeflow Pipelines, or on Argo Workflows, is, step by step.
 
     States and times come from Kubeflow Pipelines. Why a step failed or waits is
     Kubernetes' to say: with a kubeconfig of the cluster, or inside of it, this
@@ -49,9 +51,17 @@ def status(
     """
     from spectraqlora_pipelines.cluster.view import Viewer
 
-    server = connect(host, namespace, token_file, ca_file)
-    view = Viewer(server, pods_are_in(pod_namespace, namespace)).look(run)
-    line(f"Run {view.run.display_name}: {view.run.state}  {server.run_address(view.run.run_id, ui)}")
+    if for_argo(target):
+        from spectraqlora_pipelines.cluster.argo_client import Argo
+        from spectraqlora_pipelines.cluster.argo_view import ArgoViewer
+
+        view = ArgoViewer(Argo(namespace or pod_namespace)).look(run)
+        where = f"workflow {view.run.run_id}"
+    else:
+        server = connect(host, namespace, token_file, ca_file)
+        view = Viewer(server, pods_are_in(pod_namespace, namespace)).look(run)
+        where = server.run_address(view.run.run_id, ui)
+    line(f"Run {view.run.display_name}: {view.run.state}  {where}")
     # In a file or a pipe a reason is one line, however long.
     (console if console.is_terminal else Screen(width=10_000)).print(_tree(view))
     if view.unseen:

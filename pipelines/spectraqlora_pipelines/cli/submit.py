@@ -11,6 +11,7 @@ import typer
 from spectraqlora.errors import InputError
 from spectraqlora.settings import Settings, digest
 
+from spectraqlora_pipelines.cli.argo import Target, Wanted, for_argo, submit_to_argo, wanted
 from spectraqlora_pipelines.cli.kubeflow import (
     CaFile,
     Experiment,
@@ -37,7 +38,10 @@ from spectraqlora_pipelines.cli.options import ConfigOrVariable, PresetOrVariabl
 from spectraqlora_pipelines.cli.screen import errors, line
 
 if TYPE_CHECKING:
+    from spectraqlora_pipelines.cluster.argo_view import ArgoViewer
     from spectraqlora_pipelines.cluster.view import View, Viewer
+
+    Looking = Viewer | ArgoViewer
 
 POLL_SECONDS = 10.0
 PATIENCE_SECONDS = 300.0
@@ -49,6 +53,7 @@ def submit(
     config: ConfigOrVariable = None,
     set_: Set = None,
     values: Values = None,
+    target: Target = "kubeflow",
     pipeline: Pipeline = "ablation",
     package: Package = None,
     name: Annotated[
@@ -93,7 +98,7 @@ def submit(
     ui: Ui = "",
     pod_namespace: PodNamespace = "",
 ) -> None:
-    """Upload the pipeline to Kubeflow Pipelines and start a run.
+    """Upload the pipeline to Kubeflow Pipelines, or to Argo Workflows, and start a run.
 
     A version is named by program version and content, so the same pipeline is
     uploaded once. The run's arguments come from the settings; what base, data
@@ -104,6 +109,10 @@ def submit(
     Example: spectraqlora submit --host http://localhost:8080 --config my.yaml
     """
     _check(no_cache, watch, resubmit, upload_only)
+    if for_argo(target):
+        run_of = wanted(pipeline, config, set_, preset, values, package, pipeline_name, service_account)
+        _submit_to_argo(run_of, name, namespace or pod_namespace, upload_only, watch, resubmit)
+        return
     settings, arguments = launched_settings(pipeline, config, set_, not (upload_only or no_cache), preset)
     placed = placed_values(values, package)
     server = connect(host, namespace, token_file, ca_file)
@@ -127,6 +136,22 @@ def submit(
         _follow(Viewer(server, pods_are_in(pod_namespace, namespace)), run, start, resubmit, settings)
 
 
+def _submit_to_argo(
+    run: Wanted, name: str, namespace: str, upload_only: bool, watch: bool, resubmit: int
+) -> None:
+    from spectraqlora_pipelines.cluster.argo_client import Argo
+    from spectraqlora_pipelines.cluster.argo_view import ArgoViewer
+
+    argo = Argo(namespace)
+
+    def start() -> str:
+        return submit_to_argo(argo, run, name, upload_only)
+
+    started = start()
+    if watch:
+        _follow(ArgoViewer(argo), started, start, resubmit, run.settings)
+
+
 def _check(no_cache: bool, watch: bool, resubmit: int, upload_only: bool) -> None:
     if resubmit and not watch:
         raise InputError("--resubmit", resubmit, "--watch, since a run that nobody watches ends unseen")
@@ -138,7 +163,7 @@ def _check(no_cache: bool, watch: bool, resubmit: int, upload_only: bool) -> Non
         raise InputError("--watch", True, "no --upload-only, which starts nothing")
 
 
-def _follow(viewer: Viewer, run: str, start: Callable[[], str], resubmit: int, settings: Settings) -> None:
+def _follow(viewer: Looking, run: str, start: Callable[[], str], resubmit: int, settings: Settings) -> None:
     """Stay until the run ends, and start it again while it fails.
 
     Raises:
@@ -166,7 +191,7 @@ def _follow(viewer: Viewer, run: str, start: Callable[[], str], resubmit: int, s
         run = start()
 
 
-def _watch(viewer: Viewer, run: str) -> View:
+def _watch(viewer: Looking, run: str) -> View:
     """Look at a run until it ends, and say how each of its steps changes."""
     said: dict[str, str] = {}
     answered = time.monotonic()

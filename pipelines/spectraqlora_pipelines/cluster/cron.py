@@ -65,6 +65,25 @@ def _check(line: str, part: str, name: str, low: int, high: int, names: dict[str
         raise InputError("--cron", line, f"{low}-{high}{words} as {name}, not {part!r}")
 
 
+def argo_schedule(cron: str, every: str) -> str:
+    """The line of a CronWorkflow: five fields of a crontab, a shorthand, or `@every 6h`.
+
+    Args:
+        cron: a cron line, or empty.
+        every: an interval such as 6h or 1d, or empty.
+
+    Raises:
+        InputError: a line with seconds, which Argo does not know, or one that does not parse.
+    """
+    if every:
+        interval_seconds(every)
+        # Go's durations have no days.
+        return f"@every {24 * int(every[:-1])}h" if every.endswith("d") else f"@every {every}"
+    if len(cron.split()) == 6:
+        raise InputError("--cron", cron, "five fields without seconds, for Argo Workflows")
+    return cron_line(cron).removeprefix("0 ") if len(cron.split()) == 5 else cron_line(cron)
+
+
 def interval_seconds(text: str) -> int:
     """Seconds of an interval such as 30m, 6h or 1d; at least a minute."""
     parts = re.fullmatch(r"([1-9]\d{0,6})([smhd])", text.strip())

@@ -100,12 +100,13 @@ def steps_of(pipeline: dict[str, Any], nodes: dict[str, Node], workflow: str, en
     """
     tree = _Tree(pipeline, nodes)
     root = tree.group(pipeline["pipelineInfo"]["name"], pipeline["root"]["dag"], f"{workflow}.root", "")
-    return _ended(root) if ended else root
+    return ended_steps(root) if ended else root
 
 
-def _ended(step: Step) -> Step:
+def ended_steps(step: Step) -> Step:
+    """A run's steps when it has ended: what has not begun never will."""
     state = {"waiting": "skipped", "running": "stopped"}.get(step.state, step.state)
-    return replace(step, state=state, parts=tuple(_ended(part) for part in step.parts))  # type: ignore[arg-type]
+    return replace(step, state=state, parts=tuple(ended_steps(part) for part in step.parts))  # type: ignore[arg-type]
 
 
 class _Tree:
@@ -130,7 +131,7 @@ class _Tree:
             else:
                 parts.append(self._step(shown, component, below, method))
         node = self._nodes.get(path)
-        state = node.state if node else _state_of(parts)
+        state = node.state if node else state_of(parts)
         times = (node.started, node.finished) if node else (None, None)
         return Step(
             label, "", method, state, *times, message=node.message if node else "", parts=tuple(parts)
@@ -146,17 +147,24 @@ class _Tree:
             # Its driver runs before it, and where that fails it never begins.
             before: State = driver.state if driver and driver.state in ("running", "failed") else "waiting"
             return Step(
-                label, step, method, before, driver.started if driver else None, None, 0, _message([driver])
+                label,
+                step,
+                method,
+                before,
+                driver.started if driver else None,
+                None,
+                0,
+                last_message([driver]),
             )
         state: State = node.state
         if state == "done" and executor is not None and executor.state == "skipped":
             state = "cached"
         attempts = len(tries) or int(executor is not None and state != "cached")
-        message = _message([*tries, executor, node])
+        message = last_message([*tries, executor, node])
         return Step(label, step, method, state, node.started, node.finished, attempts, message)
 
 
-def _message(nodes: list[Node | None]) -> str:
+def last_message(nodes: list[Node | None]) -> str:
     """The last thing that is said of a step that is not done."""
     said = [node.message for node in nodes if node and node.message and node.state != "done"]
     # Argo says of what holds a failed node only that some child failed.
@@ -164,7 +172,7 @@ def _message(nodes: list[Node | None]) -> str:
     return (telling or said or [""])[-1]
 
 
-def _state_of(parts: list[Step]) -> State:
+def state_of(parts: list[Step]) -> State:
     """State of a group that has no node of its own yet, from its parts'."""
     states = {part.state for part in parts}
     order: tuple[State, ...] = ("failed", "running")

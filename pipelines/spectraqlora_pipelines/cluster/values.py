@@ -1,7 +1,8 @@
-"""The values file of `compile --target kubernetes`: where and how every step runs on a cluster.
+"""The values file of `compile --target kubernetes` and `--target argo`: where and how every step runs on a cluster.
 
 `defaults` holds for all steps, `steps.NAME` for one of them; a step's value wins, mappings are merged key by
-key and lists are replaced. `run` holds what belongs to a run and not to a step. Secrets are named, never held.
+key and lists are replaced. `run` holds what belongs to a run and not to a step, `argo` what only Argo Workflows has.
+Secrets are named, never held.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ LACKING = {
 }
 """What a pod may have and KFP has no place for, and what there is instead."""
 _WITHOUT_KFP = "KFP has no place for it; pipelines/README.md, What KFP has no place for, names a way"
+CONTAINER = "main"
+"""Argo's name for a step's container."""
 STEP, METHOD = "spectraqlora/step", "spectraqlora/method"
 """Labels of a step's pods; the second of those in a method's branch."""
 _TIME_LIMIT, _TRAIN_TIME_LIMIT, _RUN_TIME_LIMIT = "12h", "7d", "30d"
@@ -337,6 +340,31 @@ class RunValues(_Part):
     )
 
 
+class ArtifactRepository(_Part):
+    config_map: Name | None = Field(
+        None,
+        description="ConfigMap that describes it, in the namespace of the runs; none is the controller's own",
+    )
+    key: str | None = Field(
+        None, description="Key inside; none is the one that the ConfigMap's annotation names"
+    )
+
+
+class ArgoValues(_Part):
+    """What Argo Workflows has a place for and Kubeflow Pipelines has not; for `--target argo` alone."""
+
+    parallelism: int | None = Field(None, ge=1, description="Pods of a run at once; none is no limit")
+    fs_group: int | None = Field(
+        0, ge=0, description="Group that a step's volumes are given to; null leaves them as they are"
+    )
+    grace: Duration = Field(
+        "2m",
+        description="How long a step whose pod is deleted may take to end; training writes a checkpoint in it",
+    )
+    repository: ArtifactRepository = ArtifactRepository()
+    timezone: str = Field("Etc/UTC", min_length=1, description="Time zone of a schedule's cron line")
+
+
 class _At(ValueError):
     """A fault of a part of the model under validation."""
 
@@ -355,6 +383,7 @@ class ClusterValues(_Part):
     """The values file."""
 
     run: RunValues = RunValues()
+    argo: ArgoValues = ArgoValues()
     defaults: StepValues = Field(StepValues(), description="Holds for every step")
     steps: dict[Annotated[str, AfterValidator(_known_step)], StepValues] = Field(
         {}, description="What differs for one step"
@@ -421,7 +450,7 @@ def read_values(path: Path) -> ClusterValues:
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise InputError("--values", path, "a YAML mapping with run, defaults and steps")
+        raise InputError("--values", path, "a YAML mapping with run, argo, defaults and steps")
     try:
         return ClusterValues.model_validate(loaded)
     except ValidationError as error:

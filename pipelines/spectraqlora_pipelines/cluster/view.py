@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectraqlora_pipelines.cluster.client import Kubeflow
-from spectraqlora_pipelines.cluster.pods import NoAccess, Pods, explained, labelled, said_of
+from spectraqlora_pipelines.cluster.kube import NoAccess
+from spectraqlora_pipelines.cluster.pods import Pods, explained, labelled, said_of
 from spectraqlora_pipelines.cluster.progress import (
     ENDED,
     Step,
@@ -17,6 +18,7 @@ from spectraqlora_pipelines.cluster.progress import (
     steps_of,
 )
 
+_DELETED = "; KFP does not try it again, submit --resubmit does"
 _LINES = 300
 """Lines from the end of a failed step's log in which its error is looked for."""
 
@@ -26,7 +28,7 @@ class View:
     """A run as it was when it was looked at.
 
     Args:
-        run: KFP's record of it.
+        run: KFP's record of it, or Argo's: id, name and state.
         tree: its steps.
         reasons: of those that failed or wait, by label; as far as Kubernetes tells.
         unseen: why Kubernetes could not be asked; empty where it was.
@@ -86,27 +88,38 @@ class Viewer:
             tasks = (run.run_details.task_details if run.run_details else None) or []
             name, nodes = nodes_of_tasks(pipeline, tasks)
         tree = steps_of(pipeline, nodes, name, run.state in ENDED)
-        return View(run, tree, self._reasons(tree, pods), unseen)
+        return View(run, tree, reasons_of(tree, pods, self._pods, _DELETED), unseen)
 
-    def _reasons(self, tree: Step, pods: list[Any]) -> dict[str, str]:
-        newest = {labelled(pod): pod for pod in pods}
-        reasons = {}
-        for step in tree.leaves():
-            if step.state in ("failed", "running"):
-                reason = self._reason(step, newest.get((step.step, step.method)))
-                if reason:
-                    reasons[step.label] = reason
-        return reasons
 
-    def _reason(self, step: Step, pod: Any) -> str:
-        said = said_of(pod) if pod is not None else ""
-        known = explained(said) or explained(step.message)
-        if known or step.state != "failed":
-            return known or said or step.message
-        log = ""
-        if pod is not None and self._pods is not None:
-            try:
-                log = self._pods.log(pod.metadata.name, _LINES)
-            except NoAccess:
-                log = ""
-        return own_error(log) or said or step.message
+def reasons_of(tree: Step, pods: list[Any], source: Pods | None, deleted: str) -> dict[str, str]:
+    """Why steps failed or wait, by label, as far as Kubernetes tells.
+
+    Args:
+        tree: the run's steps.
+        pods: those of them that are still there.
+        source: gives their logs; None gives none.
+        deleted: what becomes of a step whose pod was deleted.
+    """
+    newest = {labelled(pod): pod for pod in pods}
+    reasons = {}
+    for step in tree.leaves():
+        if step.state in ("failed", "running"):
+            reason = _reason(step, newest.get((step.step, step.method)), source, deleted)
+            if reason:
+                reasons[step.label] = reason
+    return reasons
+
+
+def _reason(step: Step, pod: Any, source: Pods | None, deleted: str) -> str:
+    said = said_of(pod) if pod is not None else ""
+    known = explained(said, deleted) or explained(step.message, deleted)
+    if known or step.state != "failed":
+        return known or said or step.message
+    log = ""
+    if pod is not None and source is not None:
+        try:
+            log = source.log(pod.metadata.name, _LINES)
+        except NoAccess:
+            log = ""
+    # Of a container beside the step's own, Argo's words say more than the pod's exit code.
+    return own_error(log) or max(said, step.message, key=len)

@@ -7,11 +7,10 @@ from typing import Any
 
 from kfp import dsl
 from spectraqlora.runtime import run_key
-from spectraqlora.runtime.images import IMAGE_REFERENCE
-from spectraqlora.runtime.threads import CPUS
 from spectraqlora.tracking.runs import KFP_UI
 
-from spectraqlora_pipelines.cluster.fields import seconds, whole_cores
+from spectraqlora_pipelines.cluster.environment import step_environment
+from spectraqlora_pipelines.cluster.fields import seconds
 from spectraqlora_pipelines.cluster.values import (
     NEVER_CACHED,
     SCRATCH,
@@ -21,8 +20,6 @@ from spectraqlora_pipelines.cluster.values import (
     image_name,
 )
 
-CACHED = {"HF_HOME": "huggingface", "XDG_CACHE_HOME": "cache"}
-"""Environment variables of what is kept in the cache claim, and its folder there: copies from the hub, and from S3."""
 RUN_ID = "metadata.labels['pipeline/runid']"
 """Where KFP writes the id of a run on each of its pods."""
 
@@ -100,7 +97,8 @@ def _place(task: Any, values: StepValues) -> None:
 
     image = values.image.reference(image_name(task.container_spec.image))
     task.set_container_image(image)
-    task.set_env_variable(IMAGE_REFERENCE, image)
+    for name, value in step_environment(values, image).items():
+        task.set_env_variable(name, value)
     kubernetes.set_image_pull_policy(task, values.image.pull_policy)
     if values.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(values.pull_secrets))
@@ -110,8 +108,6 @@ def _place(task: Any, values: StepValues) -> None:
             given = getattr(getattr(values, kind), bound)
             if given:
                 getattr(task, f"set_{kind}_{bound}")(given)
-    if promised := values.cpu.request or values.cpu.limit:
-        task.set_env_variable(CPUS, str(whole_cores(promised)))
     if values.gpu.count:
         task.set_accelerator_type(values.gpu.resource).set_accelerator_limit(values.gpu.count)
     if values.shm:
@@ -137,8 +133,6 @@ def _place(task: Any, values: StepValues) -> None:
     _limit(task, values)
     task.set_caching_options(values.caching)
 
-    for name, value in values.env.items():
-        task.set_env_variable(name, value)
     for secret in values.secrets:
         keys = {key: env for env, key in secret.env.items()}
         if keys:
@@ -158,9 +152,6 @@ def _place(task: Any, values: StepValues) -> None:
         )
     if values.cache.claim:
         kubernetes.mount_pvc(task, values.cache.claim, values.cache.path, values.cache.sub_path)
-        for name, folder in CACHED.items():
-            if name not in values.env:
-                task.set_env_variable(name, f"{values.cache.path}/{folder}")
 
     kubernetes.set_security_context(
         task,

@@ -24,12 +24,10 @@ from requests.exceptions import RequestException
 from spectraqlora.errors import InputError
 from spectraqlora.places import Place, file_place
 from spectraqlora.runtime import run_key
-from spectraqlora.runtime.images import image_reference, images
+from spectraqlora.runtime.images import IMAGE_USER, image_reference, images
 from spectraqlora.runtime.threads import CPUS, threads_per_process
 from spectraqlora.settings import Settings
 
-IMAGE_USER = 10001
-"""User of the images; steps of a run that root starts run as this one, others as who starts the run."""
 DEFAULT_NETWORK = "host" if sys.platform == "linux" else "bridge"
 WORKDIR_LABEL = "spectraqlora.workdir"
 GRACE_S = 30
@@ -50,7 +48,7 @@ class HostAccess:
         readable: files and folders mounted read-only.
         writable: further folders mounted to be written.
         network: a Docker network; `host` reaches servers on this machine at the addresses they have here.
-        user: user id of the steps.
+        user: user id of the steps: the images' own where root starts the run, else that of who starts it.
     """
 
     workdir: Path
