@@ -36,7 +36,7 @@ def compile_(
         typer.Option(metavar="FILE", help="YAML file: how each step runs there."),
     ] = None,
 ) -> None:
-    """Write the pipeline YAML for Kubeflow Pipelines, or for Argo Workflows alone.
+    """Write the pipeline YAML for Kubeflow Pipelines or Argo.
 
     For a cluster, a values file gives every step its image, resources, nodes,
     retries, secrets by name and time limit: pipelines/cluster-values.yaml is

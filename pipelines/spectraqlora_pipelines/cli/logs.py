@@ -36,7 +36,7 @@ def logs(
     ca_file: CaFile = "",
     pod_namespace: PodNamespace = "",
 ) -> None:
-    """Print what a step of a run on Kubeflow Pipelines, or on Argo Workflows, has printed.
+    """Print what a step of a run on Kubeflow or Argo has printed.
 
     Logs are Kubernetes' to give: this needs a kubeconfig of the cluster, and
     lasts as long as the step's pods. A step that was taken from an earlier run

@@ -41,7 +41,7 @@ def status(
     ui: Ui = "",
     pod_namespace: PodNamespace = "",
 ) -> None:
-    """Show how far a run on Kubeflow Pipelines, or on Argo Workflows, is, step by step.
+    """Show how far a run on Kubeflow or Argo is, step by step.
 
     States and times come from Kubeflow Pipelines. Why a step failed or waits is
     Kubernetes' to say: with a kubeconfig of the cluster, or inside of it, this

@@ -98,7 +98,7 @@ def submit(
     ui: Ui = "",
     pod_namespace: PodNamespace = "",
 ) -> None:
-    """Upload the pipeline to Kubeflow Pipelines, or to Argo Workflows, and start a run.
+    """Upload the pipeline to Kubeflow or Argo, and start a run.
 
     A version is named by program version and content, so the same pipeline is
     uploaded once. The run's arguments come from the settings; what base, data
