@@ -98,7 +98,7 @@ class Journey:
         source = self.work / "data.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in questions))
         self.rows.mkdir()
-        prepare(DataSettings(source=str(source)), self.outline, SEED, self.rows)
+        prepare(DataSettings(source=str(source), test_fraction=0), self.outline, SEED, self.rows)
         (self.work / "table").mkdir()
         analyze(Inputs(self.outline), SnrSettings(), self.work / "table")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from spectraqlora.artifacts import MergedModel
-from spectraqlora.scoring.held_out import read_held_out
+from spectraqlora.scoring.held_out import read_held_out, read_test_rows
 from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSettings
 from spectraqlora.steps.promote.promotion import Promotion
 from spectraqlora.steps.promote.rescore import guard_perplexity, rescore
@@ -41,7 +41,7 @@ def _register(uri: str, name: str, exported: Path, rows: Path, key: str, form: s
     with tempfile.TemporaryDirectory() as scratch:
         winner = Path(scratch) / "winner"
         shutil.copytree(exported, winner)
-        losses = {"verified_eval_loss": loss, "eval_loss_original": loss}
+        losses = {"verified_eval_loss": loss, "eval_loss_original": loss, "test_loss": loss}
         MergedModel.read(winner).model_copy(update=losses).write(winner)
         inputs = Inputs(rows=rows, winner=winner, exported=winner)
         return register(Tracker(settings, key), inputs, {})[1]
@@ -98,13 +98,18 @@ def test_both_are_scored_again_where_their_rows_differ_and_general_text_guards(
     outcome = _gate(uri, "again", second).run(dry_run=True)
     assert "again" in outcome.scored
     registry = Registry(TrackingSettings(uri=uri, registered_model="again"))
-    rows, answers = read_held_out(registry.download(registry.version(second), HELD_OUT, tmp_path / "rows"))
+    kept = registry.download(registry.version(second), HELD_OUT, tmp_path / "rows")
+    rows, answers = read_held_out(kept)
+    assert registry.version(second).tags["test_digest"] != registry.version(first).tags["test_digest"]
     for version, numbers in ((second, outcome.challenger), (first, outcome.champion)):
         folder = download_model(registry.settings, registry.version(version), tmp_path / str(version))
         model, tokenizer = load_model(folder)
-        measured = rescore(model, tokenizer, rows, answers, EvaluateSettings(accuracy_rows=2))
-        assert numbers["merged_eval_loss"] == pytest.approx(measured["merged_eval_loss"], rel=1e-5)
-    better = outcome.challenger["merged_eval_loss"] < outcome.champion["merged_eval_loss"]
+        measured = rescore(
+            model, tokenizer, rows, answers, EvaluateSettings(accuracy_rows=2), read_test_rows(kept)
+        )
+        assert numbers["merged_test_loss"] == pytest.approx(measured["merged_test_loss"], rel=1e-5)
+        assert numbers["merged_test_loss"] != pytest.approx(measured["merged_eval_loss"], rel=1e-5)
+    better = outcome.challenger["merged_test_loss"] < outcome.champion["merged_test_loss"]
     assert outcome.promoted == better
 
     text = tmp_path / "general.txt"

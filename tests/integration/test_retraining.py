@@ -42,7 +42,7 @@ class Retraining:
             "run", "--pipeline", "retraining", "--base-model", str(model), "--data", str(self.data),
             "--workdir", str(self.workdir), "--max-steps", "120", "--set", "train.learning_rate=4e-3",
             # Half of the rows judge: of a few rows, few would say nothing.
-            "--set", "data.eval_fraction=0.5",
+            "--set", "data.eval_fraction=0.5", "--set", "data.test_fraction=0",
             "--set", "retrain.method=qlora", "--set", "select.rank=8", "--set", "evaluate.accuracy_rows=0",
             "--set", "promote.margin=0.02", *(part for text in settings for part in ("--set", text)),
         ]  # fmt: skip
