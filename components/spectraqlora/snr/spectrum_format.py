@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,9 @@ from spectraqlora.models.modules import module_identity
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_NORM = re.compile("norm|^ln")
+"""In the last part of a norm's name: input_layernorm, norm1, ln_1."""
 
 
 def spectrum_json(table: pd.DataFrame) -> str:
@@ -56,13 +61,36 @@ def read_spectrum_json(path: Path) -> pd.DataFrame:
     return table
 
 
-def unfrozen_yaml(table: pd.DataFrame, percent: float) -> str:
-    """The unfrozen-parameters file: embeddings and head, then per type the selected modules, best first."""
+def unfrozen_yaml(table: pd.DataFrame, percent: float, norms: Iterable[str] = ()) -> str:
+    """The unfrozen-parameters file: embeddings and head, then per type the selected modules, best first.
+
+    Args:
+        table: of the matrices.
+        percent: share of each type that is selected.
+        norms: modules of norm vectors (`norm_modules`). Spectrum's SNR of every vector is infinite, so it lists of each
+            type the first ones.
+    """
     from spectraqlora.snr.table import best_first, top_modules
 
     chosen = top_modules(table, percent)
+    types: dict[str, list[str]] = {
+        str(kind): [module for module in best_first(group)["module"] if module in chosen]
+        for kind, group in table.groupby("type")
+    }
+    vectors: dict[str, list[tuple[int, str]]] = {}
+    for module in norms:
+        if identity := module_identity(module):
+            vectors.setdefault(identity[1], []).append((identity[0], module))
+    for kind, layers in vectors.items():
+        types[kind] = [module for _, module in sorted(layers)[: math.floor(len(layers) * percent / 100)]]
     lines = ["unfrozen_parameters:", "- ^lm_head.weight$", "- ^model.embed_tokens.weight$"]
-    for kind, group in table.groupby("type"):
+    for kind in sorted(types):
         lines.append(f"# {kind} layers")
-        lines += [f"- {module}" for module in best_first(group)["module"] if module in chosen]
+        lines += [f"- {module}" for module in types[kind]]
     return "\n".join(lines) + "\n"
+
+
+def norm_modules(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Modules of the norm vectors among a model's tensors, given by name and shape."""
+    names = (name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 1)
+    return [name for name in names if f"{name}.weight" in shapes and _NORM.search(name.rpartition(".")[2])]

@@ -44,6 +44,9 @@ def snr(
         Path | None,
         typer.Option(metavar="FILE", help="Write Axolotl's and Spectrum's file."),
     ] = None,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="List norms in that file, too, as Spectrum does.")
+    ] = False,
 ) -> None:
     """Show the signal-to-noise ratio of every weight matrix.
 
@@ -55,7 +58,10 @@ def snr(
     """
     if not 0 < percent <= 100:
         raise InputError("--percent", percent, "a number above 0 and at most 100")
+    if norms and unfrozen_yaml is None:
+        raise InputError("--norms", "", "--unfrozen-yaml FILE beside it, which it is about")
     from spectraqlora.snr.journal import ScanJournal
+    from spectraqlora.snr.spectrum_format import norm_modules
     from spectraqlora.snr.spectrum_format import spectrum_json as to_json
     from spectraqlora.snr.spectrum_format import unfrozen_yaml as to_yaml
     from spectraqlora.snr.table import top_modules
@@ -74,7 +80,8 @@ def snr(
     if spectrum_json:
         write_text(spectrum_json, to_json(table))
     if unfrozen_yaml:
-        write_text(unfrozen_yaml, to_yaml(table, percent))
+        vectors = norm_modules({name: checkpoint.shape(name) for name in checkpoint.names()}) if norms else []
+        write_text(unfrozen_yaml, to_yaml(table, percent, vectors))
 
 
 def _open_checkpoint(model: str) -> Tensors:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from spectraqlora.errors import InputError
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.settings import SnrSettings
 from spectraqlora.snr.scan import scan, scan_tensors
-from spectraqlora.snr.spectrum_format import read_spectrum_json, spectrum_json, unfrozen_yaml
+from spectraqlora.snr.spectrum_format import (
+    norm_modules,
+    read_spectrum_json,
+    spectrum_json,
+    unfrozen_yaml,
+)
 from spectraqlora.snr.table import best_first, order, read_given, read_table, top_modules, write_table
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 
@@ -153,6 +159,39 @@ def test_selection_from_a_published_table_equals_the_published_yaml_in_its_order
     assert len(wanted) == 7 * 16
     assert own == wanted
     assert yaml.safe_load(unfrozen_yaml(table, 50))["unfrozen_parameters"][2:] == wanted
+
+
+@needs_published
+def test_with_norms_the_yaml_is_the_published_one_but_for_what_is_always_unfrozen() -> None:
+    stem = "snr_results_meta-llama-Meta-Llama-3.1-8B-Instruct"
+    table = read_spectrum_json(PUBLISHED / f"{stem}.json")
+    published = (PUBLISHED / f"{stem}_unfrozenparameters_50percent.yaml").read_text().splitlines()
+    # Headings of types outside numbered layers, of which nothing is listed.
+    wanted = [x for x in published if not re.match("# (lm_head|model)", x)]
+    layers = [f"model.layers.{n}" for n in reversed(range(32))]
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{layer}.{kind}.weight": (4096,)
+        for layer in layers
+        for kind in ("post_attention_layernorm", "input_layernorm")
+    }
+    shapes |= {"model.norm.weight": (4096,), "model.layers.0.self_attn.q_proj.bias": (4096,)}
+    shapes |= {
+        "model.layers.0.input_layernorm.bias": (4096,),
+        "model.layers.0.self_attn.q_proj.weight": (1, 1),
+    }
+    assert len(norms := norm_modules(shapes)) == 65
+    assert unfrozen_yaml(table, 50, norms).splitlines() == wanted
+
+
+def test_norms_of_heads_and_of_other_families_are_listed_the_first_layers_first() -> None:
+    shapes = {f"transformer.h.{n}.ln_1.weight": (8,) for n in range(4)}
+    shapes |= {f"model.layers.{n}.self_attn.q_norm.weight": (8,) for n in (10, 2, 1, 0)}
+    table = pd.DataFrame({"module": [], "type": [], "order": [], "calibrated": []})
+    lines = unfrozen_yaml(table, 50, norm_modules(shapes)).splitlines()
+    assert lines[3:] == [
+        "# ln_1 layers", "- transformer.h.0.ln_1", "- transformer.h.1.ln_1",
+        "# self_attn.q_norm layers", "- model.layers.0.self_attn.q_norm", "- model.layers.1.self_attn.q_norm",
+    ]  # fmt: skip
 
 
 @needs_published
