@@ -19,6 +19,7 @@ from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
 from spectraqlora.runtime.console import say, warn
 from spectraqlora.runtime.images import IMAGE_REFERENCE, image_reference
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.moved import artifact_location
 from spectraqlora.tracking.server import ServerAway, connect, explain_errors, transferring
 
 RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
@@ -66,10 +67,7 @@ class Tracker:
         name = self.settings.experiment
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            location = None
-            if self.settings.uri.startswith("sqlite:///"):
-                database = Path(self.settings.uri.removeprefix("sqlite:///"))
-                location = (database.parent / "mlartifacts").as_uri()
+            location = artifact_location(self.settings.uri)
             try:
                 return str(self.client.create_experiment(name, artifact_location=location))
             except MlflowException as error:

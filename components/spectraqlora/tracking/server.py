@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit
 
 from spectraqlora.errors import InputError
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.tracking.moved import follow_move
 
 TRANSFER_SECONDS = 1800
 """How long one file may take between MLflow, and the store behind it, and us; MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT
@@ -47,6 +48,7 @@ def connect(settings: TrackingSettings) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    follow_move(settings.uri)
     with explain_errors(settings):
         return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
 
