@@ -197,7 +197,8 @@ def ours(base: Path, file: Path) -> float:
         start = time.monotonic()
         rows = prepare_for(model, settings, 1, Path(folder))
         seconds = time.monotonic() - start
-    assert rows.account.read == rows.train_rows + rows.eval_rows + sum(d.rows for d in rows.account.dropped)
+    used = rows.train_rows + rows.eval_rows + rows.test_rows
+    assert rows.account.read == used + sum(entry.rows for entry in rows.account.dropped)
     return seconds
 
 
