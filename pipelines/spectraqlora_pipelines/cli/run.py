@@ -33,7 +33,7 @@ def run(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="DATA", help="Hub id, file, folder or s3:// address; may be repeated."),
+        typer.Option(metavar="DATA", help="Hub id, file, folder, s3://; may be repeated."),
     ] = None,
     methods: Methods = None,
     rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds of train and re-evaluate.")] = None,
