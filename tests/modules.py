@@ -30,7 +30,11 @@ def first_ranks(
 
 
 def parameters(rank_map: RankMap, members: list[LinearModule]) -> int:
-    """Trainable parameters of a map; a group's pair counts once."""
-    cost = {m.module: m.in_features + m.out_features for m in members}
-    pairs = {entry.module if entry.group is None else entry.group: entry for entry in rank_map.active()}
-    return sum(entry.rank * cost[entry.module] for entry in pairs.values())
+    """Trainable parameters of a map; what a group shares counts once."""
+    infos = {m.module: m for m in members}
+    sizes: dict[tuple[str, str | int], int] = {}
+    for entry in rank_map.active():
+        for factor, side in (("A", infos[entry.module].in_features), ("B", infos[entry.module].out_features)):
+            own = entry.group is None or entry.shared not in ("pair", factor)
+            sizes[factor, entry.module if own or entry.group is None else entry.group] = entry.rank * side
+    return sum(sizes.values())

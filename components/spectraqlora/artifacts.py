@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,7 +15,8 @@ SCHEMA_VERSION = 2
 IGNORED = -100
 """Label of a token that does not count in the loss."""
 GRADIENT_INIT = "a_init.safetensors"
-"""Next to a rank map: the first A (rank x in) of a module, or of a group by its first module."""
+"""Next to a rank map: the first A (rank x in) of a module, or of a group by its first module; of a group that shares B
+the first B (out x rank), as `module.lora_B`."""
 
 NOTHING = "none.txt"
 
@@ -219,8 +220,12 @@ class BaseMeasurement(_Manifest):
                 raise InputError(f"measurement {name}", own[:12], f"{wanted[:12]}, which this run has")
 
 
+Shared = Literal["pair", "A", "B"]
+"""What the modules of a group share: their whole adapter, its A or its B."""
+
+
 class ModuleRank(BaseModel):
-    """What one module gets: no adapter at rank 0; the same group shares one adapter."""
+    """What one module gets: no adapter at rank 0; modules of the same group share what `shared` says."""
 
     model_config = ConfigDict(extra="forbid")
     module: str
@@ -231,15 +236,35 @@ class ModuleRank(BaseModel):
     alpha: float = Field(ge=0)
     lr_scale: float = Field(1.0, gt=0)
     group: int | None = None
+    shared: Shared = Field("pair", description="what its group shares; the other factor is its own")
     score: float | None = Field(None, description="what ranked it; none where it has no finite score")
 
 
-class Similarity(_Manifest):
-    """Gradient cosines between modules of equal type and shape, and the groups made from them."""
+class SideOverlap(BaseModel):
+    """How much the leading gradient subspaces of modules overlap on one side, 0 to 1."""
 
+    model_config = ConfigDict(extra="forbid")
+    side: Literal["input", "output"] = Field(
+        description="of the matrices: what faces the residual stream there"
+    )
     modules: list[str]
-    cosines: list[list[float | None]]
+    overlaps: list[list[float]] = Field(description="of every pair, in the order of `modules`")
+    chance: float = Field(description="the largest overlap of random subspaces of this size that was drawn")
+
+
+class Similarity(_Manifest):
+    """What groups of modules were made from: cosines of whole gradients, or the overlap of their subspaces per side."""
+
+    modules: list[str] = Field(description="all candidates")
+    cosines: list[list[float | None]] = Field(
+        default_factory=list,
+        description="of gradients of equal type and shape; empty where sides were compared",
+    )
     groups: list[list[str]]
+    sides: list[SideOverlap] = Field(
+        default_factory=list, description="empty where whole gradients were compared"
+    )
+    threshold: float | None = Field(None, description="lowest similarity inside a group")
 
     @classmethod
     def filename(cls) -> str:

@@ -301,7 +301,37 @@ class SelectSettings(_Section):
         gt=0,
         description="alors: learning rate of the trained module with the strongest signal over that of the weakest",
     )
-    similarity: float = Field(0.05, ge=-1, le=1, description="sgm: lowest gradient cosine inside a group")
+    similarity_of: Literal["subspace", "gradient"] = Field(
+        "subspace",
+        description="sgm: compare the leading gradient subspaces on the side that faces the residual stream, and share "
+        "A or B there; or the cosines of whole gradients of one type, and share both",
+    )
+    overlap: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="sgm by subspace: lowest overlap inside a group, which also is above that of random subspaces",
+    )
+    group_layers: int = Field(
+        2, ge=1, description="sgm by subspace: how many neighbouring layers a group may span"
+    )
+    group_within: Literal["part", "block"] = Field(
+        "part",
+        description="sgm by subspace: share within attention and within the MLP, whose matrices read one input each, or "
+        "across whole blocks",
+    )
+    group_sides: Literal["input", "both"] = Field(
+        "input",
+        description="sgm by subspace: share A where the input faces the residual stream, or B as well where the output "
+        "does (o, down)",
+    )
+    spend_savings: bool = Field(
+        False,
+        description="sgm: raise the rank by what sharing saves, up to hybrid's parameters, instead of training fewer",
+    )
+    similarity: float = Field(
+        0.05, ge=-1, le=1, description="sgm by gradient: lowest gradient cosine inside a group"
+    )
     gradient_init: Switch = Field(
         "auto",
         description="Start A from the leading directions of the gradient instead of at random; auto: where "

@@ -11,6 +11,7 @@ come out: equal rank, and equal trainable parameters (those of plain QLoRA at ra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -119,24 +120,26 @@ class Study:
 
     def run(self, arm: Arm, rate: float, seed: int, split: str) -> dict[str, Any]:
         """Train one arm once; the result as one line of `runs.jsonl`."""
+        from spectraqlora.models.adapters import with_adapter
+        from spectraqlora.models.loading import load_four_bit
+        from spectraqlora.scoring.batches import load_rows
+        from spectraqlora.scoring.loss import score
         from spectraqlora.settings import EvaluateSettings, SelectSettings, TrainSettings
         from spectraqlora.steps.select_layers.select import Inputs, select
         from spectraqlora.steps.train.request import Inputs as TrainInputs
         from spectraqlora.steps.train.request import TrainRequest
         from spectraqlora.steps.train.training import train
 
-        from tests.measured import write_measurement
-
         quantized, data = self.work / "quantized", self.work / split
-        settings = SelectSettings(rank=RANK, rank_high=RANK, rank_low=RANK // 2, **arm.select)
+        of_rank = {"rank": RANK, "rank_high": RANK, "rank_low": RANK // 2}
+        settings = SelectSettings.model_validate(of_rank | arm.select)
         with tempfile.TemporaryDirectory() as scratch:
             ranks, adapter = Path(scratch) / "ranks", Path(scratch) / "adapter"
             ranks.mkdir()
             if arm.method == KAPPA:
                 self._condition_number_map(settings, seed, ranks)
             else:
-                measurement = Path(scratch) / "measurement"
-                write_measurement(quantized, data, settings, seed, measurement, (arm.method,))
+                measurement = self.measurement(settings, seed, split)
                 inputs = Inputs(self.work / "outline", self.work / "table", measurement)
                 select(arm.method, inputs, settings, seed, ranks)
             request = TrainRequest(
@@ -149,16 +152,37 @@ class Study:
                 evaluate=EvaluateSettings(batch_size=32),
             )
             log = train(request)
+            scored = score(
+                with_adapter(load_four_bit(quantized)[0], adapter), load_rows(data, "held_out"), 32
+            )
         return {
             "arm": arm.name,
             "rate": rate,
             "seed": seed,
             "split": split,
             "eval_loss": log.best_eval_loss,
+            "row_losses": [round(loss, 4) for loss in scored.losses],
+            "row_tokens": scored.tokens,
             "trainable_parameters": log.trainable_parameters,
             "tokens_per_second": log.train_tokens_per_second,
             "seconds": log.train_seconds,
         }
+
+    def measurement(self, settings: Any, seed: int, split: str) -> Path:
+        """The base's measurement with sketches, once for all arms of a seed; made in a folder of its own by each process."""
+        from tests.measured import write_measurement
+
+        folder = self.work / "measurements" / f"{split}-{seed}"
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                made = write_measurement(
+                    self.work / "quantized", self.work / split, settings, seed, Path(scratch) / "own"
+                )
+                # Another process may have been faster: its numbers are the same.
+                with contextlib.suppress(OSError):
+                    made.rename(folder)
+        return folder
 
     def _condition_number_map(self, settings: Any, seed: int, output: Path) -> None:
         """The half of all matrices that peft finds best conditioned."""

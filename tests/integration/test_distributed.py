@@ -54,8 +54,11 @@ def _train(
 def test_two_processes_train_as_one_does(
     settings: dict[str, Any], quantized: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    # Two modules of different blocks share a pair, one has a rank of its own.
-    rank_map(quantized, {Q0: 4, Q1: 4, DOWN: 2}, {Q0: 0, Q1: 0}).write(tmp_path / "ranks")
+    # Two modules of different blocks share a pair, two of a block share A, two share B, one shares nothing.
+    k, v, o = (Q1.replace("q_proj", f"{name}_proj") for name in "kvo")
+    ranks = {Q0: 4, Q1: 4, k: 4, v: 4, o: 2, DOWN: 2, DOWN.replace("2", "3"): 2}
+    groups = {Q0: 0, Q1: 0, k: 1, v: 1, o: 2, DOWN: 2}
+    rank_map(quantized, ranks, groups, {1: "A", 2: "B"}).write(tmp_path / "ranks")
     one, two = (
         _train(count, tmp_path / "ranks", quantized, prepared, tmp_path, **settings) for count in (1, 2)
     )
@@ -72,7 +75,9 @@ def test_two_processes_train_as_one_does(
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-5)
     assert torch.equal(second[f"{Q0}.lora_B"], second[f"{Q1}.lora_B"])
-    assert second[f"{Q0}.lora_B"].abs().max() > 0
+    assert torch.equal(second[f"{k}.lora_A"], second[f"{v}.lora_A"])
+    assert torch.equal(second[f"{o}.lora_B"], second[f"{DOWN}.lora_B"])
+    assert min(second[name].abs().max() for name in (f"{Q0}.lora_B", f"{k}.lora_B", f"{o}.lora_A")) > 0
 
 
 def test_training_processes_listen_to_this_machine_alone_and_open_no_store(

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from spectraqlora.artifacts import Evaluation, ModelOutline, PreparedRows, Similarity
+from spectraqlora.artifacts import (
+    Evaluation,
+    LinearModule,
+    ModelOutline,
+    ModuleRank,
+    PreparedRows,
+    SideOverlap,
+    Similarity,
+)
 from spectraqlora.report.page import EXAMPLE_CHARACTERS, render_report
 from spectraqlora.report.plots import draw, write_plots
 from spectraqlora.snr.table import COLUMNS
@@ -123,9 +131,9 @@ def test_the_page_shows_every_part(page: str) -> None:
         "Settings and digests",
     ):
         assert f">{words}" in page or f" {words}" in page
-    assert re.sub(r"\s+", " ", page).count("2 candidates in 1 groups; 2 modules share an update") == 1
+    assert re.sub(r"\s+", " ", page).count("2 candidates; groups that share A") == 1
     assert "∞" in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     for key, value in (
         ("select.rank", "4"),
         ("select.budget", "0.5"),
@@ -251,8 +259,45 @@ def test_the_same_evaluations_give_the_same_page(branches: list[Evaluation], pag
 def test_the_pictures_are_files_too(branches: list[Evaluation], tmp_path: Path) -> None:
     write_plots(draw(branches, _table(), "sgm"), tmp_path)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert set(written) == {"loss.svg", "snr.svg", "ranks.svg", "cost.svg", "similarity.svg"}
+    assert set(written) == {"loss.svg", "snr.svg", "ranks.svg", "cost.svg", "similarity.svg", "groups.svg"}
     assert all(text.startswith("<svg") for text in written.values())
+
+
+def test_groups_by_subspace_show_both_sides_and_what_they_save(branches: list[Evaluation]) -> None:
+    names = [f"model.layers.{layer}.mlp.{kind}" for layer in (0, 1) for kind in ("up_proj", "down_proj")]
+    sides = [
+        SideOverlap(side=side, modules=names[start::2], overlaps=[[1.0, 0.5], [0.5, 1.0]], chance=0.08)
+        for start, side in enumerate(("input", "output"))
+    ]
+    outline = _outline(
+        modules=[
+            LinearModule(
+                module=name, type=f"mlp.{name.split('.')[-1]}", layer=int(name.split(".")[2]),
+                out_features=(96, 32)["down" in name], in_features=(32, 96)["down" in name], four_bit=True,
+            )
+            for name in names
+        ]
+    )  # fmt: skip
+    merging = branches[0].model_copy(deep=True)
+    merging.similarity = Similarity(
+        modules=names, groups=[names[::2], names[1::2]], sides=sides, threshold=0.3
+    )
+    rank_map = merging.rounds[0].rank_map
+    rank_map.modules = [
+        ModuleRank(
+            module=name, type="t", layer=0, tier="selected", rank=4, alpha=8.0,
+            group=index % 2, shared=("A", "B")[index % 2],
+        )
+        for index, name in enumerate(names)
+    ]  # fmt: skip
+    page = " ".join(_page([merging, branches[1]], outline=outline).split())
+    assert "4 candidates; groups that share A: 1, B: 1, both: 0; modules in them: 4." in page
+    # Four adapters of rank 4 on 128 numbers each; each of two groups saves 4 x 32.
+    assert "trains 1,792 parameters" in page and "would have 2,048 (-12.5%)" in page
+    drawn = draw([merging, branches[1]], _table(), "sgm")
+    assert "input side, chance 0.08" in drawn["similarity"]
+    assert "output side, chance 0.08" in drawn["similarity"]
+    assert "A·g0" in drawn["groups"]
 
 
 def test_the_wheel_and_the_images_carry_the_template(tmp_path: Path) -> None:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
+from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap, Shared
 from spectraqlora.errors import InputError
 from spectraqlora.settings import SelectSettings
 from spectraqlora.signals.scores import Scores
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share their whole adapter, its A or its B, at one rank."""
+
+    members: tuple[str, ...]
+    shared: Shared = "pair"
+
 
 HIGHEST_OVER_RANK = 4
 """A budget raises no rank above this multiple of `select.rank`."""
@@ -89,10 +99,22 @@ def budget_parameters(modules: list[LinearModule], select: SelectSettings) -> fl
 
 
 def trained_parameters(ranks: Sequence[ModuleRank], modules: list[LinearModule]) -> int:
-    """Parameters that a map's entries train: those of frozen adapters are none, a group's pair counts once."""
-    sides = {m.module: cost(m) for m in modules}
-    pairs = {r.module if r.group is None else r.group: r for r in ranks if r.tier != "frozen"}
-    return sum(r.rank * sides[r.module] for r in pairs.values())
+    """Parameters that a map's entries train: those of frozen adapters are none, what a group shares counts once."""
+    infos = {m.module: m for m in modules}
+    factors: dict[tuple[str | int, str], int] = {}
+    for entry in ranks:
+        if entry.tier != "frozen":
+            for key, side in _factors(infos[entry.module], entry.group, entry.shared):
+                factors[key] = entry.rank * side
+    return sum(factors.values())
+
+
+def _factors(
+    info: LinearModule, group: int | None, shared: Shared
+) -> Iterator[tuple[tuple[str | int, str], int]]:
+    """(whose factor, and which) and its size for one unit of rank, of a module's A and B."""
+    for name, side in (("A", info.in_features), ("B", info.out_features)):
+        yield (group if group is not None and shared in (name, "pair") else info.module, name), side
 
 
 def branch_budget(current: RankMap, modules: list[LinearModule]) -> int:
@@ -145,32 +167,43 @@ def equal_ranks(
     modules: list[LinearModule],
     chosen: Collection[str],
     select: SelectSettings,
-    groups: Sequence[Sequence[str]] = (),
+    groups: Sequence[Group] = (),
+    parameters: int = 0,
 ) -> dict[str, int]:
-    """One rank for all chosen modules: `select.rank`, or the highest that `select.budget` pays for.
+    """One rank for all chosen modules: `select.rank`, or the highest that the parameters allowed pay for.
 
     Args:
         modules: all of the model.
         chosen: names of the modules that get an adapter.
-        select: the settings.
-        groups: chosen modules that share one pair, which then costs once.
+        select: the settings; its budget, where one is set, says how many parameters are allowed.
+        groups: chosen modules that share factors, which then cost once.
+        parameters: how many are allowed where no budget is set; 0 keeps `select.rank`.
 
     Raises:
         InputError: the budget does not pay for rank 1.
     """
     members = [m for m in modules if m.module in chosen]
-    if not select.budget:
+    allowed = budget_parameters(modules, select) or parameters
+    if not allowed:
         return {m.module: select.rank for m in members}
-    shared = {name: index for index, group in enumerate(groups) for name in group}
-    pairs = {shared.get(m.module, m.module): m for m in members}
-    of_one_rank = sum(map(cost, pairs.values()))
-    highest = HIGHEST_OVER_RANK * select.rank
-    rank = min(int(budget_parameters(modules, select) / of_one_rank), highest) if pairs else 0
-    if pairs and rank < 1:
+    shared = {name: (index, group.shared) for index, group in enumerate(groups) for name in group.members}
+    alone: tuple[None, Shared] = (None, "pair")
+    owners = {m.module: shared[m.module][0] if m.module in shared else m.module for m in members}
+    factors: dict[tuple[str | int, str], int] = {}
+    caps: dict[str | int, int] = {}
+    for m in members:
+        factors |= _factors(m, *shared.get(m.module, alone))
+        owner = owners[m.module]
+        caps[owner] = min(caps.get(owner, m.in_features), m.in_features, m.out_features)
+    of_one_rank, highest = sum(factors.values()), HIGHEST_OVER_RANK * select.rank
+    rank = min(int(allowed / of_one_rank), highest) if members else 0
+    if members and rank < 1:
         raise InputError(
-            "select.budget", select.budget, f"a share that pays for rank 1 on {len(pairs)} adapters"
+            "select.budget", select.budget, f"a share that pays for rank 1 on {len(caps)} adapters"
         )
-    return {m.module: min(rank, m.in_features, m.out_features) for m in members}
+    return {
+        m.module: min(rank, caps[shared[m.module][0] if m.module in shared else m.module]) for m in members
+    }
 
 
 def balance_learning_rates(ranks: list[ModuleRank], modules: list[LinearModule]) -> list[ModuleRank]:
@@ -196,7 +229,7 @@ def first_map(
     scores: Scores,
     select: SelectSettings,
     lr_scale_of: Mapping[str, float] | None = None,
-    groups: Sequence[Sequence[str]] = (),
+    groups: Sequence[Group] = (),
 ) -> RankMap:
     """The first round's rank map; its base_digest is left to the step that knows the base model.
 
@@ -208,7 +241,7 @@ def first_map(
         scores: what the method ranked the modules by; empty where it ranked none.
         select: the settings.
         lr_scale_of: learning rate over the base rate, 1 unless named; balanced over the trained parameters.
-        groups: modules that share one pair.
+        groups: modules that share factors.
 
     Raises:
         InputError: nothing would be trained.
@@ -220,7 +253,7 @@ def first_map(
             select.percent,
             f"a share that leaves a matrix to train for {method}: a type has {fewest} matrices",
         )
-    group_of = {name: index for index, group in enumerate(groups) for name in group}
+    group_of = {name: (index, group.shared) for index, group in enumerate(groups) for name in group.members}
     ranks = [
         ModuleRank(
             module=info.module,
@@ -230,7 +263,8 @@ def first_map(
             rank=rank_of.get(info.module, 0),
             alpha=rank_of.get(info.module, 0) * select.alpha_over_rank,
             lr_scale=(lr_scale_of or {}).get(info.module, 1.0),
-            group=group_of.get(info.module),
+            group=group_of.get(info.module, (None, "pair"))[0],
+            shared=group_of.get(info.module, (None, "pair"))[1],
             score=_finite(scores.get(info.module)),
         )
         for info in modules

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
+from spectraqlora.models.sharing import share_factors
 from spectraqlora.runtime.console import warn
 
 WEIGHTS = "adapter_model.safetensors"
@@ -80,34 +81,34 @@ def attach(
     start: dict[str, torch.Tensor] | None = None,
     gradient_init: dict[str, torch.Tensor] | None = None,
 ) -> Any:
-    """Wrap `model` with the map's adapters; shared groups use one (A, B) pair; `frozen` ones do not train.
+    """Wrap `model` with the map's adapters; groups use one A, one B, or one pair; `frozen` ones do not train.
 
     Args:
         model: the frozen base model.
         rank_map: which module gets an adapter of which rank.
         dropout: on the adapters' input.
         start: weights from an earlier round, `module.lora_A` (rank x in) and `module.lora_B` (out x rank).
-        gradient_init: the first A (rank x in) of a module, or of a group by its first module.
+        gradient_init: the first A (rank x in) of a module, or of a group by its first module; `module.lora_B` is the
+            first B (out x rank) of a group that shares B.
     """
     from peft import get_peft_model
 
     config = lora_config(rank_map, dropout, model.config.is_encoder_decoder)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     layers = lora_layers(wrapped)
-    leader: dict[int, Any] = {}
     with torch.no_grad():
+        share_factors(wrapped, layers, rank_map)
         for entry in rank_map.active():
-            layer = layers[entry.module]
-            if entry.group is not None:
-                if entry.group in leader:
-                    for name in _MATRICES:
-                        getattr(layer, name)[_ADAPTER] = getattr(leader[entry.group], name)[_ADAPTER]
-                    continue
-                leader[entry.group] = layer
-            if gradient_init and entry.module in gradient_init:
-                initial = gradient_init[entry.module]
-                layer.lora_A[_ADAPTER].weight[: len(initial)].copy_(initial)
-            for name, weight in _weights(layer).items():
+            weights = _weights(layers[entry.module])
+            a, b = (
+                (gradient_init or {}).get(entry.module),
+                (gradient_init or {}).get(f"{entry.module}.lora_B"),
+            )
+            if a is not None:
+                weights["lora_A"][: len(a)].copy_(a)
+            if b is not None:
+                weights["lora_B"][:, : b.shape[1]].copy_(b)
+            for name, weight in weights.items():
                 if start and f"{entry.module}.{name}" in start:
                     weight.copy_(start[f"{entry.module}.{name}"])
     for entry in rank_map.active():
@@ -128,7 +129,7 @@ def _weights(layer: Any) -> dict[str, torch.nn.Parameter]:
 def parameter_groups(
     model: Any, rank_map: RankMap, learning_rate: float, lora_plus_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups, one per learning rate; a shared pair is in one group, once.
+    """Optimizer groups, one per learning rate; a shared factor is in one group, once.
 
     Args:
         model: PEFT model.
@@ -149,7 +150,7 @@ def parameter_groups(
 
 
 def trainable_parameters(model: Any) -> int:
-    """Distinct trainable numbers; a shared pair counts once."""
+    """Distinct trainable numbers; what modules share counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,18 @@ def module_identity(name: str) -> tuple[int, str] | None:
         return None
     stack = "encoder." if name.removeprefix("model.").startswith("encoder.") else ""
     return int(match.group(1)), stack + name[match.end() :]
+
+
+def module_block(name: str) -> str:
+    """The numbered block that a module is in: its path up to the first index; the module itself outside of them."""
+    match = _LAYER.search(name)
+    return name if match is None else name[: match.end() - 1]
+
+
+def residual_width(modules: Iterable[LinearModule]) -> int:
+    """Width of the residual stream: what most matrices of the blocks read; 0 of no modules."""
+    widths = Counter(m.in_features for m in modules)
+    return max(widths, key=lambda width: (widths[width], -width), default=0)
 
 
 def language_part(model: Any) -> str:

@@ -12,7 +12,9 @@ from functools import lru_cache
 
 import psutil
 
+from spectraqlora.artifacts import LinearModule
 from spectraqlora.methods.catalogue import method as method_of
+from spectraqlora.models.modules import residual_width
 from spectraqlora.planning.activations import kept_activations
 from spectraqlora.planning.shape import FLOAT32, ModelShape, config_of
 from spectraqlora.planning.training import surrogate_map, training
@@ -172,9 +174,12 @@ def _select_layers(run: _Run, method: str) -> StepMemory:
     select = run.settings.select
     sketches = 0
     if method_of(method).measures_gradients(select):
-        # Of every module what it has of its input side (in x k), and the square (k x k).
-        sides = ((m.in_features, min(select.sketch_size, m.out_features)) for m in run.shape.modules)
-        sketches = FLOAT32 * sum(k * (inner + min(select.sketch_size, inner)) for inner, k in sides)
+        # Of every module what it has of its sides, and the square (k x k).
+        squares = (
+            min(select.sketch_size, m.in_features) * min(select.sketch_size, m.out_features)
+            for m in run.shape.modules
+        )
+        sketches = FLOAT32 * (_sketched_sides(run.shape.modules, select.sketch_size) + sum(squares))
     largest = "sketches" if sketches > PROCESS_BYTES else "libraries"
     return run.on_host("select-layers", method, PROCESS_BYTES + sketches, largest)
 
@@ -243,6 +248,13 @@ def scoring(shape: ModelShape, settings: Settings) -> int:
     return shape.working(positions) + shape.loss(positions) + shape.past(rows, tokens)
 
 
+def _sketched_sides(modules: list[LinearModule], size: int) -> int:
+    """Numbers of the sides' sketches: in x k of every module, out x k where it writes into the residual stream."""
+    width = residual_width(modules)
+    inputs = sum(m.in_features * min(size, m.out_features) for m in modules)
+    return inputs + sum(width * min(size, m.in_features) for m in modules if m.out_features == width)
+
+
 def calibration(shape: ModelShape, settings: Settings, cuda: bool) -> dict[str, int]:
     """Gradients of every module, sketched: what takes memory at the peak (see signals.gradients).
 
@@ -250,12 +262,11 @@ def calibration(shape: ModelShape, settings: Settings, cuda: bool) -> dict[str, 
     """
     rows, tokens = settings.select.calibration_rows, shape.row_tokens(settings)
     side = settings.select.sketch_size
-    sides = (m.in_features * min(side, m.out_features) for m in shape.modules)
     logits = 3 * FLOAT32 + (FLOAT32 if shape.dtype_bytes == 2 else 0)
     kept, block = _watched(shape, rows, tokens, not settings.data.pack, cuda)
     return {
         "activations": kept,
-        "sketches": 2 * FLOAT32 * sum(sides),
+        "sketches": 2 * FLOAT32 * _sketched_sides(shape.modules, side),
         "working set": shape.working(rows * tokens),
         **_largest({"logits": rows * tokens * shape.vocabulary * logits, "recomputed block": block}),
     }

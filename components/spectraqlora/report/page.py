@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from spectraqlora.artifacts import Evaluation, Example, ModelOutline, PreparedRo
 from spectraqlora.data.accounting import facts, warning
 from spectraqlora.errors import printable
 from spectraqlora.methods.catalogue import method
+from spectraqlora.methods.ranks import cost, trained_parameters
 from spectraqlora.report import plots
 from spectraqlora.scoring.statistics import SIGNIFICANCE, PairedTest
 
@@ -47,7 +49,7 @@ def render_report(
         pictures: what `plots.draw` made of the same evaluations; drawn here where it is not given.
     """
     best = next(e for e in evaluations if e.method == winner)
-    similarity = next((e.similarity for e in evaluations if e.similarity is not None), None)
+    merging = next((e for e in evaluations if e.similarity is not None), None)
     drawn = plots.draw(evaluations, snr_table, winner) if pictures is None else pictures
     return (
         _environment()
@@ -62,8 +64,8 @@ def render_report(
             rows=rows,
             **_data(rows),
             pictures={name: Markup(svg) for name, svg in drawn.items()},
-            similarity=similarity,
-            sharing=sum(len(g) for g in similarity.groups if len(g) > 1) if similarity else 0,
+            similarity=merging.similarity if merging else None,
+            sharing=_sharing(merging, outline) if merging else None,
             settings=list(_flat({**best.settings, "train": best.rounds[-1].training.settings})),
             version=__version__,
         )
@@ -86,6 +88,24 @@ def _data(rows: PreparedRows, opened: bool = False) -> dict[str, Any]:
     """What the data block shows; its examples folded or not."""
     examples = [_example(example) for example in rows.examples]
     return {"facts": facts(rows), "warning": warning(rows), "examples": examples, "opened": opened}
+
+
+def _sharing(merging: Evaluation, outline: ModelOutline) -> dict[str, Any]:
+    """What a branch's groups share, and how many of its parameters that saves."""
+    rank_map, infos = merging.rounds[-1].rank_map, {m.module: m for m in outline.modules}
+    trained = [m for m in rank_map.trained() if m.module in infos]
+    sizes = Counter(m.group for m in trained if m.group is not None)
+    members = [m for m in trained if m.group is not None and sizes[m.group] > 1]
+    groups = Counter(shared for _, shared in {(m.group, m.shared) for m in members})
+    alone = sum(m.rank * cost(infos[m.module]) for m in trained)
+    spent = trained_parameters(trained, outline.modules)
+    return {
+        "method": merging.method,
+        "groups": groups,
+        "modules": len(members),
+        "alone": alone,
+        "spent": spent,
+    }
 
 
 def _environment() -> Environment:

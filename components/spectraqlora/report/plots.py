@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ def colour(method: str) -> str:
 
 
 def draw(evaluations: Sequence[Evaluation], snr_table: pd.DataFrame, winner: str) -> dict[str, str]:
-    """The report's pictures by name: loss, snr, ranks, cost, and similarity where a branch measured it.
+    """The report's pictures by name: loss, snr, ranks, cost; similarity and groups where a branch made groups.
 
     Args:
         evaluations: all branches, best first.
@@ -51,7 +52,8 @@ def draw(evaluations: Sequence[Evaluation], snr_table: pd.DataFrame, winner: str
     }
     for entry in evaluations:
         if entry.similarity is not None:
-            drawn["similarity"] = similarity_matrix(entry.similarity)
+            drawn["similarity"] = similarity_matrices(entry.similarity)
+            drawn["groups"] = group_map(entry.rounds[-1].rank_map, names)
     return drawn
 
 
@@ -126,7 +128,8 @@ def _plain(name: str) -> str:
 def _cells(axes: Any, grid: np.ndarray, types: list[str], layers: list[int], title: str, **style: Any) -> Any:
     from matplotlib import colormaps
 
-    cmap = colormaps[style.pop("cmap")].with_extremes(bad=_MISSING)
+    cmap = style.pop("cmap")
+    cmap = (colormaps[cmap] if isinstance(cmap, str) else cmap).with_extremes(bad=_MISSING)
     shown = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=cmap, **style)
     axes.set_yticks(range(len(types)), [_plain(name) for name in types])
     every = max(1, len(layers) // 16)
@@ -161,7 +164,7 @@ def snr_maps(
 
 
 def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str]]) -> str:
-    """Every method's last trained rank map over the same grid; SGM cells carry their group's number."""
+    """Every method's last trained rank map over the same grid; cells of a group carry its number."""
     maps: list[RankMap] = [e.rounds[-1].rank_map for e in evaluations]
     highest = max(m.rank for rank_map in maps for m in rank_map.modules)
     _, types, layers = _grid({}, names)
@@ -196,29 +199,80 @@ def rank_maps(evaluations: Sequence[Evaluation], names: dict[str, tuple[int, str
     return _svg(figure)
 
 
-def similarity_matrix(similarity: Similarity) -> str:
-    """Gradient cosines between comparable modules, ordered by group; groups of two and more outlined."""
+def similarity_matrices(similarity: Similarity) -> str:
+    """Overlap of gradient subspaces for each side, or gradient cosines; ordered by group, groups of two and more outlined."""
+    if not similarity.sides:
+        return _matrices(
+            similarity.groups,
+            [("gradient cosine", similarity.modules, similarity.cosines)],
+            {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"},
+        )
+    panels = [
+        (f"{side.side} side, chance {side.chance:.2f}", side.modules, side.overlaps)
+        for side in similarity.sides
+    ]
+    return _matrices(similarity.groups, panels, {"vmin": 0, "vmax": 1, "cmap": "Purples"})
+
+
+def _matrices(
+    groups: Sequence[Sequence[str]],
+    panels: Sequence[tuple[str, Sequence[str], Sequence[Sequence[float | None]]]],
+    style: dict[str, Any],
+) -> str:
+    """Panels of (title, modules, a value for every pair of them) next to each other."""
     from matplotlib.patches import Rectangle
 
-    order = [name for group in similarity.groups for name in group]
-    index = {name: i for i, name in enumerate(similarity.modules)}
-    matrix = np.array([[similarity.cosines[index[a]][index[b]] for b in order] for a in order], dtype=float)
-    side = min(10.0, 3.2 + 0.17 * len(order))
-    figure = _figure(side, side * 0.85)
-    axes = figure.subplots()
-    labels = order if len(order) <= 48 else []
-    shown = _cells(axes, matrix, labels, [], "gradient cosine", vmin=-1, vmax=1, cmap="RdBu_r")
-    axes.set_xlabel("")
-    start = 0
-    for group in similarity.groups:
-        if len(group) > 1:
-            axes.add_patch(
-                Rectangle((start - 0.5, start - 0.5), len(group), len(group), fill=False, linewidth=1.6)
-            )
-        start += len(group)
-    axes.tick_params(axis="y", labelsize=7)
-    figure.colorbar(shown, shrink=0.7)
+    longest = max(len(modules) for _, modules, _ in panels)
+    side = min(10.0, 3.2 + 0.17 * longest)
+    figure = _figure(min(10.0, side * len(panels)), min(side, 10.0 / len(panels)) * 0.85)
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, modules, values) in zip(every_axes, panels, strict=True):
+        index = {name: i for i, name in enumerate(modules)}
+        here = [group for group in groups if all(name in index for name in group)]
+        grouped = {name for group in here for name in group}
+        order = [name for group in here for name in group] + [n for n in modules if n not in grouped]
+        matrix = np.array([[values[index[a]][index[b]] for b in order] for a in order], dtype=float)
+        labels = order if len(order) <= 48 and len(panels) == 1 else []
+        shown = _cells(axes, matrix, labels, [], title, **style)
+        axes.set_xlabel("")
+        start = 0
+        for group in here:
+            if len(group) > 1:
+                axes.add_patch(
+                    Rectangle((start - 0.5, start - 0.5), len(group), len(group), fill=False, linewidth=1.6)
+                )
+            start += len(group)
+        axes.tick_params(axis="y", labelsize=7)
+    figure.colorbar(shown, ax=list(every_axes), shrink=0.7)
     return _svg(figure)
+
+
+def group_map(rank_map: RankMap, names: dict[str, tuple[int, str]]) -> str:
+    """The model's matrices by layer and type: what shares a factor has one colour and its name; grey has no adapter."""
+    sizes = Counter(m.group for m in rank_map.active() if m.group is not None)
+    number = {group: place for place, group in enumerate(g for g, size in sizes.items() if size > 1)}
+    entries = {m.module: m for m in rank_map.active() if m.module in names}
+    # Alone is white, colours repeat after nine.
+    values = {n: 1.0 + number[m.group] % 9 if m.group in number else 0.0 for n, m in entries.items()}
+    grid, types, layers = _grid(values, names)
+    figure = _figure(10, 1.0 + 0.28 * len(types))
+    axes = figure.subplots()
+    _cells(axes, grid, types, layers, "shared factors", vmin=0, vmax=9, cmap=_groups_colours())
+    for name, entry in entries.items():
+        if entry.group in number and len(layers) <= 40:
+            layer, kind = names[name]
+            what = {"pair": "A, B"}.get(entry.shared, entry.shared)
+            place = layers.index(layer), types.index(kind)
+            axes.text(*place, f"{what}·g{entry.group}", ha="center", va="center", fontsize=7)
+    return _svg(figure)
+
+
+def _groups_colours() -> Any:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    pastel = colormaps["Set3"]
+    return ListedColormap(["white", *(pastel(index) for index in range(9))])
 
 
 def cost_bars(evaluations: Sequence[Evaluation]) -> str:

@@ -3,10 +3,12 @@
 For a linear layer y = x Wᵀ the gradient is G = δᵀx summed over tokens. Per batch and module we keep
 Y = Gᵀ P (in x k) with P (out x k) a scaled random orthonormal basis, the same for equal shapes; the two-sided
 sketch is Qᵀ Y (k x k). Such projections keep inner products in expectation (Johnson-Lindenstrauss), with
-less variance than Gaussian ones, so cosines between sketches estimate cosines between gradients.
+less variance than Gaussian ones, so cosines between sketches estimate cosines between gradients. Y spans the leading
+directions of G's input side; of modules that write into the residual stream Z = G Q (out x k), which spans those of
+the output side, is kept as well (randomized range finders: Halko, Martinsson and Tropp, arXiv 0909.4061).
 
-Sketches are stored as `sketches.safetensors`: two float32 tensors a module, and the modules' numbers as JSON in the
-file's metadata.
+Sketches are stored as `sketches.safetensors`: two or three float32 tensors a module, and the modules' numbers as JSON
+in the file's metadata.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spectraqlora.artifacts import LinearModule, RankMap
+from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
 from spectraqlora.errors import InputError
+from spectraqlora.models.modules import residual_width
 from spectraqlora.runtime.disk import ask
 
 SKETCHES = "sketches.safetensors"
-_RANGE, _TWO_SIDED, _NUMBERS = "range", "two_sided", "gradient_snr"
+_RANGE, _TWO_SIDED, _OUTPUT, _NUMBERS = "range", "two_sided", "output", "gradient_snr"
 
 
 @dataclass
@@ -41,6 +44,8 @@ class GradientSketch:
     """Two-sided sketch of the mean gradient (k x k)."""
     gradient_snr: float
     """Squared norm of the mean gradient over the variance of the batches' gradients."""
+    output_sketch: torch.Tensor | None = None
+    """Mean of Z over batches (out_features x k), of a module that writes into the residual stream."""
 
     def energy(self, rank: int) -> float:
         """Sum of the `rank` largest squared singular values of the mean gradient: what a rank-r update can follow."""
@@ -117,19 +122,27 @@ class _Sketcher:
         info: the module.
         left: projection of the output side (out x k).
         right: projection of the input side (in x k).
+        outputs: whether the output side is sketched as well.
     """
 
-    def __init__(self, info: LinearModule, left: torch.Tensor, right: torch.Tensor) -> None:
-        self.info, self._left, self._right = info, left, right
+    def __init__(
+        self, info: LinearModule, left: torch.Tensor, right: torch.Tensor, outputs: bool = False
+    ) -> None:
+        self.info, self._left, self._right, self._outputs = info, left, right, outputs
         self._batch: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
         self._squares = 0.0
 
     def take(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one use of the layer in the current batch: its input (… x in) and output gradient (… x out)."""
-        narrow = gradient.reshape(-1, self.info.out_features).float() @ self._left
-        part = inputs.reshape(-1, self.info.in_features).float().T @ narrow
+        delta = gradient.reshape(-1, self.info.out_features).float()
+        x = inputs.reshape(-1, self.info.in_features).float()
+        part = x.T @ (delta @ self._left)
         self._batch = part if self._batch is None else self._batch + part
+        if self._outputs:
+            part = delta.T @ (x @ self._right)
+            self._output = part if self._output is None else self._output + part
 
     def end_batch(self) -> None:
         """Close the current batch."""
@@ -147,7 +160,8 @@ class _Sketcher:
         norm = float((mean**2).sum())
         # Unbiased variance of the batches' gradients, summed over entries.
         variance = max((self._squares - batches * norm) / max(batches - 1, 1), 1e-30)
-        return GradientSketch(mean.cpu(), (self._right.T @ mean).cpu(), norm / variance)
+        output = None if self._output is None else (self._output / batches).cpu()
+        return GradientSketch(mean.cpu(), (self._right.T @ mean).cpu(), norm / variance, output)
 
 
 def sketch_gradients(
@@ -178,8 +192,14 @@ def sketch_gradients(
     named |= dict(model.named_modules())
     # Modules of equal sides share their projections.
     projection = functools.cache(lambda features, seed: _projection(features, size, seed, device))
+    width = residual_width(modules)
     sketchers = [
-        _Sketcher(info, projection(info.out_features, 2 * seed), projection(info.in_features, 2 * seed + 1))
+        _Sketcher(
+            info,
+            projection(info.out_features, 2 * seed),
+            projection(info.in_features, 2 * seed + 1),
+            outputs=info.out_features == width,
+        )
         for info in modules
     ]
     handles = [watch(named[sketcher.info.module], sketcher.take) for sketcher in sketchers]
@@ -206,27 +226,43 @@ def sketch_gradients(
 def starting_directions(sketches: Mapping[str, GradientSketch], rank_map: RankMap) -> dict[str, torch.Tensor]:
     """The first A (rank x in) of every module, or of a group by its first one: leading directions of the mean gradient.
 
-    A module that no gradient reached has no sketch and starts at random. The norm of a row is that of a Kaiming-uniform
-    A, so that the learning rate means the same.
+    A group that shares A starts it from the leading directions of its members' gradients stacked; one that shares B has
+    the first B (out x rank) under `module.lora_B` instead, from their output side. A module that no gradient reached has
+    no sketch and starts at random. The norm of a row of A, or of a column of B, is that of a Kaiming-uniform one, so
+    that the learning rate means the same.
     """
-    sharing: dict[str | int, list[str]] = {}
+    sharing: dict[str | int, list[ModuleRank]] = {}
     for entry in rank_map.active():
-        sharing.setdefault(entry.module if entry.group is None else entry.group, []).append(entry.module)
-    rank_of = {m.module: m.rank for m in rank_map.active()}
+        sharing.setdefault(entry.module if entry.group is None else entry.group, []).append(entry)
     starts = {}
     for members in sharing.values():
-        reached = [sketches[name].range_sketch for name in members if name in sketches]
-        if reached:
-            mean = torch.stack(reached).mean(0)
-            directions = torch.linalg.svd(mean, full_matrices=False)[0][:, : rank_of[members[0]]].T
-            starts[members[0]] = (directions / 3**0.5).contiguous()
+        first, reached = members[0], [sketches[m.module] for m in members if m.module in sketches]
+        if first.shared == "B":
+            outputs = [s.output_sketch for s in reached if s.output_sketch is not None]
+            if outputs:
+                starts[f"{first.module}.lora_B"] = _leading(torch.cat(outputs, dim=1), first.rank)
+        elif reached:
+            ranges = [sketch.range_sketch for sketch in reached]
+            pooled = torch.stack(ranges).mean(0) if first.shared == "pair" else torch.cat(ranges, dim=1)
+            starts[first.module] = _leading(pooled, first.rank).T.contiguous()
     return starts
+
+
+def _leading(sketch: torch.Tensor, rank: int) -> torch.Tensor:
+    """The leading left singular vectors (features x rank), each of the norm of a Kaiming-uniform one."""
+    directions: torch.Tensor = torch.linalg.svd(sketch, full_matrices=False)[0][:, :rank]
+    return (directions / 3**0.5).contiguous()
 
 
 def write_sketches(sketches: Mapping[str, GradientSketch], folder: Path) -> None:
     """Write `sketches.safetensors` into a folder; reading it gives the same numbers, bit by bit."""
     tensors = {f"{name}.{_RANGE}": s.range_sketch.contiguous() for name, s in sketches.items()}
     tensors |= {f"{name}.{_TWO_SIDED}": s.sketch.contiguous() for name, s in sketches.items()}
+    tensors |= {
+        f"{name}.{_OUTPUT}": s.output_sketch.contiguous()
+        for name, s in sketches.items()
+        if s.output_sketch is not None
+    }
     numbers = json.dumps({name: s.gradient_snr for name, s in sketches.items()})
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{SKETCHES}.partial"
@@ -247,9 +283,13 @@ def read_sketches(folder: Path) -> dict[str, GradientSketch]:
     try:
         with safe_open(path, "pt") as stored:
             numbers: dict[str, float] = json.loads(stored.metadata()[_NUMBERS])
+            names = set(stored.keys())
             return {
                 name: GradientSketch(
-                    stored.get_tensor(f"{name}.{_RANGE}"), stored.get_tensor(f"{name}.{_TWO_SIDED}"), snr
+                    stored.get_tensor(f"{name}.{_RANGE}"),
+                    stored.get_tensor(f"{name}.{_TWO_SIDED}"),
+                    snr,
+                    stored.get_tensor(f"{name}.{_OUTPUT}") if f"{name}.{_OUTPUT}" in names else None,
                 )
                 for name, snr in numbers.items()
             }

@@ -43,7 +43,7 @@ def test_groups_hold_only_similar_modules_of_one_type() -> None:
 
 
 def test_a_group_pays_for_its_pair_once() -> None:
-    settings = SelectSettings(rank=8, percent=100, budget=0.5, similarity=0.9)
+    settings = SelectSettings(rank=8, percent=100, budget=0.5, similarity_of="gradient", similarity=0.9)
     scores = {m.module: (1.0, 0.0) for m in MIXED}
     # All q point the same way, every up another way.
     direction = {m.module: 0 if m.type == "q" else 1 + m.layer for m in MIXED}
@@ -62,7 +62,7 @@ def test_a_group_pays_for_its_pair_once() -> None:
 
 
 def test_only_hybrids_selection_is_grouped_and_what_has_no_sketch_stays_alone() -> None:
-    settings = SelectSettings(rank=8, percent=50, similarity=-1.0)
+    settings = SelectSettings(rank=8, percent=50, similarity_of="gradient", similarity=-1.0)
     scores = {m.module: (float(m.layer), 0.0) for m in MODULES}
     sketches = {
         m.module: GradientSketch(torch.eye(4), torch.eye(4), 1.0) for m in MODULES if m.module != "m.7.q"
@@ -80,7 +80,7 @@ def test_only_hybrids_selection_is_grouped_and_what_has_no_sketch_stays_alone() 
 def test_the_similarity_is_stored_beside_the_map_and_read_with_it(tmp_path) -> None:
     scores = {m.module: (float(m.layer), 0.0) for m in MODULES}
     sketches = {m.module: GradientSketch(torch.eye(4), torch.eye(4), 1.0) for m in MODULES}
-    rank_map = first_ranks("sgm", MODULES, scores, SelectSettings(rank=8), sketches)
+    rank_map = first_ranks("sgm", MODULES, scores, SelectSettings(rank=2), sketches)
     rank_map.write(tmp_path)
     assert RankMap.read(tmp_path) == rank_map
     assert {path.name for path in tmp_path.iterdir()} == {"rank_map.json", "similarity.json"}

@@ -11,7 +11,13 @@ from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
 
 
-def rank_map(quantized: Path, ranks: dict[str, int], groups: dict[str, int] | None = None) -> RankMap:
+def rank_map(
+    quantized: Path,
+    ranks: dict[str, int],
+    groups: dict[str, int] | None = None,
+    shared: dict[int, str] | None = None,
+) -> RankMap:
+    """Of the tiny model: ranks by module, groups by module, and what a group shares where that is no pair."""
     manifest = FourBitModel.read(quantized)
     return RankMap(
         method="alors",
@@ -27,6 +33,7 @@ def rank_map(quantized: Path, ranks: dict[str, int], groups: dict[str, int] | No
                 rank=ranks.get(m.module, 0),
                 alpha=2.0 * ranks.get(m.module, 0),
                 group=(groups or {}).get(m.module),
+                shared=(shared or {}).get((groups or {}).get(m.module, -1), "pair"),
             )
             for m in manifest.modules
         ],

@@ -85,7 +85,8 @@ def test_select_layers_holds_sketches_where_its_method_reads_them_and_never_a_mo
     without, with_sketches = step(planned, "select-layers", "qlora"), step(planned, "select-layers", "sgm")
     assert (without.device, without.host) == (with_sketches.device, PROCESS_BYTES) == (0, PROCESS_BYTES)
     size, inputs = planned.settings.select.sketch_size, 6 * 4096 + 11008
-    assert with_sketches.host == PROCESS_BYTES + 4 * size * 32 * (inputs + 7 * size)
+    outputs = 5 * 4096  # All but gate and up are as wide as the residual stream.
+    assert with_sketches.host == PROCESS_BYTES + 4 * size * 32 * (inputs + outputs + 7 * size)
     assert (
         step(plan(shape, small(methods="qlora"), cuda=False), "select-layers", "qlora").device
         == PROCESS_BYTES

@@ -211,8 +211,9 @@ def test_a_starts_from_the_leading_gradient_directions_of_its_group(
 ) -> None:
     analyze(SnrInputs(outline), SnrSettings(), tmp_path / "table")
     settings = SelectSettings(
-        rank=4, sketch_size=256, calibration_batches=2, similarity=-1.0, percent=100.0, gradient_init="on"
-    )
+        rank=4, sketch_size=256, calibration_batches=2, percent=100.0, gradient_init="on",
+        similarity_of="gradient", similarity=-1.0,
+    )  # fmt: skip
     (tmp_path / "ranks").mkdir()
     measurement = write_measurement(quantized, prepared, settings, 1, tmp_path / "measurement")
     rank_map = select(
