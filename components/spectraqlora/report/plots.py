@@ -271,8 +271,7 @@ def _groups_colours() -> Any:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    pastel = colormaps["Set3"]
-    return ListedColormap(["white", *(pastel(index) for index in range(9))])
+    return ListedColormap(np.vstack([np.ones((1, 4)), colormaps["Set3"](np.arange(9))]))
 
 
 def cost_bars(evaluations: Sequence[Evaluation]) -> str:
