@@ -98,7 +98,8 @@ def wanted(
     if name:
         template["metadata"]["name"] = name
     if service_account:
-        template["spec"]["serviceAccountName"] = service_account
+        for part in (template["spec"], template["spec"]["artifactGC"]):
+            part["serviceAccountName"] = service_account
     return Wanted(pipeline, settings, arguments, template, placed)
 
 

@@ -51,6 +51,7 @@ def pod_of(step: str, method: str, arguments: list[str], values: ClusterValues) 
         values: of the cluster.
     """
     placed = values.step(step)
+    user = placed.user.run_as_user or IMAGE_USER
     labels = {**placed.labels, STEP: step, **({METHOD: method} if method else {})}
     volumes, mounts = _volumes(placed)
     return _without_nothing(
@@ -60,7 +61,7 @@ def pod_of(step: str, method: str, arguments: list[str], values: ClusterValues) 
             "affinity": _affinity(placed),
             "tolerations": [_toleration(toleration) for toleration in placed.tolerations],
             "securityContext": {
-                "runAsUser": placed.user.run_as_user or IMAGE_USER,
+                "runAsUser": user,
                 "runAsGroup": placed.user.run_as_group or 0,
                 "runAsNonRoot": True,
                 "seccompProfile": {"type": "RuntimeDefault"},
@@ -70,6 +71,7 @@ def pod_of(step: str, method: str, arguments: list[str], values: ClusterValues) 
             "retryStrategy": _retries(placed),
             "volumes": volumes,
             "container": _container(step, arguments, placed, mounts),
+            "podSpecPatch": _patch(user, seconds(values.argo.grace)),
         }
     )
 
@@ -93,8 +95,14 @@ def run_of(values: ClusterValues) -> dict[str, Any]:
             # The pods of a run that failed stay, for their logs.
             "podGC": {"strategy": "OnWorkflowSuccess", "deleteDelayDuration": "1h"},
             # A store that does not answer must not keep a workflow from being deleted.
-            "artifactGC": {"strategy": "OnWorkflowDeletion", "forceFinalizerRemoval": True},
-            "podSpecPatch": json.dumps({"terminationGracePeriodSeconds": seconds(argo.grace)}),
+            "artifactGC": _without_nothing(
+                {
+                    "strategy": "OnWorkflowDeletion",
+                    "forceFinalizerRemoval": True,
+                    # Else the pod that deletes them has the namespace's default account.
+                    "serviceAccountName": run.service_account,
+                }
+            ),
         }
     )
 
@@ -119,6 +127,20 @@ def not_argos(values: ClusterValues) -> list[str]:
                 f"steps.{name}.retries.factor: {factor:g}: Argo Workflows takes whole numbers; it is {_whole(factor)}"
             )
     return lines
+
+
+def _patch(user: int, grace: int) -> str:
+    """What a template has no place for: the time to end, and Argo's own containers, which run as the step's user.
+
+    They write input artifacts for their user alone, and an installation may have given them another one.
+    """
+    same = {"securityContext": {"runAsUser": user}}
+    patch = {
+        "terminationGracePeriodSeconds": grace,
+        "initContainers": [{"name": "init", **same}],
+        "containers": [{"name": "wait", **same}],
+    }
+    return json.dumps(patch)
 
 
 def _container(

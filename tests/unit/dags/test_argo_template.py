@@ -246,6 +246,7 @@ def test_the_values_file_places_a_step() -> None:
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in train["volumes"]
     spec = made("ablation")["spec"]
     assert (spec["serviceAccountName"], spec["activeDeadlineSeconds"]) == ("spectraqlora", 172800)
+    assert spec["artifactGC"]["serviceAccountName"] == "spectraqlora"
     assert spec["ttlStrategy"] == {"secondsAfterCompletion": 604800}
     assert spec["imagePullSecrets"] == [{"name": "registry-credentials"}]
 
@@ -293,8 +294,14 @@ def test_no_step_runs_as_root_or_writes_elsewhere_than_in_its_volumes(tmp_path: 
         }  # fmt: skip
         mounted = {mount["mountPath"] for mount in template["container"]["volumeMounts"]}
         assert {"/outputs", "/tmp"} <= mounted
-    openshift = "argo: {fs_group: null}\ndefaults: {user: {run_as_user: 1000650000}}"
-    pod = one_step(openshift, "train", tmp_path)["securityContext"]
+    openshift = "argo: {fs_group: null, grace: 5m}\ndefaults: {user: {run_as_user: 1000650000}}"
+    step = one_step(openshift, "train", tmp_path)
+    pod, same = step["securityContext"], {"securityContext": {"runAsUser": 1000650000}}
+    assert json.loads(step["podSpecPatch"]) == {
+        "terminationGracePeriodSeconds": 300,
+        "initContainers": [{"name": "init", **same}],
+        "containers": [{"name": "wait", **same}],
+    }
     assert pod["runAsUser"] == 1000650000 and "fsGroup" not in pod
 
 
