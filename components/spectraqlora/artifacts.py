@@ -346,6 +346,7 @@ class TrainingLog(_Manifest):
     peak_memory_bytes: int = Field(description="of one process, the highest")
     processes: int = 1
     seed: int | None = Field(None, description="of reading order, dropout and fresh adapters")
+    image: str = Field("", description="in which it ran")
     best_eval_loss: float
     loss_curve: list[tuple[int, float]]
     eval_curve: list[tuple[int, float]]
@@ -433,6 +434,7 @@ class MergedModel(_Manifest):
     dtype: str = Field("", description="of the exported weights, as torch calls it")
     warning: str = Field("", description="what a person should know before using it; empty where nothing")
     trust_remote_code: bool = Field(False, description="loading it runs the model's own code")
+    signed_by: str = Field("", description="SHA-256 of the key that signed it; empty where nobody did")
     published: dict[str, str] = Field(
         default_factory=dict, description="s3:// addresses of the plain files, by folder"
     )

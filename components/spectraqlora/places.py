@@ -211,6 +211,15 @@ class Place:
             return None
         return folder
 
+    def card(self) -> dict[str, Any]:
+        """What the card of a hub id says in its front matter, such as the license.
+
+        Raises:
+            InputError: the hub has no such thing, or does not answer.
+        """
+        found = self._ask().card_data
+        return dict(found.to_dict()) if found is not None else {}
+
     def with_owner(self) -> str:
         """A hub id with its owner, without which the hub's oldest ones are known too: of imdb, stanfordnlp/imdb.
 

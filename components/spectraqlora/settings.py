@@ -417,6 +417,11 @@ class ExportSettings(_Section):
     destination: AddressOrNothing = Field(
         "", description="s3:// address where the winner is published, as the folders merged and adapter"
     )
+    signature: Literal["optional", "required"] = Field(
+        "optional",
+        description="Whether a model without a signature may be exported and become champion; the model card says "
+        "which it is",
+    )
 
 
 class TrackingSettings(_Section):

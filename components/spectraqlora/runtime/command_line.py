@@ -18,11 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 from spectraqlora.errors import InputError
 from spectraqlora.files import apply_umask, write_text
 from spectraqlora.runtime.component import plain
-from spectraqlora.runtime.images import component_of, images, step_names
+from spectraqlora.runtime.images import IMAGE, component_of, images, step_names
 from spectraqlora.settings import Settings
 
-IMAGE = "SPECTRAQLORA_IMAGE"
-"""Environment variable in which an image has its name."""
 _DEFAULTS: dict[str, Any] = {
     "content": "",
     "round": 1,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
 
+IMAGE = "SPECTRAQLORA_IMAGE"
+"""Environment variable in which an image has its name."""
+REVISION = "SPECTRAQLORA_REVISION"
+"""Environment variable of a step's container: the source revision that its image was built from."""
 IMAGE_REFERENCE = "SPECTRAQLORA_IMAGE_REFERENCE"
 """Environment variable of a step's container: its image in full, as a cluster names it."""
 IMAGE_USER = 10001
@@ -18,6 +23,12 @@ _STEPS = Path(__file__).resolve().parents[1] / "steps"
 def image_reference(name: str) -> str:
     """The image of a step, tagged with the package's version."""
     return f"spectraqlora/{name}:{__version__}"
+
+
+def step_image() -> str:
+    """The image that this step runs in: as the cluster names it, else as it was built."""
+    built = os.environ.get(IMAGE)
+    return os.environ.get(IMAGE_REFERENCE) or (image_reference(built) if built else "none, a local process")
 
 
 def step_names() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -19,6 +20,7 @@ from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.loading import load_plain, load_tokenizer
 from spectraqlora.places import base_place, kind_of, read_document
 from spectraqlora.settings import TrackingSettings
+from spectraqlora.signing import SHARD_SIZE
 from spectraqlora.tracking.registry import TAG_LENGTH, Version
 from spectraqlora.tracking.server import explain_errors, fetching, transferring
 
@@ -83,6 +85,7 @@ def _log(form: str, exported: Path, trust: bool, example: str, tags: dict[str, s
         # MLflow's path for checkpoints on disk does not know this transformers; a loaded model works.
         model = auto_class(config).from_pretrained(merged, use_safetensors=True, trust_remote_code=trust)
     text = Schema([ColSpec(DataType.string)])
+    os.environ["MLFLOW_HUGGINGFACE_MODEL_MAX_SHARD_SIZE"] = SHARD_SIZE
     return mlflow.transformers.log_model(
         transformers_model={"model": model, "tokenizer": load_tokenizer(merged, trust)},
         name="model",

@@ -15,9 +15,8 @@ from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, PreparedRows, TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.places import kind_of
-from spectraqlora.runtime.command_line import IMAGE as BUILT_IMAGE
 from spectraqlora.runtime.console import say, warn
-from spectraqlora.runtime.images import IMAGE_REFERENCE, image_reference
+from spectraqlora.runtime.images import REVISION, step_image
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.moved import artifact_location
 from spectraqlora.tracking.server import ServerAway, connect, explain_errors, transferring
@@ -25,8 +24,6 @@ from spectraqlora.tracking.server import ServerAway, connect, explain_errors, tr
 RUN_KEY, BRANCH = "spectraqlora.run_key", "spectraqlora.branch"
 KFP_UI, MLFLOW_UI = "SPECTRAQLORA_KFP_UI", "SPECTRAQLORA_MLFLOW_UI"
 """Environment variables: where people reach the two UIs, which links between the runs begin with."""
-REVISION = "SPECTRAQLORA_REVISION"
-"""Environment variable of a step's container: the source revision that its image was built from."""
 PLUGINS_RUN = "MLFLOW_RUN_ID"
 """Environment variable in which KFP's MLflow plugin names the MLflow run of the task."""
 _LINK = "spectraqlora.mlflow_run"
@@ -330,12 +327,6 @@ class Tracker:
                     return False
             time.sleep(pause)
             pause = min(pause * 2, 15.0)
-
-
-def step_image() -> str:
-    """The image that this step runs in: as the cluster names it, else as it was built."""
-    built = os.environ.get(BUILT_IMAGE)
-    return os.environ.get(IMAGE_REFERENCE) or (image_reference(built) if built else "none, a local process")
 
 
 def write_once(client: Any, run_id: str, key: str, value: str) -> str:

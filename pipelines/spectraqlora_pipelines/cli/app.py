@@ -30,6 +30,7 @@ from spectraqlora_pipelines.cli.settings import most_changed, settings
 from spectraqlora_pipelines.cli.snr import snr
 from spectraqlora_pipelines.cli.status import status
 from spectraqlora_pipelines.cli.submit import submit
+from spectraqlora_pipelines.cli.verify import verify
 
 STEP_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes; promote has one more."""
@@ -51,7 +52,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="One DAG, a branch per method, one winner. COMMAND --help explains; --version.",
+    options_metavar="[--version]",
+    subcommand_metavar="COMMAND [--help]",
 )
 RUN_AND_LOOK, CLUSTER = "Run and look", "Cluster and models"
 
@@ -65,6 +67,7 @@ app.command(rich_help_panel=CLUSTER, epilog=variables(logs))(logs)
 app.add_typer(schedule, name="schedule", rich_help_panel=CLUSTER)
 app.command(rich_help_panel=CLUSTER, epilog=SIGN_IN)(models)
 app.command(rich_help_panel=CLUSTER, epilog=SIGN_IN)(gc)
+app.command(rich_help_panel=CLUSTER, epilog=SIGN_IN)(verify)
 app.add_typer(promote, name="promote", rich_help_panel=CLUSTER)
 
 

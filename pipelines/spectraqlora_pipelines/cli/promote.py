@@ -53,13 +53,16 @@ def _promote(
     """
     if context.invoked_subcommand is not None:
         return
+    from spectraqlora.signing import REQUIRED
     from spectraqlora.steps.promote.promotion import Promotion
     from spectraqlora.tracking.registry import CHALLENGER, Registry
 
     settings = registry_settings(uri, name, config, set_)
     registry = Registry(settings.tracking)
     challenger = registry.version(version if version is not None else CHALLENGER)
-    outcome = Promotion(registry, challenger, settings.promote, settings.evaluate).run(dry_run, force)
+    required = settings.export.signature == REQUIRED
+    promotion = Promotion(registry, challenger, settings.promote, settings.evaluate, required)
+    outcome = promotion.run(dry_run, force)
     _show(outcome, dry_run)
     if not outcome.promoted and outcome.decision != "is champion":
         raise typer.Exit(NOT_PROMOTED)

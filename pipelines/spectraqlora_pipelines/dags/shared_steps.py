@@ -126,6 +126,7 @@ def shared_steps(
         tracking_settings=tracking,
         promote_settings=given["promote"],
         evaluate_settings=evaluate,
+        export_settings=given["export"],
         registered=registered.outputs["registered"],
     )
     place(promoted, "promote")

@@ -27,6 +27,7 @@ from spectraqlora.runtime import run_key
 from spectraqlora.runtime.images import IMAGE_USER, image_reference, images
 from spectraqlora.runtime.threads import CPUS, threads_per_process
 from spectraqlora.settings import Settings
+from spectraqlora.signing import SIGNING_KEY, VERIFYING_KEY
 
 DEFAULT_NETWORK = "host" if sys.platform == "linux" else "bridge"
 WORKDIR_LABEL = "spectraqlora.workdir"
@@ -35,7 +36,7 @@ GRACE_S = 30
 _PASSED_PREFIXES = ("AWS_", "MLFLOW_", "HF_")
 _PASSED_NAMES = (
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-    "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "OMP_NUM_THREADS", run_key.VARIABLE,
+    "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "OMP_NUM_THREADS", run_key.VARIABLE, SIGNING_KEY, VERIFYING_KEY,
 )  # fmt: skip
 
 

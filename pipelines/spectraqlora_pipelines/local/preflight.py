@@ -22,6 +22,7 @@ from spectraqlora.places import Place, file_place, joined_contents, parted_conte
 from spectraqlora.runtime.console import quiet
 from spectraqlora.runtime.disk import ask, shown
 from spectraqlora.settings import DataSettings, Settings
+from spectraqlora.signing import REQUIRED, check_signing, trusted_key
 
 from spectraqlora_pipelines.local.reuse import FOLDER as RESULTS
 from spectraqlora_pipelines.local.reuse import StepResults
@@ -53,6 +54,8 @@ def check(settings: Settings, base: Place, sources: Sequence[Place], commit: str
 
         Registry(settings.tracking).versions()
     _check_destinations(settings)
+    check_signing(settings.export)
+    trusted_key()
     if settings.train.processes > 1:
         from spectraqlora.steps.train.distributed import split_batch
 
@@ -78,6 +81,12 @@ def _check_promotion(settings: Settings, base: Place) -> None:
         from spectraqlora.steps.promote.rescore import guard_file
 
         guard_file(settings.promote.guard_data)
+    if settings.tracking.registered_form == "adapter" and settings.export.signature == REQUIRED:
+        raise InputError(
+            "export.signature",
+            REQUIRED,
+            "tracking.registered_form=merged; an adapter's version is not signed",
+        )
     if settings.tracking.registered_form == "adapter" and base.kind == "s3":
         raise InputError(
             "tracking.registered_form",

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 COLUMNS, LINES = 80, 24
 PANELS = {
     "Run and look": ["run", "report", "data", "snr", "plan", "sample", "settings"],
-    "Cluster and models": ["compile", "submit", "status", "logs", "models", "gc", "schedule", "promote"],
+    "Cluster and models": [
+        *("compile", "submit", "status", "logs", "models", "gc", "verify", "schedule", "promote"),
+    ],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,10 +26,13 @@ from spectraqlora.models.loading import (
 from spectraqlora.places import kind_of
 from spectraqlora.runtime.console import say, warn
 from spectraqlora.runtime.disk import ask
+from spectraqlora.runtime.step import MADE_FROM
 from spectraqlora.scoring.batches import load_rows
 from spectraqlora.scoring.held_out import score_test_rows
 from spectraqlora.scoring.loss import score
 from spectraqlora.settings import EvaluateSettings, ExportSettings
+from spectraqlora.signing import SHARD_SIZE, SIGNATURE, check_signing, fingerprint, sign
+from spectraqlora.steps.merge_export.bom import BOM, bill_of_materials
 from spectraqlora.steps.merge_export.turn_end import end_turns
 from spectraqlora.storage import parse_address, upload_folder
 
@@ -65,9 +69,10 @@ def merge_export(
         export: where `merged/` and `adapter/` are published as well.
 
     Raises:
-        InputError: an input is malformed, or the original model is not there any more.
+        InputError: an input is malformed, the original model is not there any more, or a key cannot be used.
         RuntimeError: the exported model scores otherwise than the merged one did.
     """
+    key = check_signing(export)
     manifest, evaluation = FourBitModel.read(inputs.four_bit), Evaluation.read(inputs.winner)
     held_out = load_rows(inputs.rows, "held_out")
     packing = PreparedRows.read(inputs.rows).shared_sequences
@@ -76,7 +81,7 @@ def merge_export(
         return score(model, held_out, evaluate.batch_size, packing=packing).loss
 
     losses, into = _write_better_merge(inputs, manifest, loss, output)
-    leave_out = shutil.ignore_patterns("training.json")
+    leave_out = shutil.ignore_patterns("training.json", MADE_FROM)
     shutil.copytree(inputs.adapter, output / "adapter", dirs_exist_ok=True, ignore=leave_out)
     for name in FOLDERS:
         apply_umask(output / name)
@@ -97,6 +102,7 @@ def merge_export(
         verified_eval_loss=_verified(exported, loss, losses[into]),
         dtype=_exported_dtype(manifest),
         warning=warning,
+        signed_by=fingerprint(key) if key else "",
     )
     test = score_test_rows(exported, inputs.rows, evaluate.batch_size)
     if test:
@@ -104,8 +110,12 @@ def merge_export(
         result.base_test_loss = evaluation.base_test_loss
         say(f"test loss of the {len(test.losses)} rows that chose nothing: {test.loss:.4f}")
     card = model_card(result, evaluation, manifest)
+    bill = bill_of_materials(result, evaluation, manifest, PreparedRows.read(inputs.rows), output / "merged")
     for name in FOLDERS:
         write_text(output / name / "README.md", card)
+    write_text(output / "merged" / BOM, json.dumps(bill, indent=1))
+    for name in FOLDERS if key else ():
+        sign(output / name, key)
     if export.destination:
         address = parse_address(export.destination, "export.destination")
         result.published = {name: upload_folder(output / name, address.child(name)) for name in FOLDERS}
@@ -228,7 +238,7 @@ def _write_better_merge(
     end_turns(model, tokenizer, PreparedRows.read(inputs.rows))
     make_savable(model)
     ask(output, stored_bytes(model), "the merged model")
-    model.save_pretrained(output / "merged", safe_serialization=True)
+    model.save_pretrained(output / "merged", safe_serialization=True, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(output / "merged")
     return losses, better
 
@@ -241,6 +251,12 @@ def _verified(exported: Any, loss: Callable[[Any], float], expected: float) -> f
             f"the exported model scores {verified:.4f} where {expected:.4f} was measured before"
         )
     return verified
+
+
+def _signature(result: MergedModel) -> str:
+    if not result.signed_by:
+        return "unsigned (export.signature: optional)"
+    return f"`{SIGNATURE}` (OpenSSF model signing), of the key with SHA-256 {result.signed_by}"
 
 
 def model_card(result: MergedModel, evaluation: Evaluation, manifest: FourBitModel) -> str:
@@ -269,5 +285,6 @@ Trained by SpectraQLoRA: a 4-bit NF4 frozen base with LoRA adapters ({result.met
 {_test_line(result)}\
 {f"- Warning: {result.warning}.{chr(10)}" if result.warning else ""}\
 - Trainable parameters: {evaluation.trainable_parameters:,}.
+- Signature: {_signature(result)}.
 - Base digest: {manifest.base_digest}. Data digest: {evaluation.data_digest}.
 """

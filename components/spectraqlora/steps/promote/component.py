@@ -12,6 +12,7 @@ def promote(
     evaluate_settings: dict,
     registered: dsl.Input[dsl.Artifact],
     decision: dsl.Output[dsl.Metrics],
+    export_settings: dict = {},  # noqa: B006 - KFP's form of a default
 ):
     """Let the gate decide whether the registered model becomes champion.
 
@@ -21,6 +22,7 @@ def promote(
         evaluate_settings: the `evaluate` section.
         registered: model name and version.
         decision: what was decided, why, and the numbers of both models.
+        export_settings: the `export` section.
     """
     from spectraqlora.steps.promote.step import run
 
@@ -28,6 +30,7 @@ def promote(
         tracking_settings=tracking_settings,
         promote_settings=promote_settings,
         evaluate_settings=evaluate_settings,
+        export_settings=export_settings,
         registered=registered,
         decision=decision,
     )

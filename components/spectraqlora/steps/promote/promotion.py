@@ -18,6 +18,7 @@ from spectraqlora.tracking.registry import (
     Registry,
     Version,
 )
+from spectraqlora.tracking.signed_model import check_signature
 
 _OF_THE_ROWS = frozenset(
     {COMPLETING_TAG, "eval_loss", "perplexity", "accuracy", "base_eval_loss", "base_accuracy"}
@@ -52,11 +53,18 @@ class Promotion:
         challenger: the version that wants to be champion.
         settings: the `promote` section.
         evaluate: how rows are scored.
+        signature_required: whether an unsigned challenger is refused.
     """
 
     def __init__(
-        self, registry: Registry, challenger: Version, settings: PromoteSettings, evaluate: EvaluateSettings
+        self,
+        registry: Registry,
+        challenger: Version,
+        settings: PromoteSettings,
+        evaluate: EvaluateSettings,
+        signature_required: bool = False,
     ) -> None:
+        self._signature_required = signature_required
         self.registry, self.challenger, self.settings = registry, challenger, settings
         self._scores = Scores(registry, challenger, settings, evaluate)
 
@@ -70,8 +78,9 @@ class Promotion:
             force: a reason to promote whatever the gate says.
 
         Raises:
-            InputError: a metric that one of the models does not have.
+            InputError: a metric that one of the models does not have; or the challenger is not what was signed.
         """
+        check_signature(self.registry, self.challenger, self._signature_required)
         if dry_run:
             return self._outcome(self.registry.by_alias(CHAMPION), force)
         ledger = Ledger(self.registry)

@@ -10,7 +10,8 @@ from typing import Any
 from spectraqlora.files import write_text
 from spectraqlora.runtime.console import say
 from spectraqlora.runtime.step import output_folder, step
-from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSettings
+from spectraqlora.settings import EvaluateSettings, ExportSettings, PromoteSettings, TrackingSettings
+from spectraqlora.signing import REQUIRED
 
 
 @step
@@ -19,6 +20,7 @@ def run(
     tracking_settings: dict[str, Any],
     promote_settings: dict[str, Any],
     evaluate_settings: dict[str, Any],
+    export_settings: dict[str, Any],
     registered: Any,
     decision: Any,
 ) -> None:
@@ -29,7 +31,11 @@ def run(
     version = json.loads((Path(registered.path) / "registered.json").read_text(encoding="utf-8"))
     registry = Registry(TrackingSettings(**{**tracking_settings, "registered_model": version["name"]}))
     promotion = Promotion(
-        registry, registry.version(version["version"]), section, EvaluateSettings(**evaluate_settings)
+        registry,
+        registry.version(version["version"]),
+        section,
+        EvaluateSettings(**evaluate_settings),
+        ExportSettings(**export_settings).signature == REQUIRED,
     )
     # A gate that is off still says what it would have said.
     outcome = promotion.run(dry_run=not section.enabled)

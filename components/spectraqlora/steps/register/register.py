@@ -14,6 +14,7 @@ from spectraqlora import __version__
 from spectraqlora.artifacts import Evaluation, MergedModel
 from spectraqlora.files import folder_digest
 from spectraqlora.models.loading import load_tokenizer
+from spectraqlora.runtime.images import REVISION
 from spectraqlora.scoring.held_out import read_held_out, write_held_out
 from spectraqlora.tracking.needs import EXPORT, PUBLISHED
 from spectraqlora.tracking.registered_model import log_model, register_model
@@ -26,7 +27,8 @@ from spectraqlora.tracking.registry import (
     TEST_LOSS,
     Registry,
 )
-from spectraqlora.tracking.runs import REVISION, Tracker
+from spectraqlora.tracking.runs import Tracker
+from spectraqlora.tracking.signed_model import SIGNED_BY, keep_signature
 
 _NEW_TOKENS = 16
 
@@ -71,6 +73,7 @@ def register(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> tuple[
     else:
         trust = MergedModel.read(inputs.exported).trust_remote_code
         tokenizer = load_tokenizer(inputs.exported / "merged", trust)
+        keep_signature(tracker, run_id, inputs.exported / "merged")
         digests, example = _keep_for_comparison(tracker, run_id, inputs, tokenizer)
         tags = {
             **identity,
@@ -122,6 +125,7 @@ def _tags(tracker: Tracker, inputs: Inputs, origin: dict[str, str]) -> dict[str,
         "base_digest": evaluation.base_digest,
         "data_digest": evaluation.data_digest,
         "merged_into": MergedModel.read(inputs.exported).merged_into,
+        SIGNED_BY: MergedModel.read(inputs.exported).signed_by,
         "spectraqlora_version": __version__,
         "source_revision": os.environ.get(REVISION, ""),
         **origin,

@@ -22,6 +22,7 @@ from spectraqlora.models.hardware import device, peak_memory_bytes
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.optimizers import check_optimizer, make_optimizer
 from spectraqlora.runtime.deferred_signals import deferred_signals
+from spectraqlora.runtime.images import step_image
 from spectraqlora.scoring.batches import Collator, attention_by_position, load_rows, order
 from spectraqlora.scoring.head_loss import HeadLoss
 from spectraqlora.steps.train import distributed
@@ -242,6 +243,7 @@ def _log(
         peak_memory_bytes=distributed.all_max(max(progress.peak_memory_bytes, peak_memory_bytes())),
         processes=distributed.world_size(),
         seed=request.seed,
+        image=step_image(),
         best_eval_loss=progress.best_loss,
         loss_curve=progress.curve(),
         eval_curve=progress.evals,
