@@ -62,7 +62,7 @@ def gc(
         if place.startswith("s3://"):
             _plan_bucket(plan, place, registry_settings(uri, "", config, set_).tracking, guard, unknown)
         else:
-            _plan_folder(plan, Path(place).expanduser().absolute(), uri, guard)
+            _plan_folder(plan, Path(place).expanduser().absolute(), guard)
     _show(plan, guard.now)
     if not plan.entries:
         return
@@ -97,7 +97,7 @@ def _plan_bucket(plan: Plan, place: str, tracking: TrackingSettings, guard: Guar
         plan.add(bucket.plan(read_needs(tracking), guard, unknown))
 
 
-def _plan_folder(plan: Plan, place: Path, uri: str, guard: Guard) -> None:
+def _plan_folder(plan: Plan, place: Path, guard: Guard) -> None:
     from spectraqlora_pipelines.retention.cache import plan_cache
     from spectraqlora_pipelines.retention.workdirs import plan_workdir, workdirs
 
@@ -106,16 +106,16 @@ def _plan_folder(plan: Plan, place: Path, uri: str, guard: Guard) -> None:
         return
     with console.status("reading the work directories"):
         for workdir in workdirs(place):
-            plan_workdir(plan, workdir, lambda folder, settings: _needs_of(folder, settings, uri), guard)
+            plan_workdir(plan, workdir, _needs_of, guard)
 
 
-def _needs_of(workdir: Path, settings: dict[str, Any], uri: str) -> Needs:
-    """What the MLflow says that a workdir's run has sent its results to."""
+def _needs_of(workdir: Path, settings: dict[str, Any]) -> Needs:
+    """What the MLflow says that a workdir's run has sent its results to, whichever --uri names."""
     from spectraqlora.tracking.needs import Needs, read_needs
 
     own = str(settings.get("tracking", {}).get("uri", ""))
-    if "://" in (uri or own):
-        return read_needs(TrackingSettings(uri=uri or own))
+    if "://" in own:
+        return read_needs(TrackingSettings(uri=own))
     if (workdir / "mlflow.db").is_file():
         return read_needs(TrackingSettings(uri=f"sqlite:///{plainly_named(workdir)}/mlflow.db"))
     return Needs()
