@@ -37,13 +37,16 @@ STEP_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 class _Root(TyperGroup):
-    """The commands, without the panel of the two options that their help names in its first lines."""
+    """The commands, without the panel of the two options that the usage names."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)
         if option is not None:
             option.hidden = True
         return option
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[--version]", "COMMAND [--help]"]
 
 
 app = typer.Typer(
@@ -52,8 +55,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    options_metavar="[--version]",
-    subcommand_metavar="COMMAND [--help]",
 )
 RUN_AND_LOOK, CLUSTER = "Run and look", "Cluster and models"
 
