@@ -48,7 +48,8 @@ MODEL_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 """What is fetched of a base model."""
 
 _FILE_SUFFIXES = {*DATA_SUFFIXES, *COMPRESSED_SUFFIXES, ".safetensors", ".bin", ".gguf"}
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|[.-]$|[.-]/))(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""As the hub has them: at most 96 characters, no two of - or . after each other, none at an end."""
 _HUB_TIMEOUT_S = 10.0
 _EXPECTED = {
     "model": "an existing folder; a hub id is a name such as gpt2 or owner/name, an address begins with s3://",

@@ -216,7 +216,9 @@ def _tool_calls(cell: Cell, given: Mapping[str, Any], native: bool) -> list[dict
     if calls is None and "function_call" in given:
         calls = [given["function_call"]]
     if isinstance(calls, str):
-        calls = _parsed(calls) if calls.strip() else []
+        text, calls = calls, _parsed(calls) if calls.strip() else []
+        if calls is None and text.strip() not in ("null", "None"):
+            raise cell.refusal("a list of tool calls", text)
     if calls is None:
         return []
     if not isinstance(calls, list):

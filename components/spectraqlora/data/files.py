@@ -239,7 +239,22 @@ def _json_lines(file: DataFile, encoding: str) -> Iterator[tuple[int, Record]]:
                 row = None
             if not isinstance(row, dict):
                 raise InputError(f"{file.name}, line {number}", line.strip()[:60], "one JSON object per line")
+            _check_text(f"{file.name}, line {number}", line, row)
             yield number, row
+
+
+def _check_text(where: str, written: str, row: Record) -> None:
+    """Refuse halves of characters: JSON can write them, as \\ud800, and no tokenizer takes them (InputError)."""
+    if "\\u" not in written:
+        return
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            where,
+            str(error.object)[error.start : error.end].encode("ascii", "backslashreplace").decode(),
+            "characters; it is half of a surrogate pair",
+        ) from None
 
 
 def _json_documents(file: DataFile, encoding: str) -> Iterator[tuple[int, Record]]:
@@ -264,7 +279,7 @@ def _json_documents(file: DataFile, encoding: str) -> Iterator[tuple[int, Record
                 between, at = False, at + 1
             else:
                 try:
-                    row, at = decode(text, at)
+                    begin, (row, at) = at, decode(text, at)
                 except (ValueError, RecursionError):
                     # Cut within a value, most likely.
                     part = stream.read(max(_CHARACTERS, len(text)))
@@ -275,6 +290,7 @@ def _json_documents(file: DataFile, encoding: str) -> Iterator[tuple[int, Record
                 number, between = number + 1, True
                 if not isinstance(row, dict):
                     raise _no_object(file, number - 1, str(row))
+                _check_text(f"{file.name}, row {number}", text[begin:at], row)
                 yield number, row
     if listed:
         raise InputError("data.source", file.name, "a complete JSON list; it is cut short")

@@ -347,6 +347,7 @@ def _arranged(
             with opened["README.md"]() as stream:
                 readme = stream.read().decode("utf-8", errors="replace")
     if single:
+        _check_single(source, names[0], settings)
         chosen: dict[Split, list[str]] = {"train": names}
     else:
         configured = _configured(source, readme, names, settings)
@@ -380,6 +381,18 @@ def _model_folder(names: Iterable[str]) -> str | None:
             kinds.setdefault(str(path.parent), set()).add("model")
     found = next((folder for folder, kind in kinds.items() if len(kind) == 2), None)
     return "" if found == "." else found
+
+
+def _check_single(source: str, name: str, settings: DataSettings) -> None:
+    """Refuse settings that choose among splits and subsets, where there is one file (InputError)."""
+    own = _split_name(name).rpartition("/")[2]
+    known = {"train", own, _word(own) or "train"}
+    if not set(settings.split.split("+")) <= known:
+        raise InputError(
+            "data.split", settings.split, f"train: {source} is one file, and that is its only split"
+        )
+    if settings.subset:
+        raise InputError("data.subset", settings.subset, f"nothing: {source} is one file, and has no subsets")
 
 
 def source_is_path(source: str) -> bool:
@@ -485,6 +498,8 @@ def _configured(source: str, readme: str, names: list[str], settings: DataSettin
     configs = card.get("configs") if isinstance(card, dict) else None
     configs = [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
     if not configs:
+        if settings.subset not in ("", None, "default"):
+            raise InputError("data.subset", settings.subset, f"nothing: no README of {source} names subsets")
         return {}
     by_name = {str(config.get("config_name", "default")): config for config in configs}
     marked = [name for name, config in by_name.items() if config.get("default")]
