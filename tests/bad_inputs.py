@@ -42,7 +42,7 @@ def ended(action: Callable[[], object]) -> Outcome:
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        patch.object(app, "app", action),
+        patch.object(app, "app", lambda **_: action()),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -59,7 +59,7 @@ def command(*arguments: object) -> Callable[[], object]:
 
     def run() -> object:
         with patch.object(sys, "argv", ["spectraqlora", *map(str, arguments)]):
-            return original()
+            return original(standalone_mode=False)
 
     return run
 

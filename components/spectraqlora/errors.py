@@ -36,6 +36,10 @@ def printable(text: str) -> str:
     )
 
 
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class InputError(Exception):
     """Bad input. The message is one line: the field, the value and what was expected.
 
@@ -43,10 +47,10 @@ class InputError(Exception):
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        shown = masked(str(value))
-        if len(shown) > 200:
-            shown = shown[:197] + "..."
-        line = f"{field}: {shown!r}: expected {masked(expected)}".replace("\n", " ")
+        shown = _short(masked(str(value)), 200)
+        line = f"{_short(field, 400)}: {shown!r}: expected {_short(masked(expected), 1000)}".replace(
+            "\n", " "
+        )
         super().__init__(printable(line).replace("\n", " "))
 
 

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from spectraqlora.documents import read_yaml
 from spectraqlora.errors import InputError, holds_secret
 
 
@@ -52,7 +53,7 @@ RENAMED = {"evaluate.energy": "evaluate.update_energy"}
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -388,7 +389,7 @@ class EvaluateSettings(_Section):
 
 
 def _address(value: str) -> str:
-    if value and not value.startswith("s3://"):
+    if value and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", value):
         raise ValueError("an address such as s3://bucket/prefix, or nothing")
     return value
 
@@ -522,7 +523,7 @@ class Settings(_Section):
         ("qlora", "hybrid", "alors", "sgm", "qlora_half"), description="Branches to run"
     )
     rounds: int = Field(1, ge=1, le=8, description="Rounds of train and re-evaluate")
-    seed: int = Field(42, ge=0, description="Seed of everything random")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random")
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     snr: SnrSettings = SnrSettings()
@@ -548,8 +549,20 @@ class Settings(_Section):
         return value
 
 
+def _check_numbers(values: Any, section: type[BaseModel], prefix: str) -> None:
+    """Refuse yes and no where a number is meant: they would be 1 and 0 (InputError)."""
+    for name, field in section.model_fields.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        inner = field.annotation
+        if isinstance(value, bool) and inner in (int, float):
+            raise InputError(f"{prefix}{name}", value, "a number")
+        if isinstance(inner, type) and issubclass(inner, _Section):
+            _check_numbers(value, inner, f"{prefix}{name}.")
+
+
 def parse(values: dict[str, Any]) -> Settings:
     """Validate a nested mapping; the first fault becomes one `InputError` naming key, value, expectation."""
+    _check_numbers(values, Settings, "")
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -603,12 +616,10 @@ def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, 
 
     Nothing after the sign is the empty text, as a shell's `--set data.source=` means it; `null` is YAML's null.
     """
-    import yaml
-
     result: dict[str, Any] = json.loads(json.dumps(values))
     for assignment in assignments:
         key, separator, raw = assignment.partition("=")
-        if not separator or not key:
+        if not separator or not re.fullmatch(r"[^.]+(\.[^.]+)*", key.strip()):
             raise InputError("--set", assignment, "section.key=value, for example train.max_steps=50")
         node = result
         *parents, leaf = key.strip().split(".")
@@ -617,9 +628,9 @@ def with_overrides(values: dict[str, Any], assignments: list[str]) -> dict[str, 
             if not isinstance(node, dict):
                 raise InputError("--set", assignment, "a key whose parent is a section")
         try:
-            node[leaf] = yaml.safe_load(raw) if raw.strip() else ""
-        except yaml.YAMLError:
-            raise InputError(key, raw, "a YAML value") from None
+            node[leaf] = read_yaml(raw) if raw.strip() else ""
+        except ValueError as error:
+            raise InputError(key, raw, f"a YAML value ({error})") from None
         # YAML 1.1 reads 1e-3 as text; numbers written that way are meant as numbers.
         if isinstance(node[leaf], str):
             with contextlib.suppress(ValueError):

@@ -66,8 +66,16 @@ class Registry:
     def __init__(self, settings: TrackingSettings) -> None:
         self.settings, self.name = settings, settings.registered_model
         self.client = connect(settings)
+        from mlflow.exceptions import MlflowException
+
         with explain_errors(settings):
-            self.client.search_registered_models(max_results=1)
+            try:
+                self.client.search_registered_models(max_results=1)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST" and error.get_http_status_code() != 404:
+                    raise
+                first = str(error).splitlines()[0]
+                raise InputError("tracking.uri", settings.uri, f"an MLflow server ({first})") from None
 
     def versions(self) -> list[Version]:
         """The complete versions, newest first; none where the model is not registered."""

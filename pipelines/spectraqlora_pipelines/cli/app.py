@@ -32,6 +32,8 @@ from spectraqlora_pipelines.cli.status import status
 from spectraqlora_pipelines.cli.submit import submit
 from spectraqlora_pipelines.cli.verify import verify
 
+_USAGE = typer.BadParameter.__bases__[0]
+"""Typer's error about arguments, of which that about a value is one."""
 STEP_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes; promote has one more."""
 
@@ -87,7 +89,14 @@ def main() -> None:
 
     silence_libraries()
     try:
-        app()
+        code = app(standalone_mode=False)
+        if isinstance(code, int) and code:
+            sys.exit(code)
+    except _USAGE as error:
+        if not error.format_message():  # No command: the help is what it says.
+            error.show()
+            sys.exit(BAD_INPUT)
+        _end(str(_usage(error)), BAD_INPUT)
     except InputError as error:
         _end(str(error), BAD_INPUT)
     except StepFailed as error:
@@ -99,9 +108,24 @@ def main() -> None:
         raise
     except Exception as error:
         no_room = full(error)
+        if no_room is None and isinstance(error, OSError) and error.filename is not None:
+            expected = f"one that can be read and written as it is meant ({error.strerror})"
+            _end(str(InputError("file or folder", error.filename, expected)), BAD_INPUT)
         if no_room is None:
             raise
         _end(str(no_room), BAD_INPUT)
+
+
+def _usage(error: Any) -> InputError:
+    """What typer says of the arguments, as every other bad input is said: the option, the command line, what is expected."""
+    parameter = getattr(error, "param", None)
+    field = (
+        parameter.opts[0] if parameter is not None and parameter.opts else getattr(error, "option_name", None)
+    )
+    path = error.ctx.command_path if error.ctx is not None else "spectraqlora"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    given = " ".join(sys.argv[1:])
+    return InputError(field or "command line", given, f"what {path} --help says: {message}")
 
 
 def _end(error: str, code: int) -> NoReturn:

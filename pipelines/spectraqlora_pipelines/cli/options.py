@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from spectraqlora.data.known_templates import portable
+from spectraqlora.documents import read_yaml
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import check_methods, names
 from spectraqlora.settings import Settings, merged, parse, preset, with_overrides
@@ -84,11 +84,11 @@ def given_data(sources: Sequence[str] | None) -> dict[str, Any]:
 def _read(config: Path) -> dict[str, Any]:
     config = config.expanduser()
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        values = read_yaml(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         raise InputError("--config", config, "a readable YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError("--config", config, f"valid YAML ({str(error).splitlines()[-1].strip()})") from None
+    except ValueError as error:
+        raise InputError("--config", config, f"valid YAML ({error})") from None
     if values is not None and not isinstance(values, dict):
         raise InputError("--config", config, "a YAML mapping of settings")
     return values or {}

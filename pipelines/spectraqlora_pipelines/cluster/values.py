@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import spectraqlora
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from spectraqlora.documents import read_yaml
 from spectraqlora.errors import InputError, holds_secret
 from spectraqlora.runtime.images import step_names
 
@@ -442,11 +442,11 @@ def read_values(path: Path) -> ClusterValues:
         InputError: of the first fault, naming key, value and what was expected.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         raise InputError("--values", path, "a readable YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError("--values", path, f"valid YAML ({str(error).splitlines()[-1].strip()})") from None
+    except ValueError as error:
+        raise InputError("--values", path, f"valid YAML ({error})") from None
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
