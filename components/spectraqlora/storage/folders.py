@@ -126,6 +126,8 @@ def find_file(connection: Connection, address: Address) -> StoredFile:
     except ObjectChanged:  # An empty object has no first byte.
         reply = connection.call("head_object", address, Key=address.key)
         size = int(reply["ContentLength"])
+    if not reply.get("ETag"):
+        raise InputError("s3 address", address, f"an S3 store; what answers at {connection.endpoint} is none")
     return StoredFile(
         name=address.key.rpartition("/")[2],
         object=address,

@@ -32,7 +32,7 @@ from spectraqlora_pipelines.cli.status import status
 from spectraqlora_pipelines.cli.submit import submit
 from spectraqlora_pipelines.cli.verify import verify
 
-_USAGE = typer.BadParameter.__bases__[0]
+_USAGE: Any = typer.BadParameter.__bases__[0]
 """Typer's error about arguments, of which that about a value is one."""
 STEP_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes; promote has one more."""

@@ -94,14 +94,19 @@ class Kubeflow:
             credentials = None
             if connection.token_file:
                 credentials = ServiceAccountTokenVolumeCredentials(connection.token_file)
-            self._client = Client(
-                host=connection.host,
-                namespace=connection.namespace or "kubeflow",
-                existing_token=connection.token or None,
-                credentials=credentials,
-                cookies=connection.cookie or None,
-                ssl_ca_cert=connection.ca_file or None,
-            )
+            try:
+                self._client = Client(
+                    host=connection.host,
+                    namespace=connection.namespace or "kubeflow",
+                    existing_token=connection.token or None,
+                    credentials=credentials,
+                    cookies=connection.cookie or None,
+                    ssl_ca_cert=connection.ca_file or None,
+                )
+            except (AttributeError, TypeError, ValueError):  # It reads the answer before it looks at it.
+                raise InputError(
+                    "--host", self.host, "a Kubeflow Pipelines API; what answers there is none"
+                ) from None
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:

@@ -6,8 +6,10 @@ import contextlib
 import socketserver
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from spectraqlora.settings import Settings, TrackingSettings
@@ -107,7 +109,10 @@ def wrong(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As MLflow's client is configured, without the seconds between its tries."""
+    """The clients of MLflow and KFP without the seconds between their tries."""
+    import kfp.client.client
+
+    monkeypatch.setattr(kfp.client.client, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 
