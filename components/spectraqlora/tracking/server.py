@@ -43,7 +43,6 @@ class ServerAway(InputError):
 def connect(settings: TrackingSettings) -> Any:
     """A client of the tracking server and its registry; credentials come from MLFLOW_TRACKING_* variables."""
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -53,8 +52,8 @@ def connect(settings: TrackingSettings) -> Any:
     with explain_errors(settings):
         try:
             return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
-        except (MlflowException, ValueError, KeyError, ImportError) as error:
-            if isinstance(error, MlflowException) and error.error_code in _AWAY:
+        except Exception as error:  # A database's driver and migrations raise their own.
+            if isinstance(error, OSError) or getattr(error, "error_code", None) in _AWAY:
                 raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError("tracking.uri", settings.uri, f"an address of an MLflow ({first})") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from spectraqlora.data.checks import check_source
+from spectraqlora.data.checks import check_sources
 from spectraqlora.data.for_model import RowModel, row_model
 from spectraqlora.places import data_place
 from spectraqlora.settings import DataSettings, parse
@@ -125,7 +125,7 @@ def learned(source: Path | str, model: RowModel, output: Path, **given: object) 
     def act() -> object:
         place = data_place(str(source))
         section = parse({"data": {"source": place.text, **given}}).data
-        check_source(place, section, model)
+        check_sources([place], section, model)
         return prepare_for(model, section, 42, output)
 
     return act
