@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # A file's tests share what they start, so they stay in one process.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test e2e cluster-test chart-test lint install images image-wheels lock audit golden docs gpu-wheels gpu-check clean
+.PHONY: demo test e2e soak cluster-test chart-test lint install images image-wheels lock audit golden docs gpu-wheels gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ e2e: install
 # On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts.
 cluster-test: install
 	$(BIN)/pytest tests/cluster -m cluster -rs
+
+# Many more inputs of the kinds that the tests try, for hours.
+soak: install
+	$(PYTEST) -m soak -rs
 
 VARIANT ?= cpu
 WHEELS := build/wheels/.$(VARIANT)

@@ -195,8 +195,14 @@ def _inspected(
         raise InputError(FIELD, place, f"{WEIGHTS}, or {INDEX} and the files that it names")
     stored = tensors()
     lines = []
+    packed = quantization(_config_text(folder), place)
+    if packed and not stored.packed:
+        raise InputError(
+            FIELD, f"{place}/config.json", "weights that are packed, as its quantization_config says; none are: remove "
+            "it, if the weights are whole without it"
+        )  # fmt: skip
     if stored.packed:
-        method = quantization(_config_text(folder), place).get("quant_method", "bitsandbytes")
+        method = packed.get("quant_method", "bitsandbytes")
         lines.append(
             f"{len(stored.packings)} matrices are packed ({method}); their unpacked weights are the base"
         )

@@ -26,7 +26,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by the types that weights are unpacked to."""
-METHODS = "bitsandbytes (4-bit, 8-bit), fp8, gptq, awq, mxfp4, compressed-tensors (FP8, int8)"
+METHODS = "bitsandbytes (4-bit, 8-bit), fp8, gptq, awq, mxfp4, compressed-tensors (FP8, int8, pack-quantized)"
 """`quantization_config.quant_method` that can be read, in words."""
 
 
@@ -72,8 +72,10 @@ def packings(
     elif method == "bitsandbytes" or (not method and _flag(quantization, "load_in_8bit")):
         rest = described | _Int8.all_of(entries, where)
     elif method in ("fp8", "fbgemm_fp8", "compressed-tensors"):
+        from spectraqlora.models.packed_integers import PackQuantized
+
         _check_compressed(quantization, where)
-        rest = _Scaled.all_of(entries, quantization, where)
+        rest = _Scaled.all_of(entries, quantization, where) | PackQuantized.all_of(entries, raw, where)
     elif method in ("gptq", "awq"):
         rest = _Int32.all_of(entries, quantization, method, where)
     elif method == "mxfp4":
@@ -82,7 +84,7 @@ def packings(
         rest = described
     else:
         shown = method or "none"
-        raise _refused(where, "quantization_config", f"quant_method one of {METHODS}; it is {shown!r}")
+        raise refused(where, "quantization_config", f"quant_method one of {METHODS}; it is {shown!r}")
     _check_codes(entries, rest, where)
     return rest
 
@@ -97,7 +99,7 @@ def _check_codes(entries: Mapping[str, Entry], packed: Mapping[str, Packing], wh
     for name, entry in entries.items():
         coded = entry.dtype in ("U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0")
         if coded and len(entry.shape) >= 2 and name not in parts:
-            raise _refused(
+            raise refused(
                 where, name, f"weights; its numbers are {entry.dtype}, and nothing says how to read them"
             )
 
@@ -114,7 +116,7 @@ class _FourBit(Packing):
         packed: dict[str, Packing] = {}
         for owner, stored in states.items():
             if owner not in entries or entries[stored].end - entries[stored].begin > 1 << 16:
-                raise _refused(where, owner, "packed codes next to their state; there are none")
+                raise refused(where, owner, "packed codes next to their state; there are none")
             state = cls._state(stored, raw, where)
             cls._check(entries, owner, state, where)
             packed[owner] = cls(
@@ -147,7 +149,7 @@ class _FourBit(Packing):
             if not right:
                 raise ValueError
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise _refused(
+            raise refused(
                 where,
                 stored,
                 "the state of a packed tensor: shape, dtype, blocksize, quant_type, and those of nested scales",
@@ -164,14 +166,14 @@ class _FourBit(Packing):
         needed = {f"{owner}.absmax": (blocks, scales), f"{owner}.quant_map": (16, ("F32",))}
         if nested or f"{owner}.nested_absmax" in entries:
             if not nested:
-                raise _refused(where, owner, "a nested_blocksize, as its nested scales need")
+                raise refused(where, owner, "a nested_blocksize, as its nested scales need")
             needed |= {
                 f"{owner}.nested_absmax": (-(-blocks // nested), ("F32",)),
                 f"{owner}.nested_quant_map": (256, ("F32",)),
             }
         codes = entries[owner]
         if codes.end - codes.begin != -(-numbers // 2):
-            raise _refused(
+            raise refused(
                 where, owner, f"{-(-numbers // 2)} bytes, as the packed shape {state['shape']} needs; it has "
                 f"{codes.end - codes.begin}"
             )  # fmt: skip
@@ -179,7 +181,7 @@ class _FourBit(Packing):
             entry = entries.get(part)
             if entry is None or entry.numbers != wanted or entry.dtype not in types:
                 has = "there is none" if entry is None else f"it has {entry.numbers} of {entry.dtype}"
-                raise _refused(
+                raise refused(
                     where, part, f"{wanted} numbers of {' or '.join(types)}, as the packed shape {state['shape']} "
                     f"needs; {has}"
                 )  # fmt: skip
@@ -204,7 +206,7 @@ class _Int8(Packing):
                 continue
             scales = name.removesuffix("weight") + "SCB"
             if len(entry.shape) != 2 or scales not in entries or entries[scales].numbers != entry.shape[0]:
-                raise _refused(where, name, f"a row's scale for each of its rows in {scales}")
+                raise refused(where, name, f"a row's scale for each of its rows in {scales}")
             extra = name.removesuffix("weight") + "weight_format"
             packed[name] = cls(name, entry.shape, [name, scales, *([extra] if extra in entries else [])])
         return packed
@@ -213,7 +215,7 @@ class _Int8(Packing):
         return raw(self.name).float() * (raw(self.parts[1]).float() / 127)[:, None]
 
 
-_SCALES = ("weight_scale_inv", "weight_scale")
+_SCALES, _ZERO = ("weight_scale_inv", "weight_scale"), "weight_zero_point"
 
 
 class _Scaled(Packing):
@@ -229,14 +231,17 @@ class _Scaled(Packing):
         packed: dict[str, Packing] = {}
         block = quantization.get("weight_block_size")
         for name, entry in entries.items():
-            if entry.dtype not in ("F8_E4M3", "F8_E5M2", "I8") or len(entry.shape) < 2:
+            coded = entry.dtype in ("F8_E4M3", "F8_E5M2", "I8") and len(entry.shape) >= 2
+            if not coded or name.endswith(f".{_ZERO}"):
                 continue
             stem = name.removesuffix("weight")
             scale = next((stem + kind for kind in _SCALES if stem + kind in entries), None)
             if len(entry.shape) != 2 or scale is None:
-                raise _refused(where, name, f"a scale next to it, {stem}{_SCALES[0]} or {stem}{_SCALES[1]}")
+                raise refused(where, name, f"a scale next to it, {stem}{_SCALES[0]} or {stem}{_SCALES[1]}")
             cls._check(name, entry, scale, entries[scale], block, where)
-            extra = [stem + kind for kind in ("input_scale", "activation_scale", "weight_zero_point")]
+            extra = [stem + kind for kind in ("input_scale", "activation_scale", _ZERO)]
+            if stem + _ZERO in entries and entries[stem + _ZERO].numbers not in (1, entry.shape[0]):
+                raise refused(where, stem + _ZERO, f"a zero for all, or for each row of {name}")
             packed[name] = cls(name, entry.shape, [name, scale, *(part for part in extra if part in entries)])
             packed[name].block = tuple(block) if isinstance(block, list) else ()  # type: ignore[attr-defined]
         return packed
@@ -251,7 +256,7 @@ class _Scaled(Packing):
             grids.append((-(-rows // block[0]), -(-cols // block[1])))
         grid = tuple(scales.shape) if len(scales.shape) == 2 else (scales.numbers, 1)
         if grid not in grids:
-            raise _refused(
+            raise refused(
                 where, scale, f"a scale for all, each row or each block of {name}, {list(entry.shape)}; it has the "
                 f"shape {list(scales.shape)}"
             )  # fmt: skip
@@ -263,6 +268,9 @@ class _Scaled(Packing):
         # A scale of eight bits is a power of two (E8M0).
         scale = scale.float() if scale.dtype != torch.uint8 else torch.exp2(scale.float() - 127)
         rows, cols = self.shape
+        zero = next((part for part in self.parts if part.endswith(_ZERO)), None)
+        if zero is not None:
+            weight.sub_(raw(zero).float().reshape(-1, 1))
         if scale.numel() in (1, rows) and (scale.ndim < 2 or scale.shape[1] == 1):
             return weight.mul_(scale.reshape(-1, 1))
         high, wide = self.block
@@ -276,7 +284,7 @@ def _check_compressed(quantization: Mapping[str, Any], where: object) -> None:
     """Refuse formats of compressed-tensors whose numbers are not a scale away from the weights."""
     if str(quantization.get("quant_method")) != "compressed-tensors":
         return
-    known = ("float-quantized", "naive-quantized", "int-quantized", "dense")
+    known = ("float-quantized", "naive-quantized", "int-quantized", "pack-quantized", "dense")
     groups = quantization.get("config_groups")
     formats = {quantization.get("format")}
     if isinstance(groups, Mapping):
@@ -284,7 +292,7 @@ def _check_compressed(quantization: Mapping[str, Any], where: object) -> None:
     formats.discard(None)
     for name in sorted(map(str, formats)):
         if name not in known:
-            raise _refused(
+            raise refused(
                 where,
                 "quantization_config",
                 f"a format of compressed-tensors among {', '.join(known)}; it is {name!r}",
@@ -313,11 +321,13 @@ class _Int32(Packing):
         bits = quantization.get("bits", quantization.get("w_bit", 4))
         version = str(quantization.get("version", "gemm")).lower()
         if method == "awq" and (bits != 4 or version != "gemm"):
-            raise _refused(
+            raise refused(
                 where, "quantization_config", f"AWQ of 4 bits, version gemm; it is {bits} bits, {version}"
             )
         if bits not in (2, 4, 8):
-            raise _refused(where, "quantization_config", f"bits of 2, 4 or 8; it says {bits!r}")
+            raise refused(
+                where, "quantization_config", f"{method.upper()} codes of 2, 4 or 8 bits; it says {bits!r}"
+            )
         packed: dict[str, Packing] = {}
         for name in entries:
             if not name.endswith(".qweight"):
@@ -326,7 +336,7 @@ class _Int32(Packing):
             parts = [name, stem + "qzeros", stem + "scales"]
             for part in parts:
                 if part not in entries:
-                    raise _refused(where, part, f"a tensor; {name} cannot be read without it")
+                    raise refused(where, part, f"a tensor; {name} cannot be read without it")
             if stem + "g_idx" in entries:
                 parts.append(stem + "g_idx")
             packing = cls(stem + "weight", cls._shape(entries, parts, bits, method == "awq", where), parts)
@@ -356,7 +366,7 @@ class _Int32(Packing):
             if len(parts) == 4:
                 fits = fits and shapes[3] == (inputs,)
         if not fits:
-            raise _refused(where, parts[0], f"{bits}-bit codes with zeros and scales that fit them; the shapes are "
+            raise refused(where, parts[0], f"{bits}-bit codes with zeros and scales that fit them; the shapes are "
                            f"{[list(shape) for shape in shapes]}")  # fmt: skip
         return outputs, inputs
 
@@ -369,7 +379,7 @@ class _Int32(Packing):
         if index:
             group = index[0].long()
             if int(group.min()) < 0 or int(group.max()) >= groups:
-                raise _refused("checkpoint", self.parts[3], f"groups below {groups}")
+                raise refused("checkpoint", self.parts[3], f"groups below {groups}")
         else:
             group = torch.arange(inputs) // (inputs // groups)
         codes = self._codes(words, 1 if self.awq else 0)
@@ -409,7 +419,7 @@ class _MxFp4(Packing):
             scales = entries.get(f"{owner}_scales")
             fits = entry.dtype == "U8" and len(entry.shape) == 4 and entry.shape[3] == 16
             if not fits or scales is None or scales.dtype != "U8" or scales.shape != entry.shape[:3]:
-                raise _refused(where, name, "blocks of 16 bytes with a scale for each of them")
+                raise refused(where, name, "blocks of 16 bytes with a scale for each of them")
             experts, out, groups, _ = entry.shape
             packed[owner] = cls(owner, (experts, groups * 32, out), [name, f"{owner}_scales"], 2)
         return packed
@@ -427,7 +437,8 @@ class _MxFp4(Packing):
         return stack
 
 
-def _refused(where: object, name: str, expected: str) -> InputError:
+def refused(where: object, name: str, expected: str) -> InputError:
+    """The refusal of a stored tensor, or of the config's `quantization_config`."""
     if name == "quantization_config":
         return InputError(
             "model.base_model", f"{where}/config.json", f"a quantization_config with {expected}"

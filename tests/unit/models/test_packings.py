@@ -135,7 +135,41 @@ def awq(weight: torch.Tensor) -> Written:
     return {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, stored, exact
 
 
-FORMATS = [fp8_blocks, fp8_tensor, fp8_rows, int8, gptq, gptq8, gptq_reordered, awq]
+def int8_with_zeros(weight: torch.Tensor) -> Written:
+    """compressed-tensors' int-quantized, asymmetric: W = (q - zero) · scale, both of each row."""
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    scale = (high - low) / 255
+    zero = (-128 - low / scale).round().clamp(-128, 127)
+    codes = (weight / scale + zero).round().clamp(-128, 127)
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    stored = {
+        "weight": codes.to(torch.int8),
+        "weight_scale": scale,
+        "weight_zero_point": zero.to(torch.int8),
+    }
+    return config, stored, (codes - zero) * scale
+
+
+def pack_quantized(weight: torch.Tensor, bits: int = 4) -> Written:
+    """compressed-tensors' pack-quantized, asymmetric, in groups of 16: codes and zeros plus half their range."""
+    codes, zeros, scales, exact = grouped(weight, bits, 16)
+    stored = {
+        "weight_packed": words(codes.T.contiguous(), bits, 1),
+        "weight_scale": scales.T,
+        "weight_zero_point": words(zeros.T.contiguous(), bits, 0),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized"}, stored, exact
+
+
+def pack_quantized8(weight: torch.Tensor) -> Written:
+    return pack_quantized(weight, 8)
+
+
+FORMATS = [
+    fp8_blocks, fp8_tensor, fp8_rows, int8, int8_with_zeros, gptq, gptq8, gptq_reordered, awq, pack_quantized,
+    pack_quantized8,
+]  # fmt: skip
 
 
 def packed_copy(
@@ -242,9 +276,14 @@ def test_mxfp4_comes_out_as_transformers_unpacks_it(tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({"quant_method": "aqlm"}, "quant_method one of"),
-        ({"quant_method": "gptq", "bits": 3}, "bits of 2, 4 or 8"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ codes of 2, 4 or 8 bits; it says 3"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemm"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "it is 'marlin-24'"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "it is 'nvfp4-pack-quantized'",
+        ),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "nothing says how to read them"),
         ({"quant_method": 5}, "quant_method one of"),
         ({}, "nothing says how to read them"),
     ],
@@ -259,6 +298,55 @@ def test_codes_that_cannot_be_read_are_never_measured(
     for action in (inspect_folder, lambda folder: open_tensors(base_place(str(folder)))):
         with pytest.raises(InputError, match=words):
             action(tmp_path / "model")
+
+
+PACKED_BY_COMPRESSED_TENSORS: dict[int, tuple[list[list[int]], list[list[int]]]] = {
+    4: (
+        [[1049950800], [-1239649576]] * 5,
+        [[1518778741, 1805081222], [151, 168]],
+    ),
+    8: (
+        [
+            [252314880, 589175060], [926035240, 1262895420], [1599755600, 1936615780], [-2021491336, -1684631156],
+            [-1347770976, -1010910796], [-674050616, -337190436], [-330256, 319686916], [656547096, 993407276],
+            [1330267456, 1667127636], [2003987816, -1954119300],
+        ],
+        [[-2088665219, 2105704574], [2105704574, 2122547583], [33151, 33408]],
+    ),
+}  # fmt: skip
+"""What the package compressed-tensors, 0.20.0, made of the 10 x 8 matrix below: `weight_packed`, `weight_zero_point`."""
+
+
+@pytest.mark.parametrize("bits", PACKED_BY_COMPRESSED_TENSORS)
+def test_what_compressed_tensors_packed_comes_out(bits: int, tmp_path: Path) -> None:
+    codes = torch.arange(80).reshape(10, 8) * 5 % 2**bits - 2 ** (bits - 1)
+    zeros, scale = torch.arange(20).reshape(10, 2) % 7 - 3, 0.25 * (1 + torch.arange(20.0).reshape(10, 2) % 3)
+    wanted = (codes - zeros.repeat_interleave(4, 1)) * scale.repeat_interleave(4, 1)
+    packed, zero = (torch.tensor(part, dtype=torch.int32) for part in PACKED_BY_COMPRESSED_TENSORS[bits])
+    parts = {
+        "packed": packed, "zero_point": zero, "scale": scale, "shape": torch.tensor([10, 8])
+    }  # fmt: skip
+    save_file(
+        {f"layers.0.up.weight_{name}": part for name, part in parts.items()}, tmp_path / "model.safetensors"
+    )
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    tensors = LocalTensors(tmp_path)
+    assert tensors.names() == ["layers.0.up.weight"] and tensors.shape("layers.0.up.weight") == (10, 8)
+    assert torch.equal(tensors.load("layers.0.up.weight"), wanted)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_plain_weights_under_a_config_that_calls_them_packed_are_refused(
+    method: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    folder = copied(tiny_model, tmp_path / "model")
+    change_json(folder / "config.json", lambda document: document.update(quantization_config=settings))
+    with pytest.raises(
+        InputError, match=r"config\.json.*weights that are packed, as its quantization_config"
+    ):
+        inspect_folder(folder)
 
 
 @pytest.mark.parametrize("write", FORMATS)
