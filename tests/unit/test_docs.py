@@ -183,3 +183,11 @@ def test_every_command_that_a_document_shows_exists_with_its_options(path: Path)
         options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         given = {word.partition("=")[0] for word in rest if word.startswith("--")}
         assert given <= options, f"{path}: spectraqlora {' '.join(words)}: {given - options}"
+
+
+def test_every_promise_about_security_names_tests_that_there_are() -> None:
+    page = (ROOT / "components" / "spectraqlora" / "README.md").read_text(encoding="utf-8")
+    body = page.split("## Who is trusted with what")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(test_\w+)`", body))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named and {name for name in named if f"def {name}(" not in code} == set()

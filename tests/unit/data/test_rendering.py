@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from spectraqlora.artifacts import IGNORED
-from spectraqlora.data.rendering import RenderedRow, Renderer
+from spectraqlora.data.rendering import RenderedRow, Renderer, render
 from spectraqlora.data.rows import Conversation, Origin, PromptCompletion, RowRefused, Text
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_tokenizer
@@ -220,3 +220,19 @@ def test_a_slow_tokenizer_is_cut_where_tokens_begin_or_refused() -> None:
         Renderer(_WithoutOffsets(merging), PLAIN).render(
             talk([{"role": "user", "content": "x"}, {"role": "assistant", "content": "ys"}])
         )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.listdir('/') }}",
+        "{{ raise_exception.__globals__.keys() }}",
+        "{% set _ = messages.append('more') %}{{ messages }}",
+    ],
+)
+def test_a_template_gets_no_hold_of_python(template: str) -> None:
+    tokenizer = plain_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(RowRefused, match="template"):
+        render(tokenizer, copy.deepcopy(TURNS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -185,6 +186,20 @@ def test_an_index_that_lies_is_refused(tiny_model: Path, tmp_path: Path, index: 
     for action in (inspect_folder, lambda where: open_tensors(base_place(str(where)))):
         with pytest.raises(InputError, match=words):
             action(folder)
+
+
+def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_model, tmp_path / "model")
+    (folder / WEIGHTS).unlink()
+    ran = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return Path.touch, (ran,)  # type: ignore[return-value]
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful()))
+    assert "pickled weights only, which can run code" in refused(folder)
+    assert not ran.exists()
 
 
 def test_a_tensor_in_two_shards_is_refused(tiny_model: Path, tmp_path: Path) -> None:
