@@ -187,7 +187,7 @@ def try_folders(seeds: range, model: Path, rows: Path, work: Path) -> None:
         what = f"seed {seed}: {damage(folder, random.Random(seed))}"
         base, source = base_place(str(folder)), data_place(str(rows))
         settings = parse({"model": {"base_model": str(folder)}, "data": {"source": str(rows)}})
-        asked = outcome(lambda given=settings, at=base, data=source: check(given, at, data), what)
+        asked = outcome(lambda given=settings, at=base, data=source: check(given, at, [data]), what)
         outcomes[asked] += 1
         outcome(lambda at=base: open_tensors(at), f"snr, {what}")
         outcome(lambda at=folder: base_digest(at), f"digest, {what}")
