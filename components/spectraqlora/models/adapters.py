@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from spectraqlora.runtime.console import warn
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name of a saved adapter's weights."""
 _ADAPTER = "default"
+_SAVED = "base_model.model."
+"""What PEFT puts before a module's name."""
 _MATRICES = ("lora_A", "lora_B")
 _MAGNITUDE = "lora_magnitude_vector"
 
@@ -42,9 +45,8 @@ def lora_layers(model: Any) -> dict[str, Any]:
     """LoRA layers of a PEFT model by the base model's module name."""
     from peft.tuners.lora import LoraLayer
 
-    prefix = "base_model.model."
     return {
-        name.removeprefix(prefix): module
+        name.removeprefix(_SAVED): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
@@ -187,12 +189,38 @@ def save(model: Any, folder: Path, base_model: str) -> None:
     model.save_pretrained(folder, safe_serialization=True)
 
 
+def settle_scaling(folder: Path) -> None:
+    """Rewrite a saved adapter so that `lora_alpha / r` is every module's scaling, where it is not yet.
+
+    Servers read these two numbers and may pass over `alpha_pattern`, `rank_pattern` and `use_rslora`, which PEFT reads:
+    what differs between modules is multiplied into B (out x rank). The product scaling·B·A stays.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    config, weights = LoraConfig.from_pretrained(folder), load_file(folder / WEIGHTS)
+    scalings = {}
+    for key in (key for key in weights if key.endswith(".lora_B.weight")):
+        module, rank = key.removeprefix(_SAVED).removesuffix(".lora_B.weight"), weights[key].shape[1]
+        alpha = config.alpha_pattern.get(module, config.lora_alpha)
+        scalings[key] = alpha / (rank**0.5 if config.use_rslora else rank)
+    if all(math.isclose(scaling, config.lora_alpha / config.r) for scaling in scalings.values()):
+        return
+    save_file(
+        {key: weight * scalings.get(key, 1.0) for key, weight in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config.use_rslora, config.lora_alpha, config.alpha_pattern = False, config.r, dict(config.rank_pattern)
+    config.save_pretrained(folder)
+
+
 def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights of a saved PEFT adapter under the names that `adapter_weights` uses."""
     from safetensors.torch import load_file
 
     return {
-        key.removeprefix("base_model.model.").removesuffix(".weight"): weight.float()
+        key.removeprefix(_SAVED).removesuffix(".weight"): weight.float()
         for key, weight in load_file(folder / WEIGHTS).items()
     }
 

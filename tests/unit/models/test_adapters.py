@@ -1,5 +1,6 @@
 """Adapters are exactly what the rank map says, and stay it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,43 @@ def test_mixed_ranks_reload_with_peft_alone_and_identical_logits(quantized: Path
     again = PeftModel.from_pretrained(load_four_bit(quantized)[0], tmp_path).eval()
     assert torch.equal(logits(again), before)
     assert set(adapters.lora_layers(wrapped)) == {Q0, Q1, DOWN}
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_an_exports_scaling_cannot_be_misread(quantized: Path, tmp_path: Path, variant: str) -> None:
+    """Alphas that no one number stands for; the reader here knows `lora_alpha`, `r` and the tensors, as servers do."""
+    mixed = rank_map(quantized, {Q0: 8, Q1: 3, DOWN: 5})
+    mixed.settings["variant"] = variant
+    for entry, alpha in zip(mixed.active(), (16.0, 20.0, 4.0), strict=True):
+        entry.alpha = alpha
+    wrapped = adapters.attach(load_four_bit(quantized)[0], mixed)
+    randomize(wrapped)
+    adapters.save(wrapped, tmp_path, "base")
+    before = logits(wrapped.eval())
+    trained = adapters.read_adapter_weights(tmp_path)
+    adapters.settle_scaling(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_rslora"] is False and config["base_model_name_or_path"] == "base"
+    read = adapters.read_adapter_weights(tmp_path)
+    for entry in mixed.active():
+        product = read[f"{entry.module}.lora_B"] @ read[f"{entry.module}.lora_A"]
+        meant = trained[f"{entry.module}.lora_B"] @ trained[f"{entry.module}.lora_A"]
+        torch.testing.assert_close(
+            product * config["lora_alpha"] / config["r"], mixed.scaling(entry) * meant, rtol=1e-5, atol=1e-7
+        )
+    again = adapters.with_adapter(load_four_bit(quantized)[0], tmp_path)
+    torch.testing.assert_close(logits(again.eval()), before, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_whose_scaling_is_one_number_stays_as_it_was_trained(
+    quantized: Path, tmp_path: Path
+) -> None:
+    wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 8, Q1: 3}))
+    randomize(wrapped)
+    adapters.save(wrapped, tmp_path, "base")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    adapters.settle_scaling(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shared_pairs_count_once_stay_shared_and_export_as_copies(quantized: Path, tmp_path: Path) -> None:

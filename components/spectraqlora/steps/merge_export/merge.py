@@ -83,6 +83,7 @@ def merge_export(
     losses, into = _write_better_merge(inputs, manifest, loss, output)
     leave_out = shutil.ignore_patterns("training.json", MADE_FROM)
     shutil.copytree(inputs.adapter, output / "adapter", dirs_exist_ok=True, ignore=leave_out)
+    adapters.settle_scaling(output / "adapter")
     for name in FOLDERS:
         apply_umask(output / name)
     exported = load_plain(
