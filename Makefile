@@ -4,8 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-# A file's tests share what they start, so they stay in one process.
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+# A file's tests share what they start, so they stay in one process; integration's long files come first, as they are named.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test e2e soak cluster-test chart-test lint install images image-wheels lock audit golden docs gpu-wheels gpu-check clean
 

@@ -109,7 +109,9 @@ def test_a_retry_window_that_is_too_short_is_told_at_once(
 
 
 def test_nothing_after_the_sign_is_the_empty_text(server: KfpServer, command: Command) -> None:
-    done = command("submit", "--set", "checkpoint.destination=s3://b/c", "--set", "checkpoint.destination=")
+    done = command(
+        "submit", "--set", "checkpoint.destination=s3://bucket/c", "--set", "checkpoint.destination="
+    )
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = server.state.runs.values()
     assert run["runtime_config"]["parameters"]["checkpoint"]["destination"] == ""

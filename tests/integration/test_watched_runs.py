@@ -252,7 +252,7 @@ def test_a_failed_run_is_submitted_again_as_often_as_wanted_with_the_same_argume
     command: Command, server: KfpServer, cluster: KubernetesServer
 ) -> None:
     order = following(server, cluster, [("FAILED", "KeyError: 1\n"), ("FAILED", ""), ("SUCCEEDED", "")])
-    done = command("submit", "--watch", "--resubmit", "3", "--set", "checkpoint.destination=s3://b/c")
+    done = command("submit", "--watch", "--resubmit", "3", "--set", "checkpoint.destination=s3://bucket/c")
     assert done.exit_code == 0, (done.output, done.exception)
     assert len(order) == len(server.state.runs) == 3 and len(server.state.versions) == 1
     first, *others = [run["runtime_config"]["parameters"] for run in server.state.runs.values()]

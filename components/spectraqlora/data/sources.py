@@ -118,7 +118,7 @@ def open_sources(settings: DataSettings, content: str = "") -> Source:
     contents = parted_contents(content, len(places))
     return _together(
         [
-            open_source(place, settings.model_copy(update={"split": part.split}), known)
+            open_source(place, _of_part(settings, place, part.split), known)
             for place, part, known in zip(places, settings.parts, contents, strict=True)
         ]
     )
@@ -135,11 +135,17 @@ def look_at_sources(places: Sequence[Place], settings: DataSettings) -> Source |
         InputError: as `open_source`.
     """
     opened = [
-        open_remotely(place, settings.model_copy(update={"split": part.split}))
+        open_remotely(place, _of_part(settings, place, part.split))
         for place, part in zip(places, settings.parts, strict=True)
     ]
     seen = [source for source in opened if source is not None]
     return _together(seen) if len(seen) == len(opened) else None
+
+
+def _of_part(settings: DataSettings, place: Place, split: str) -> DataSettings:
+    """The section for one source; among several, `data.subset` is of those that can have subsets, a file cannot."""
+    among_others = len(settings.parts) > 1 and place.kind == "path" and place.path.is_file()
+    return settings.model_copy(update={"split": split, **({"subset": ""} if among_others else {})})
 
 
 def _together(sources: list[Source]) -> Source:

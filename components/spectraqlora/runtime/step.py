@@ -101,9 +101,8 @@ def output_folder(artifact: Any) -> Path:
 
 def _write_origin(given: Iterable[Any]) -> None:
     """Leave in each artifact the addresses of what it was made from; on this machine `outputs.json` says more."""
-    addresses = [str(artifact.uri) for artifact in given if "://" in str(getattr(artifact, "uri", ""))]
-    own = {artifact.uri for artifact in _made}
-    read = sorted(address for address in addresses if address not in own)
-    for artifact in _made:
-        if artifact.uri in addresses:
-            write_text(Path(artifact.path) / MADE_FROM, json.dumps({"made_from": read}, indent=1))
+    artifacts = {str(each.uri): each for each in given if "://" in str(getattr(each, "uri", ""))}
+    made = {address for address, each in artifacts.items() if any(each is own for own in _made)}
+    read = sorted(artifacts.keys() - made)
+    for address in made:
+        write_text(Path(artifacts[address].path) / MADE_FROM, json.dumps({"made_from": read}, indent=1))

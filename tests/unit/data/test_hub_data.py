@@ -119,7 +119,8 @@ def test_several_sources_bring_their_splits_each_at_its_own_commit(hub: Hub, tmp
     here.write_text(json.dumps({"text": "here"}) + "\n")
     parts = [{"source": str(here)}, {"source": "owner/rows", "split": "test"}, {"source": "owner/rows"}]
     given = {"sources": parts, "subset": "easy"}
-    said, (content, splits) = ask(hub, tmp_path / "home", ("check", given), ("several", given))
+    said, several = ask(hub, tmp_path / "home", ("check", given), ("several", given))
+    content, splits = several
     assert said == [] and len(content.split()) == 3
     commits = {name.partition("/")[0] for name in hub.fetched}
     assert set(content.split()[1:]) == commits
