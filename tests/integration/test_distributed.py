@@ -67,7 +67,7 @@ def test_two_processes_train_as_one_does(
     for kind in ("loss_curve", "eval_curve"):
         losses = [[loss for _, loss in getattr(log, kind)] for log in (one, two)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert one.loss_curve[0][1] > one.loss_curve[-1][1]
+    assert one.eval_curve[0][1] > one.eval_curve[-1][1]
     assert two.train_tokens == one.train_tokens
     assert two.trainable_parameters == one.trainable_parameters
     first, second = (adapters.read_adapter_weights(tmp_path / f"adapter-{count}") for count in (1, 2))
