@@ -38,7 +38,7 @@ test: lint
 # Images are built where a Docker engine answers.
 e2e: install
 	sh images/for-tests.sh
-	$(PYTEST) -m e2e -rs
+	$(PYTEST) -m 'e2e and not soak' -rs
 
 # On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts.
 cluster-test: install

@@ -250,7 +250,6 @@ def test_running_again_reuses_every_finished_step(finished: list[str]) -> None:
     assert after == before
 
 
-@pytest.mark.e2e
 def test_one_method_less_in_a_workdir_that_was_moved_reuses_what_the_other_did(
     finished: list[str], tmp_path: Path
 ) -> None:
@@ -330,7 +329,7 @@ def test_one_hub_name_is_the_base_and_the_data_of_a_run(
     assert summary["base"]["digest"] == base_digest(tiny_model)
 
 
-@pytest.mark.e2e
+@pytest.mark.soak
 def test_a_given_table_takes_the_place_of_the_scan(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     path = tmp_path / "snr.json"
     assert spectraqlora("snr", str(tiny_model), "--spectrum-json", str(path)).returncode == 0

@@ -97,6 +97,7 @@ def test_better_same_and_worse_data_find_the_right_champion(sample: Path, tmp_pa
     assert "not promoted" in retrain()["changes"]["reason"], "the same data is not tried again"
 
 
+@pytest.mark.soak
 def test_retraining_starts_from_the_champions_adapter(sample: Path, tmp_path: Path) -> None:
     rows = rows_of(sample)
     retrain = Retraining(sample / "model", tmp_path, "retrain.start=champion", "train.max_steps=20")

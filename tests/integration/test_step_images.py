@@ -15,7 +15,7 @@ from spectraqlora.runtime.images import IMAGE_USER, image_reference, images
 from tests.containers import contained, engine
 
 pytestmark = pytest.mark.e2e
-LIMIT_BYTES = {"light": 600e6, "train": 2.0e9}
+LIMIT_BYTES = {"light": 650e6, "train": 2.0e9}
 MLFLOW = "mlflow"
 """The image of MLflow's server, which runs no step."""
 IMPORTS = """
