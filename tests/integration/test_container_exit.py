@@ -87,7 +87,7 @@ def test_an_unknown_network_is_refused(docker: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
 def test_a_stopped_run_leaves_no_container_and_goes_on_where_it_was(
     number: signal.Signals, docker: Any, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def test_all_branches_share_one_measurement_of_the_base(finished: list[str]) -> 
     }  # fmt: skip
 
 
-@pytest.mark.e2e
+@pytest.mark.soak
 def test_one_branch_measures_the_base_once(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     done = spectraqlora(
         "run", "--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(tmp_path / "work"),
