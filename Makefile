@@ -14,10 +14,10 @@ install: $(VENV)/.installed
 # Everything as locked, by its hashes; torch as pip finds it (for CPUs or CUDA), of the one version that the project names.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 LOCKED := $(PIP_INSTALL) --no-deps --no-build-isolation --require-hashes
-$(VENV)/.installed: pyproject.toml requirements/build.lock requirements/development.lock
+$(VENV)/.installed: pyproject.toml pipelines/requirements/build.lock pipelines/requirements/development.lock
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(LOCKED) --requirement requirements/build.lock
-	$(LOCKED) --requirement requirements/development.lock
+	$(LOCKED) --requirement pipelines/requirements/build.lock
+	$(LOCKED) --requirement pipelines/requirements/development.lock
 	$(PIP_INSTALL) $(TORCH)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
@@ -66,7 +66,7 @@ lock: install
 
 # Known vulnerabilities of what is locked; asks PyPI.
 audit: install
-	for lock in $(filter-out images/base/torch-cpu.lock,$(wildcard images/*/*.lock)) requirements/*.lock; do \
+	for lock in $(filter-out images/base/torch-cpu.lock,$(wildcard images/*/*.lock)) pipelines/requirements/*.lock; do \
 		echo "$$lock"; \
 		$(BIN)/uv tool run --from 'pip-audit>=2.10,<3' pip-audit --strict --disable-pip --require-hashes -r $$lock || exit 1; \
 	done

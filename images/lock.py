@@ -20,7 +20,7 @@ from pathlib import Path
 
 IMAGES = Path(__file__).parent
 BASE = IMAGES / "base"
-DEVELOPMENT = IMAGES.parent / "requirements"
+DEVELOPMENT = IMAGES.parent / "pipelines" / "requirements"
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
 HEADER = "# Written by images/lock.py (make lock) from {}.\n"
 _CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton$)")

@@ -15,7 +15,7 @@ from spectraqlora.runtime.images import images
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"
 PACKAGE = ROOT / "components" / "spectraqlora"
-DEVELOPMENT = sorted((ROOT / "requirements").glob("*.lock"))
+DEVELOPMENT = sorted((ROOT / "pipelines" / "requirements").glob("*.lock"))
 LOCKS = sorted(IMAGES.glob("*/*.lock"))
 _PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
 DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
