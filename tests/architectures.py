@@ -20,19 +20,10 @@ from spectraqlora.settings import ModelSettings
 from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora_pipelines.reference import table
 
+from tests import families
 from tests.families import FAMILIES, PACKED, REFUSED, UNFORESEEN, _named
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = families.SIZES | {"num_hidden_layers": 2}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,

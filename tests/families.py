@@ -10,21 +10,23 @@ from typing import Any
 WIDTH, INNER, LAYERS = 64, 128, 4
 
 
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def _llama_like(name: str, config_name: str = "", **extra: Any) -> Callable[[int], Any]:
     def build(vocabulary: int) -> Any:
         import transformers
 
-        sizes = {
-            "hidden_size": WIDTH,
-            "intermediate_size": INNER,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
+        sizes = SIZES | {"num_hidden_layers": LAYERS}
         config = getattr(transformers, config_name or f"{name}Config")(
             vocab_size=vocabulary, **(sizes | extra)
         )

@@ -16,6 +16,20 @@ from tests.s3 import free_port
 START_SECONDS = 120
 
 
+def basic_auth(folder: Path, password: str) -> dict[str, str]:
+    """Variables of a server started with `--app-name basic-auth`, whose user `admin` has this password."""
+    (folder / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = admin\nadmin_password = {password}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-this-test",
+    }
+
+
 class MlflowServer:
     """`mlflow server` on SQLite.
 

@@ -290,8 +290,9 @@ def table(name: str, members: list[Arm], results: list[dict[str, Any]], base: fl
     return "\n".join([*head, *(row for _, row in sorted(rows))])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def study_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of a study; `defaults` by their names."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--base-model", required=True)
     parser.add_argument("--data", required=True, type=Path, help=".jsonl with prompts and answers")
     parser.add_argument("--output", required=True, type=Path)
@@ -302,7 +303,12 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=128)
     parser.add_argument("--compute-dtype", default="auto", help="bfloat16 is faster on CPUs with AMX")
     parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
-    options = parser.parse_args()
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def prepared_study(options: argparse.Namespace) -> Study:
+    """The study that the options name, its model and rows prepared."""
     study = Study(
         options.base_model,
         options.output,
@@ -311,10 +317,16 @@ def main() -> None:
         options.max_length,
         options.compute_dtype,
     )
+    study.prepare(options.data, options.rows, options.eval_rows)
+    return study
+
+
+def main() -> None:
+    options = study_parser(__doc__).parse_args()
+    study = prepared_study(options)
     tables = arms()
     by_name = {arm.name: arm for members in tables.values() for arm in members}
     runs = Runs(study, options.jobs)
-    study.prepare(options.data, options.rows, options.eval_rows)
     representatives = {arm.tuned_as: arm.name for arm in reversed(tables["equal rank"])}
     tuning = [
         (name, rate, TUNING_SEED, "tuning") for name in representatives.values() for rate in LEARNING_RATES

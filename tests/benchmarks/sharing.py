@@ -9,12 +9,10 @@ not repeated. Differences to hybrid are paired: across seeds, and by row (the me
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.evidence import SEEDS, Arm, Runs, Study
+from tests.benchmarks.evidence import SEEDS, Arm, Runs, prepared_study, study_parser
 
 REFERENCE = "hybrid-50, rank 16"
 
@@ -84,33 +82,17 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--base-model", required=True)
-    parser.add_argument("--data", required=True, type=Path, help=".jsonl with prompts and answers")
-    parser.add_argument("--output", required=True, type=Path)
+    parser = study_parser(
+        __doc__, steps=60, batch_size=4, max_length=192, rows=2000, compute_dtype="bfloat16", jobs=1
+    )
     parser.add_argument(
         "--arms", default="", help=f"names, separated by ;, {REFERENCE!r} among them; empty is all"
     )
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rate", type=float, default=8e-3)
-    parser.add_argument("--max-length", type=int, default=192, help="tokens; longer rows are dropped")
-    parser.add_argument("--rows", type=int, default=2000, help="rows of each of both splits")
-    parser.add_argument("--eval-rows", type=int, default=128)
-    parser.add_argument("--compute-dtype", default="bfloat16", help="auto is float32 on CPUs")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     options = parser.parse_args()
-    study = Study(
-        options.base_model,
-        options.output,
-        options.steps,
-        options.batch_size,
-        options.max_length,
-        options.compute_dtype,
-    )
+    study = prepared_study(options)
     by_name = {arm.name: arm for arm in arms()}
     names = options.arms.split(";") if options.arms else list(by_name)
-    study.prepare(options.data, options.rows, options.eval_rows)
     runs = Runs(study, options.jobs)
     wanted = [(name, options.rate, seed, "study") for seed in SEEDS for name in names]
     runs.complete(wanted, by_name)

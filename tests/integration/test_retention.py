@@ -13,7 +13,7 @@ from spectraqlora_pipelines.cli import app
 from typer.testing import CliRunner
 
 from tests import s3
-from tests.mlflow_server import MlflowServer
+from tests.mlflow_server import MlflowServer, basic_auth
 from tests.retained import ROOT, Bucket, Known, place
 from tests.s3 import BUCKET, Fault, Proxy, Server, environment
 
@@ -215,15 +215,7 @@ def test_gc_beside_a_run_and_with_a_wrong_password(
 ) -> None:
     """Against a real MLflow server with passwords, while a run writes its artifacts."""
     password = "a-long-enough-password"
-    (tmp_path / "auth.ini").write_text(
-        "[mlflow]\ndefault_permission = READ\n"
-        f"database_uri = sqlite:///{tmp_path}/auth.db\nadmin_username = admin\nadmin_password = {password}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    given = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-this-test",
-    }
+    given = basic_auth(tmp_path, password)
     with MlflowServer(tmp_path / "server", ("--app-name", "basic-auth"), environment=given) as mlflow:
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)

@@ -18,7 +18,7 @@ from spectraqlora.tracking.live import LiveMetrics
 from spectraqlora.tracking.runs import Tracker
 
 from tests import s3
-from tests.mlflow_server import MlflowServer
+from tests.mlflow_server import MlflowServer, basic_auth
 from tests.s3 import free_port
 from tests.unit.results import evaluation
 
@@ -305,11 +305,6 @@ def test_basic_auth_allowed_hosts_and_artifacts_in_s3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     password = "a-long-enough-password"
-    (tmp_path / "auth.ini").write_text(
-        "[mlflow]\ndefault_permission = READ\n"
-        f"database_uri = sqlite:///{tmp_path}/auth.db\nadmin_username = admin\nadmin_password = {password}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
     with s3.Server(tmp_path / "s3") as store:
         server = MlflowServer(
             tmp_path / "server",
@@ -317,9 +312,7 @@ def test_basic_auth_allowed_hosts_and_artifacts_in_s3(
             environment={
                 **s3.environment(store.endpoint),
                 "MLFLOW_S3_ENDPOINT_URL": store.endpoint,
-                "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
-                "MLFLOW_AUTH_ADMIN_PASSWORD": password,
-                "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-this-test",
+                **basic_auth(tmp_path, password),
             },
         )
         server._arguments = ("--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{server.port}")

@@ -118,6 +118,19 @@ def test_the_module_is_the_command_line_too() -> None:
     assert done.stdout.strip().count(".") == 2
 
 
+def end_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command line with one command, which raises the error."""
+
+    def fails() -> None:
+        raise error
+
+    failing = typer.Typer(pretty_exceptions_enable=False)
+    failing.command()(fails)
+    monkeypatch.setattr(app, "app", failing)
+    monkeypatch.setattr(sys, "argv", ["spectraqlora"])
+    app.main()
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -133,15 +146,8 @@ def test_errors_are_one_line_with_their_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fails() -> None:
-        raise error
-
-    failing = typer.Typer(pretty_exceptions_enable=False)
-    failing.command()(fails)
-    monkeypatch.setattr(app, "app", failing)
-    monkeypatch.setattr(sys, "argv", ["spectraqlora"])
     with pytest.raises(SystemExit) as ended:
-        app.main()
+        end_with(error, monkeypatch)
     assert ended.value.code == code
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == line and printed.out == ""
@@ -150,15 +156,10 @@ def test_errors_are_one_line_with_their_exit_code(
 def test_a_full_disk_is_one_line_with_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails() -> None:
-        raise RuntimeError("not saved") from OSError(errno.ENOSPC, "full", "out")
-
-    failing = typer.Typer(pretty_exceptions_enable=False)
-    failing.command()(fails)
-    monkeypatch.setattr(app, "app", failing)
-    monkeypatch.setattr(sys, "argv", ["spectraqlora"])
+    error = RuntimeError("not saved")
+    error.__cause__ = OSError(errno.ENOSPC, "full", "out")
     with pytest.raises(SystemExit) as ended:
-        app.main()
+        end_with(error, monkeypatch)
     assert ended.value.code == 2
     assert re.fullmatch(
         r"error: disk: 'out': expected free space: [\d.]+ \w+ are left\n", capsys.readouterr().err
@@ -166,12 +167,8 @@ def test_a_full_disk_is_one_line_with_what_is_left(
 
 
 def test_another_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = typer.Typer(pretty_exceptions_enable=False)
-    failing.command()(lambda: [].pop())
-    monkeypatch.setattr(app, "app", failing)
-    monkeypatch.setattr(sys, "argv", ["spectraqlora"])
     with pytest.raises(IndexError):
-        app.main()
+        end_with(IndexError("empty"), monkeypatch)
 
 
 @pytest.mark.parametrize("command", [["nonsense"], ["run", "--nonsense"], ["snr"]], ids=" ".join)
