@@ -49,11 +49,6 @@ class Run:
         """Whether it is a called function's name, which templates may repeat where its result stands."""
         return self.field == _NAME
 
-    @property
-    def is_reasoning(self) -> bool:
-        """Whether it is what was thought before the answer."""
-        return self.field == _REASONING
-
 
 @dataclass(frozen=True)
 class Dyed:

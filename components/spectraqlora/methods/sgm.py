@@ -8,14 +8,16 @@ that side, r = `select.rank`:
     similarity(i, j) = ‖Uᵢᵀ Uⱼ‖²_F / r
 
 of modules of the same part of a block (attention, or the MLP: q, k and v read one input, gate and up another; or, with
-`select.group_within = block`, of any) within `select.group_layers` neighbouring layers, where it is at least `select.overlap` and above the largest of 200 pairs of
-random subspaces of that size. A module that faces the stream on both sides is compared on the side where it has the
-closest other. Groups are made by complete linkage: inside a group every pair is similar.
+`select.group_within = block`, of any) within `select.group_layers` neighbouring layers, where it is at least
+`select.overlap` and above the largest of 200 pairs of random subspaces of that size. A module that faces the stream on
+both sides is compared on the side where it has the closest other. Groups are made by complete linkage: inside a group
+every pair is similar.
 
 A group on the input side shares A, which starts from the leading directions of its gradients stacked; B is each
 module's own and starts at 0. With `select.group_sides = both` a group on the output side shares B, with the roles
-exchanged; that cost more loss than it saved parameters where it was tried. Of a rank-r group with n members sharing saves (n − 1) · r · width parameters: kept as savings, or with `select.spend_savings` put into a higher
-rank, up to the parameters of hybrid.
+exchanged; that cost more loss than it saved parameters where it was tried. Of a rank-r group with n members sharing
+saves (n − 1) · r · width parameters: kept as savings, or with `select.spend_savings` put into a higher rank, up to the
+parameters of hybrid.
 
 `select.similarity_of = gradient` is the idea's first reading: modules i and j of the same type and shape with
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import auto_class, stays_plain
+from spectraqlora.models.families import stays_plain
 
 if TYPE_CHECKING:
     import torch
@@ -90,31 +89,6 @@ def linear_modules(model: torch.nn.Module) -> list[LinearModule]:
             )
         )
     return modules
-
-
-def modules_by_config(folder: Path, trust_remote_code: bool) -> list[LinearModule]:
-    """The modules that may get an adapter, from a model's config alone: no weights are read (meta device).
-
-    Args:
-        folder: with the model's config.
-        trust_remote_code: let code next to the model run.
-
-    Raises:
-        InputError: it is no language model that generates text, or nothing in it can get an adapter.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(
-            "model.base_model", folder, f"a language model that generates text ({first})"
-        ) from None
-    return candidates(model, folder)
 
 
 def candidates(model: Any, source: object) -> list[LinearModule]:
