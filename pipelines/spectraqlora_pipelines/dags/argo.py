@@ -160,15 +160,14 @@ class _Translation:
         component = self._components[key]
         inputs = task.get("inputs", {})
         handed = inputs.get("parameters", {})
+        wanted = component.get("inputDefinitions", {}).get("parameters", {})
         if "dag" in component:
             template = _slug(task["taskInfo"]["name"])
             inner = handed.get("method", {}).get("runtimeValue", {}).get("constant", "") or method
             self._dag(template, component, "inputs", inner)
-            wanted = component.get("inputDefinitions", {}).get("parameters", {})
         else:
             given = tuple(sorted(inputs.get("artifacts", {})))
             template = self._step(component, given, method)
-            wanted = component.get("inputDefinitions", {}).get("parameters", {})
         parameters = [
             {"name": _short(name), "value": _value(place, handed, scope, labels)}
             for name, place in handed.items()
