@@ -63,6 +63,12 @@ class Workdir:
         aged(self.folder / "outputs.json", days)
 
 
+@pytest.fixture(autouse=True)
+def no_server_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow leaves the address that a test before this one gave it in the environment, where --uri looks."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Workdir:
     return Workdir(tmp_path / "runs" / "work")
