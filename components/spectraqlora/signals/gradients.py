@@ -230,6 +230,9 @@ def starting_directions(sketches: Mapping[str, GradientSketch], rank_map: RankMa
     the first B (out x rank) under `module.lora_B` instead, from their output side. A module that no gradient reached has
     no sketch and starts at random. The norm of a row of A, or of a column of B, is that of a Kaiming-uniform one, so
     that the learning rate means the same.
+
+    A has the directions of LoRA-GA's (arXiv 2407.05000), by a sketch in place of the whole gradient. LoRA-GA also starts
+    B, from the directions that follow, and takes B·A out of the weight; here B is 0, and the 4-bit base stays as it is.
     """
     sharing: dict[str | int, list[ModuleRank]] = {}
     for entry in rank_map.active():

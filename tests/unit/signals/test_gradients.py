@@ -10,14 +10,18 @@ from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_four_bit
 from spectraqlora.models.modules import dequantized_weight
 from spectraqlora.scoring.batches import Collator, load_rows
+from spectraqlora.settings import SelectSettings
 from spectraqlora.signals import gradients
 from spectraqlora.signals.gradients import (
     SKETCHES,
     GradientSketch,
     read_sketches,
     sketch_gradients,
+    starting_directions,
     write_sketches,
 )
+
+from tests.modules import first_ranks, modules
 
 
 def test_sketched_cosines_agree_with_full_gradients(quantized: Path, prepared: Path) -> None:
@@ -126,3 +130,28 @@ def test_a_folder_without_sketches_has_none_and_a_file_cut_short_is_refused(tmp_
         (tmp_path / SKETCHES).write_bytes(damaged)
         with pytest.raises(InputError, match=r"gradient sketches: .*cut short"):
             read_sketches(tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 40), (40, 24), (32, 32)])
+def test_the_start_has_the_directions_of_lora_ga_and_the_norm_of_a_random_one(
+    rows: int, columns: int
+) -> None:
+    from peft import LoraConfig, LoraGAConfig
+    from peft.tuners.lora import Linear
+
+    torch.manual_seed(0)
+    rank, gradient = 4, torch.randn(rows, columns) @ torch.diag(torch.linspace(3, 0.1, columns))
+    layer = torch.nn.Linear(columns, rows, bias=False)
+    layer._peft_loraga_grad = gradient
+    config = LoraConfig(r=rank, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(direction="ArB2r"))
+    theirs = Linear(layer, "default", config, r=rank).lora_A["default"].weight.detach()
+
+    (info,) = modules(1, q=(rows, columns))
+    # A sketch as wide as the side is the gradient itself.
+    sketch = GradientSketch(gradient.T.contiguous(), gradient, 1.0)
+    rank_map = first_ranks("qlora", [info], {}, SelectSettings(rank=rank))
+    ours = starting_directions({info.module: sketch}, rank_map)[info.module]
+    cosines = torch.nn.functional.cosine_similarity(ours, theirs)
+    torch.testing.assert_close(cosines.abs(), torch.ones(rank), rtol=0, atol=1e-3)
+    random = torch.nn.init.kaiming_uniform_(torch.empty(2000, columns), a=5**0.5)
+    torch.testing.assert_close(ours.norm(dim=1).mean(), random.norm(dim=1).mean(), rtol=0.02, atol=0)
