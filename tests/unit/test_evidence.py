@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from spectraqlora.settings import SelectSettings
 from tests.benchmarks.evidence import tables
 from tests.benchmarks.evidence.arms import CURVES, HYBRID, QLORA, SGM, TABLES, Initialiser, arms
 from tests.benchmarks.evidence.initialisers import initialise
+from tests.benchmarks.evidence.runs import HIGHEST_RATE, LEARNING_RATES, best_rates
 from tests.benchmarks.evidence.study import condition_number_map, parts
 from tests.modules import first_ranks
 
@@ -30,6 +32,25 @@ def test_rows_that_choose_a_rate_train_or_are_reported_are_apart(count: int, tes
     (tuning,), (train, test) = split["tuning"].values(), split["study"].values()
     assert [*tuning, *train, *([] if tested else test)] == lines
     assert test == (tested or lines[-math.ceil(count / 10) :])
+
+
+def test_a_rate_is_searched_beyond_an_end_that_is_the_best() -> None:
+    optimum = {"inside": 0.009, "below": 0.0011, "above": 0.03, "nowhere": 1.0}
+    asked: list[tuple[str, float]] = []
+
+    def losses(tries: list[tuple[str, float]]) -> list[float]:
+        asked.extend(tries)
+        return [abs(math.log(rate / optimum[name])) for name, rate in tries]
+
+    assert best_rates(optimum, losses) == {
+        "inside": 0.008,
+        "below": 0.001,
+        "above": 0.032,
+        "nowhere": HIGHEST_RATE,
+    }
+    assert {rate for name, rate in asked if name == "inside"} == set(LEARNING_RATES)
+    # The best rate has a worse one on either side.
+    assert {rate for name, rate in asked if name == "below"} == {*LEARNING_RATES, 0.002, 0.001, 0.0005}
 
 
 def test_every_arm_takes_its_rate_from_one_of_its_tables() -> None:
@@ -156,9 +177,8 @@ def test_what_a_method_trains_at_the_loss_of_another_is_read_off_its_curve(tmp_p
 
 def test_the_pages_tables_are_what_their_commands_print() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- end of the table -->") == page.count(
-        "python -m tests.benchmarks.evidence.tables "
-    )
+    commands = re.findall(r"^ {4}python -m tests\.benchmarks\.evidence\.tables ", page, re.MULTILINE)
+    assert len(commands) == page.count("<!-- end of the table -->")
     assert tables.renewed(page) == page, (
         "python -m tests.benchmarks.evidence.tables page tests/benchmarks/README.md"
     )

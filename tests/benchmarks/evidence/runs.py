@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -22,6 +22,30 @@ _TUNING_SEED = 0
 
 Key = tuple[str, float, int, str]
 """Arm, learning rate, seed, and part of the rows of a run."""
+
+
+def best_rates(
+    names: Iterable[str], losses: Callable[[list[tuple[str, float]]], list[float]]
+) -> dict[str, float]:
+    """The rate of lowest loss of each name: of `LEARNING_RATES`, and beyond an end of them while that end is the best.
+
+    Args:
+        names: what is tuned.
+        losses: of names with rates; asked for all that is open at once.
+    """
+    grids = {name: list(LEARNING_RATES) for name in names}
+    best: dict[str, float] = {}
+    while open_ := [name for name in grids if name not in best]:
+        tries = [(name, rate) for name in open_ for rate in grids[name]]
+        found = dict(zip(tries, losses(tries), strict=True))
+        for name in open_:
+            rate = min(grids[name], key=lambda r: found[name, r])
+            beyond = {min(grids[name]): rate / 2, max(grids[name]): rate * 2}.get(rate, 0.0)
+            if LOWEST_RATE <= beyond <= HIGHEST_RATE:
+                grids[name].append(beyond)
+            else:
+                best[name] = rate
+    return best
 
 
 def _begin_worker() -> None:
@@ -77,20 +101,14 @@ class Runs:
 
     def rates(self, tuned: Iterable[str]) -> dict[str, float]:
         """The learning rate of every arm named that is best on the tuning rows."""
-        grids = {name: list(LEARNING_RATES) for name in tuned}
-        best: dict[str, float] = {}
-        while open_ := [name for name in grids if name not in best]:
-            self.complete((name, rate, _TUNING_SEED, TUNING) for name in open_ for rate in grids[name])
+
+        def losses(tries: list[tuple[str, float]]) -> list[float]:
+            keys = [(name, rate, _TUNING_SEED, TUNING) for name, rate in tries]
+            self.complete(keys)
             known = self.read()
-            for name in open_:
-                grid = sorted(grids[name])
-                rate = min(grid, key=lambda r: known[name, r, _TUNING_SEED, TUNING]["held_out_loss"])
-                beyond = {grid[0]: grid[0] / 2, grid[-1]: grid[-1] * 2}.get(rate, 0.0)
-                if LOWEST_RATE <= beyond <= HIGHEST_RATE:
-                    grids[name].append(beyond)
-                else:
-                    best[name] = rate
-        return best
+            return [known[key]["held_out_loss"] for key in keys]
+
+        return best_rates(tuned, losses)
 
     def compare(self, names: Iterable[str], rates: Mapping[str, float], seed: int) -> None:
         """Every arm named with one seed."""
