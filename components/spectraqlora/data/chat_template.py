@@ -33,6 +33,8 @@ class ChatTemplate:
         self.moment = moment or datetime.now()
         self.tails: dict[Hashable, str] = {}
         """By what precedes an answer, what the prompt for it ends with: the same for many conversations."""
+        self.forms: dict[Hashable, Any] = {}
+        """By the shape of a conversation, what is written around its messages, and what is learned."""
 
     def text(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False

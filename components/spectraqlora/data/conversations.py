@@ -34,6 +34,7 @@ ROLES = {
     **dict.fromkeys(("observation", "function", "function_response", "ipython", "tool"), "tool"),
 }
 """Roles by their synonyms, in lower case."""
+_PLAIN_ROLES = {"system", "user", "assistant"}
 _TEXT_PARTS = {"text", "input_text", "output_text"}
 _THINKING_PARTS = {"thinking", "reasoning"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -90,9 +91,18 @@ def messages_of(cell: Cell, native: bool = False) -> list[Message]:
     if listed is None:
         raise cell.refusal("a list of messages, each with role and content")
     return [
-        _message(Cell(cell.origin, f"{cell.column}[{index}]", message), native)
+        _plain_message(message) or _message(Cell(cell.origin, f"{cell.column}[{index}]", message), native)
         for index, message in enumerate(listed)
     ]
+
+
+def _plain_message(message: Mapping[str, Any]) -> Message | None:
+    """One of a known role's with text and nothing else, as most are; None for all others, which take longer."""
+    role, content = message.get("role"), message.get("content")
+    if len(message) != 2 or type(role) is not str or type(content) is not str or role not in _PLAIN_ROLES:
+        return None
+    blank = role == "assistant" and not content.strip()
+    return None if blank else {"role": role, "content": content}
 
 
 def tools_of(cell: Cell, native: bool = False) -> list[dict[str, Any]] | None:

@@ -21,9 +21,9 @@ _ALPHABETS = ((0x17000, 0x187F8), (0x20000, 0x2A6E0))
 """Tangut, then rare Chinese: letters without case that Python's and JSON's notation leave as they are."""
 _FIELDS = 4
 _TEXT, _REASONING, _ARGUMENTS, _NAME = range(_FIELDS)
-_LETTERS = r"""[^\s"'\\\x00-\x1f\x7f]"""
-_LINES = rf"(?<=\S)[ \t](?=\S)|{_LETTERS}"
-_WORDS = r"[^\W_]"
+LETTERS = r"""[^\s"'\\\x00-\x1f\x7f]"""
+_LINES = rf"(?<=\S)[ \t](?=\S)|{LETTERS}"
+WORDS = r"[^\W_]"
 """What is replaced: letters and the space between two of them, which makes runs long; letters; or words alone, where a template writes other signs in a way of its own, such as HTML's."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -113,8 +113,8 @@ def dyed(
         return None
     first, stop = alphabet
     pattern = _letters(first, stop)
-    constants, marked = _constants(template.constants(tools))
-    ways = [(marked, _LINES), (constants, _LETTERS), (marked, _WORDS), ((), _LETTERS)]
+    constants, marked = looked_for(template.constants(tools))
+    ways = [(marked, _LINES), (constants, LETTERS), (marked, WORDS), ((), LETTERS)]
     for kept, letters in dict.fromkeys(ways):
         visible: set[tuple[int, int]] = set()
         present: set[str] = set()
@@ -139,8 +139,8 @@ def _letters(first: int, stop: int) -> re.Pattern[str]:
 
 
 @lru_cache
-def _constants(texts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Texts that may matter in a message, and those of them that no word is."""
+def looked_for(texts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of a template's constants those that may matter in a message, and those of these that are more than a word."""
     constants = tuple(text for text in texts if len(text) > 1)
     return constants, tuple(text for text in constants if not text.isalnum() and not text.isspace())
 

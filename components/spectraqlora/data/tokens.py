@@ -30,16 +30,29 @@ def tokenized(
     if not tokenizer.is_fast:
         return [_by_prefix(tokenizer, text, part) for text, part in zip(texts, spans, strict=True)]
     encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
     )
     return [
-        (ids, labels_of(ids, offsets, part))
-        for ids, offsets, part in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+        (ids, _labels(ids, encoding, part))
+        for ids, encoding, part in zip(encoded["input_ids"], encoded.encodings, spans, strict=True)
     ]
+
+
+def _labels(ids: list[int], encoding: Any, spans: Sequence[Span]) -> list[int]:
+    """As `labels_of`; of the tokens only those at the spans' ends are asked for their characters."""
+    labels = [IGNORED] * len(ids)
+    for first, stop in spans:
+        begin, last = encoding.char_to_token(first), encoding.char_to_token(stop - 1)
+        if (
+            begin is None or last is None
+        ):  # No token has this character: a tokenizer that leaves out white space.
+            return labels_of(ids, encoding.offsets, spans)
+        while begin > 0 and encoding.token_to_chars(begin - 1) == (first, first):
+            begin -= 1
+        while last + 1 < len(ids) and encoding.token_to_chars(last + 1)[0] < stop:
+            last += 1
+        labels[begin : last + 1] = ids[begin : last + 1]
+    return labels
 
 
 def labels_of(ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

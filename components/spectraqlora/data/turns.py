@@ -8,19 +8,20 @@ generates, by `{% generation %}`, that is taken.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from spectraqlora.data.chat_template import ChatTemplate
-from spectraqlora.data.dyes import REASONING, Dyed, dyed
+from spectraqlora.data.dyes import REASONING, Dyed, dyed, looked_for
+from spectraqlora.data.forms import Form, shape_of
 from spectraqlora.data.rows import Message, RowRefused
 
 TrainOn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
 Tools = list[dict[str, Any]] | None
 _RESULTS = ("tool", "function", "ipython")
-_TAILS = 4096
-"""Prompts' ends that are remembered."""
+_REMEMBERED = 4096
+"""Prompts' ends, and forms of conversations."""
 _UNMASKED = "the template cannot be masked safely"
 
 
@@ -55,23 +56,58 @@ def learned(template: ChatTemplate, messages: list[Message], tools: Tools, train
     Raises:
         RowRefused: the template raises, leaves out what an answer needs, or no turn can be told for sure.
     """
-    wanted = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not wanted:
+    marked = {index: _is_learned(m) for index, m in enumerate(messages) if m["role"] == "assistant"}
+    if not marked:
         raise RowRefused("no answer")
-    marked = {index: _is_learned(messages[index]) for index in wanted}
-    chosen = [index for index in (wanted[-1:] if train_on == "last" else wanted) if marked[index]]
     seen, text = template.in_its_form(messages, tools)
+    shape = None if tools else shape_of(messages, looked_for(template.constants())[1])
+    known = template.forms.get((shape, train_on))
+    spans = known[0].spans(text, messages) if known else None
+    if known and spans is not None:
+        return replace(known[1], text=text, spans=spans)
     dyes = dyed(template, seen, tools, text)
+    result = _told_apart(template, seen, tools, text, dyes, marked, train_on)
+    form = Form.of(text, result.spans, messages, dyes) if shape and dyes else None
+    if form and len(template.forms) < _REMEMBERED:
+        template.forms[shape, train_on] = form, result
+    return result
+
+
+def _told_apart(
+    template: ChatTemplate,
+    messages: list[Message],
+    tools: Tools,
+    text: str,
+    dyes: Dyed | None,
+    marked: dict[int, bool],
+    train_on: TrainOn,
+) -> Learned:
+    """What is learned of a conversation by where its messages stand.
+
+    Args:
+        template: of the model.
+        messages: as the template reads them.
+        tools: functions that the conversation offers.
+        text: what the template writes.
+        dyes: where they stand in it; None where that is not known.
+        marked: by the assistant's turns, whether they are to be learned.
+        train_on: as `learned` has it.
+
+    Raises:
+        RowRefused: as `learned`.
+    """
+    wanted = list(marked)
+    chosen = [index for index in (wanted[-1:] if train_on == "last" else wanted) if marked[index]]
     if dyes is None:
         if template.marks_answers(tools) and chosen == wanted:
-            text, spans = template.generated(seen, tools)
+            text, spans = template.generated(messages, tools)
             return Learned(text, _joined(spans), len(wanted))
         raise RowRefused(_UNMASKED, "what it writes of each message depends on the message's words")
-    _check_written(dyes, template, seen, tools)
+    _check_written(dyes, template, messages, tools)
     spans_of = (
-        _generated(template, seen, tools, text, dyes)
+        _generated(template, messages, tools, text, dyes)
         if template.marks_answers(tools)
-        else _found(template, seen, tools, dyes)
+        else _found(template, messages, tools, dyes)
     )
     empty = {index for index in wanted if not dyes.has_words(index)}
     unlearned = {
@@ -224,7 +260,7 @@ def _start(
                 raise RowRefused(_UNMASKED, f"message {index + 1} does not begin as it is prompted for")
             return _behind_header(template, text, before + len(shared), first)
         start = before + len(tail)
-    if key and start == before + len(tail) and len(template.tails) < _TAILS:
+    if key and start == before + len(tail) and len(template.tails) < _REMEMBERED:
         template.tails[key] = tail
     return _behind_header(template, text, start, first)
 

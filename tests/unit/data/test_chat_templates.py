@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spectraqlora.artifacts import IGNORED
+from spectraqlora.data import turns
 from spectraqlora.data.chat_template import ChatTemplate
 from spectraqlora.data.rendering import RenderedRow, render
 from spectraqlora.data.rows import RowRefused
@@ -439,3 +440,54 @@ def test_the_prompt_of_an_answer_is_what_precedes_it_in_training(name: str) -> N
     before = row.text[: row.spans[0][0]]
     prompt = ChatTemplate(tokenizer_of(name), MOMENT).prompt(messages[:1])
     assert prompt == before or prompt in (before + "<think>\n",)
+
+
+@st.composite
+def alike(draw: st.DrawFn) -> list[list[dict[str, Any]]]:
+    """Conversations of few shapes: of most there are several."""
+    turns = st.sampled_from(
+        [("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2]
+    )
+    said = st.one_of(st.text("abx y", min_size=1, max_size=8), ANSWERS)
+    roles = draw(st.lists(turns, min_size=6, max_size=6))
+    return [[{"role": role, "content": draw(said)} for role in spoken] for spoken in roles]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(QUIET, max_examples=6)
+@given(rows=alike())
+def test_what_was_seen_before_changes_nothing(name: str, rows: list[list[dict[str, Any]]]) -> None:
+    tokenizer = tokenizer_of(name)
+    seen = ChatTemplate(tokenizer, MOMENT)
+
+    def outcome(template: ChatTemplate, messages: list[dict[str, Any]], train_on: Any) -> object:
+        try:
+            return turns.learned(template, messages, None, train_on)
+        except RowRefused as refused:
+            return refused.args
+
+    for messages in rows:
+        for train_on in ("assistant", "all", "last"):
+            alone = outcome(ChatTemplate(tokenizer, MOMENT), messages, train_on)
+            assert outcome(seen, messages, train_on) == alone
+
+
+def test_a_template_writes_once_for_conversations_of_a_known_shape() -> None:
+    class Counted(ChatTemplate):
+        written = 0
+
+        def text(self, *given: Any, **named: Any) -> str:
+            self.written += 1
+            return super().text(*given, **named)
+
+    template = Counted(tokenizer_of("llama_3"), MOMENT)
+    rows = [
+        [*TURNS[:1], {"role": "assistant", "content": answer}] for answer in ("Yes.", "No, never.", "Yes\n")
+    ]
+    counts = []
+    for messages in rows:
+        before = template.written
+        row = render(template.tokenizer, messages, template=template)
+        assert shown(row) == [FAMILIES["llama_3"].answer(messages[1]["content"], True)]
+        counts.append(template.written - before)
+    assert counts[0] > 1 and counts[1] == 1 and counts[2] > 1, "what is trimmed has another shape"

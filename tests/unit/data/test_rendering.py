@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from spectraqlora.artifacts import IGNORED
 from spectraqlora.data.rendering import RenderedRow, Renderer, render
 from spectraqlora.data.rows import Conversation, Origin, PromptCompletion, RowRefused, Text
+from spectraqlora.data.tokens import labels_of, tokenized
 from spectraqlora.errors import InputError
 from spectraqlora.models.loading import load_tokenizer
 
@@ -236,3 +239,28 @@ def test_a_template_gets_no_hold_of_python(template: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(RowRefused, match="template"):
         render(tokenizer, copy.deepcopy(TURNS))
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer() -> Any:
+    """Words alone: no token has the white space between them."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(text=st.text("ab .A\néﬁ字🙂▁", min_size=1, max_size=20), cuts=st.sets(st.integers(0, 20), max_size=6))
+def test_a_token_is_learned_where_any_of_its_characters_is(
+    text: str, cuts: set[int], tokenizer: Any, sentencepiece: Any, word_tokenizer: Any
+) -> None:
+    ends = sorted(cut for cut in cuts if cut <= len(text))
+    spans = list(zip(ends[::2], ends[1::2], strict=False))
+    for made in (tokenizer, sentencepiece, word_tokenizer, plain_tokenizer()):
+        tokens = made(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+        assert tokenized(made, [text], [spans]) == [(ids, labels_of(ids, offsets, spans))]
