@@ -1,5 +1,6 @@
 """The study of methods: its rows are apart, its controls are what they are called, and its tables are their raw results."""
 
+import itertools
 import json
 import math
 import re
@@ -12,13 +13,14 @@ import torch
 from spectraqlora.artifacts import FourBitModel, RankMap
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_plain
+from spectraqlora.scoring.batches import load_rows
 from spectraqlora.settings import SelectSettings
 
 from tests.benchmarks.evidence import tables
 from tests.benchmarks.evidence.arms import CURVES, HYBRID, QLORA, SGM, TABLES, Initialiser, arms
 from tests.benchmarks.evidence.initialisers import initialise
 from tests.benchmarks.evidence.runs import HIGHEST_RATE, LEARNING_RATES, best_rates
-from tests.benchmarks.evidence.study import condition_number_map, parts
+from tests.benchmarks.evidence.study import Study, condition_number_map, parts
 from tests.modules import first_ranks
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "README.md"
@@ -100,6 +102,31 @@ def test_an_initialiser_leaves_the_function_as_it_was_and_the_parameters_as_many
         for m in members
         for factor, shape in (("lora_A", (4, m.in_features)), ("lora_B", (m.out_features, 4)))
     }
+
+
+def test_a_study_reports_test_rows_that_nothing_was_chosen_by(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    study = Study(str(tiny_model), tmp_path, 1, 2, 128, "float32")
+    study.prepare(tiny_rows, None, 4, 100)
+    rows = {
+        (part, split): {tuple(row["input_ids"]) for row in load_rows(tmp_path / part, split)}
+        for part, splits in (("tuning", ("train", "held_out")), ("study", ("train", "held_out", "test")))
+        for split in splits
+    }
+    for one, other in itertools.combinations(rows, 2):
+        assert not rows[one] & rows[other], (one, other)
+    account, base = study.account(), study.base_scores()
+    assert len(base["row_tokens"]) == account["test"] == len(rows["study", "test"]) > 0
+    by_name = arms(["arms"])
+    for name in ("condition number-50", "qlora, PiSSA"):
+        run = study.run(by_name[name], 0.004, 1, "study")
+        assert sum(run["row_losses"]) / sum(base["row_tokens"]) == pytest.approx(run["test_loss"], abs=0.05)
+        # One step moves it a little, from the base or from what PiSSA's residual in 4 bits and its adapter are.
+        assert run["test_loss"] == pytest.approx(base["base_test_loss"], rel=0.1)
+        assert run["trained_parameters"] > 0
+    tuned = study.run(by_name[QLORA], 0.004, 0, "tuning")
+    assert "test_loss" not in tuned and tuned["held_out_loss"] > 0
 
 
 TOKENS = [3, 5, 2, 10]

@@ -64,13 +64,11 @@ class Study:
             (self.work / name).mkdir(parents=True)
         quantize(self._model_settings(self.base), self.work / "quantized", self.work / "outline")
         analyze(Inputs(self.work / "outline", self.work / "quantized"), SnrSettings(), self.work / "table")
-        lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-        third, last = len(lines) // 3, len(lines) if test_data else len(lines) * 9 // 10
-        tested = (
-            test_data.read_text(encoding="utf-8").splitlines(keepends=True) if test_data else lines[last:]
+        lines, tested = (
+            path.read_text(encoding="utf-8").splitlines(keepends=True) if path else []
+            for path in (data, test_data)
         )
-        parts = {TUNING: {"train": lines[:third]}, STUDY: {"train": lines[third:last], "test": tested}}
-        for name, files in parts.items():
+        for name, files in parts(lines, tested).items():
             source = self.work / "rows" / name
             source.mkdir()
             for split, part in files.items():

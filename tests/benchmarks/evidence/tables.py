@@ -76,7 +76,7 @@ class Difference:
 
 def paired(results: Results, arm: str, reference: str) -> Difference | None:
     """The difference between two arms on the same rows with the same seeds; none where they have no seed in common."""
-    own, other = results.runs[arm], results.runs[reference]
+    own, other = results.runs[arm], results.runs.get(reference, {})
     seeds = sorted(own.keys() & other.keys())
     if not seeds:
         return None
