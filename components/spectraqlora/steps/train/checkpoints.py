@@ -47,8 +47,13 @@ _NAME = re.compile(r"step-(\d{9})-[0-9a-f]{8}")
 _UNFINISHED = ".partial"
 
 
-def identity(request: TrainRequest) -> str:
-    """Digest of everything that decides how a training goes, its method and round among them."""
+def identity(request: TrainRequest, processes: int = 0) -> str:
+    """Digest of everything that decides how a training goes, its method and round among them.
+
+    Args:
+        request: of the training.
+        processes: that train together, on however many machines; 0 is those of this one.
+    """
     inputs = request.inputs
     base = FourBitModel.read(inputs.four_bit)
     files = {
@@ -64,11 +69,11 @@ def identity(request: TrainRequest) -> str:
         ),
         "rows": PreparedRows.read(inputs.rows).digest,
         **{name: file_digest(path) for name, path in files.items() if path.exists()},
-        "train": request.train.model_dump(mode="json"),
+        "train": request.train.model_dump(mode="json", exclude={"nodes"}),
         "evaluation": request.evaluate.batch_size,
         "seed": request.seed,
         "rounds": request.rounds,
-        "processes": distributed.world_size(),
+        "processes": processes or distributed.world_size(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -92,7 +97,8 @@ class Checkpoints:
         self._written = time.monotonic()
         self._damaged: set[str] = set()
         self._address: Address | None = None
-        if settings.destination and distributed.is_main():
+        # Processes of one machine are told a folder; those of several find it at the address.
+        if settings.destination and (distributed.is_main() or distributed.node_count() > 1):
             from spectraqlora.storage import Connection, parse_address
 
             self._address = parse_address(settings.destination, "checkpoint.destination").child(name)
@@ -115,9 +121,13 @@ class Checkpoints:
         """
         folder, snapshot = self._newest(check) if distributed.is_main() else (None, None)
         path = distributed.broadcast_text(str(folder or ""))
-        if not distributed.is_main() and path:
+        if distributed.is_main() or not path:
+            return snapshot
+        if distributed.node_count() == 1:
             return self._read(Path(path))
-        return snapshot
+        name = Path(path).name
+        self._fetch(name)
+        return self._read(self._folder / name)
 
     def _newest(self, check: Callable[[Snapshot], None]) -> tuple[Path, Snapshot] | tuple[None, None]:
         local, remote = self._local(), self._remote()

@@ -3,7 +3,7 @@
 Adapters are small: every process holds all of them, and DistributedDataParallel averages their gradients. The
 frozen base is complete in every process too, or, with `train.parallel=fsdp`, its blocks are sharded with FSDP2
 (`fully_shard`): a process holds its share of each block's packed 4-bit weights and gathers a block just for
-the time of its forward or backward pass. The weights are packed in the compute type
+the time of its forward or backward pass; where several machines train, each shards among its own processes. The weights are packed in the compute type
 (`bnb_4bit_quant_storage`), which is what lets FSDP shard them. Leaving the adapters out of the shards keeps
 them plain tensors: modules that share a pair, groups of learning rates and saving work as in one process.
 """
@@ -45,6 +45,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def node_count() -> int:
+    """Machines that train together with this one, itself included."""
+    return world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def process_index() -> int:
     """This process's number among them, from 0."""
     return int(os.environ.get("RANK", "0"))
@@ -80,14 +85,22 @@ def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def shard_base(model: Any) -> None:
-    """Shard the frozen weights of a PEFT model's blocks over all processes, in place.
+    """Shard the frozen weights of a PEFT model's blocks over the processes of each machine, in place.
 
+    Several machines hold the same shards: gathering a block never waits for the network between them.
     Embeddings, head and adapters are not sharded. A model loaded on the CPU reaches the GPU block by block.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device(), (world_size(),))
+    nodes = node_count()
+    mesh = (
+        init_device_mesh(device(), (world_size(),))
+        if nodes == 1
+        else init_device_mesh(
+            device(), (nodes, world_size() // nodes), mesh_dim_names=("between machines", "within a machine")
+        )
+    )
     sharded = blocks(model)
     of_blocks = {parameter for block in sharded for parameter in block.parameters()}
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}

@@ -3,6 +3,9 @@
 The processes find each other through a file in a folder that only this user can open, and talk over the loopback
 interface alone. torch's own launcher would open a TCP store that listens on every interface and unpickles what it is
 sent; here nothing listens to the network, and nothing that is received is unpickled.
+
+Where several machines train together they meet as `spectraqlora.steps.train.nodes` says, and talk over the one network
+by which they reach the first of them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
@@ -26,12 +29,14 @@ from spectraqlora.runtime.console import fail
 from spectraqlora.runtime.deferred_signals import deferred_signals
 from spectraqlora.runtime.step import LAUNCHER_PID
 from spectraqlora.runtime.threads import OWN, threads_per_process
+from spectraqlora.steps.train.nodes import SCHEME, meet
 
 if TYPE_CHECKING:
+    from spectraqlora.steps.train.nodes import Nodes
     from spectraqlora.steps.train.request import TrainRequest
 
 STORE = "SPECTRAQLORA_PROCESS_STORE"
-"""Environment variable that names the file through which the processes of one training find each other."""
+"""Environment variable that names through what the processes of one training find each other: a file, or tcp://…"""
 GRACE_SECONDS = 10.0
 """How long the others have to end by themselves once one process has failed."""
 
@@ -41,20 +46,27 @@ def launched() -> bool:
     return STORE in os.environ or dist.is_torchelastic_launched()
 
 
-def launch(count: int, request: TrainRequest) -> None:
+def launch(count: int, request: TrainRequest, nodes: Nodes | None = None) -> None:
     """Train a request in `count` processes of `spectraqlora.steps.train.worker`.
 
     A SIGTERM or SIGINT is passed on to all of them, and their checkpoint is waited for. Where one fails, the others
     are ended and this process exits with its code; what went wrong is on the screen by then.
+
+    Args:
+        count: processes of this machine.
+        request: what to train.
+        nodes: the machines that train together; None is this one alone.
     """
+    first = nodes.index * count if nodes else 0
     with tempfile.TemporaryDirectory(prefix="spectraqlora-") as folder:  # Created with mode 0700.
         path = Path(folder) / "request.json"
         request.write(path)
+        meeting = _meeting_here(Path(folder) / "store", count) if nodes is None else _meeting(nodes)
         with deferred_signals() as stopped:
             workers = [
                 subprocess.Popen(
                     [sys.executable, "-m", "spectraqlora.steps.train.worker", str(path)],
-                    env={**os.environ, **_environment(index, count, Path(folder) / "store")},
+                    env={**os.environ, **_environment(index, count), **meeting, "RANK": str(first + index)},
                 )
                 for index in range(count)
             ]
@@ -73,25 +85,47 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if STORE in os.environ:
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.FileStore(os.environ[STORE], count)  # type: ignore[attr-defined, unused-ignore]
+        store = _store(os.environ[STORE], rank, count)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     PartialState(cpu=device() == "cpu")
 
 
-def _environment(index: int, count: int, store: Path) -> dict[str, str]:
-    """What the process of this number needs to know, in the variables that torch and accelerate read."""
+def _store(place: str, rank: int, count: int) -> Any:
+    if place.startswith(SCHEME):
+        return meet(place, rank, count)
+    return dist.FileStore(place, count)  # type: ignore[attr-defined, unused-ignore]
+
+
+def _meeting_here(store: Path, count: int) -> dict[str, str]:
+    """How the processes of one machine find each other and talk."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    return {STORE: str(store), "WORLD_SIZE": str(count), **_over(loopback)}
+
+
+def _meeting(nodes: Nodes) -> dict[str, str]:
+    """How the processes of several machines find each other and talk; a network that the user names wins."""
+    return {
+        STORE: nodes.store,
+        "WORLD_SIZE": str(nodes.count * nodes.processes),
+        # accelerate asks for these, and uses them where nobody has joined the processes before.
+        "MASTER_ADDR": nodes.address,
+        "MASTER_PORT": str(nodes.port),
+        **{name: os.environ.get(name, found) for name, found in _over(nodes.interface()).items()},
+    }
+
+
+def _over(interface: str) -> dict[str, str]:
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+
+
+def _environment(index: int, count: int) -> dict[str, str]:
+    """What this machine's process of this number needs to know, in the variables that torch and accelerate read."""
     variables = {
-        STORE: str(store),
         LAUNCHER_PID: str(os.getpid()),
         OWN: str(threads_per_process(count)),
-        "RANK": str(index),
-        "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         # Every process sees its own GPU alone, as number 0.
         "LOCAL_RANK": "0",
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": f"={loopback}",
     }
     if gpus := torch.cuda.device_count():
         given = os.environ.get("CUDA_VISIBLE_DEVICES")

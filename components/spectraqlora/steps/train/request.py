@@ -56,12 +56,21 @@ class TrainRequest:
 
     def write(self, path: Path) -> None:
         """Write the request as a JSON file."""
-        write_text(path, _JSON.dump_json(self).decode())
+        write_text(path, self.text())
+
+    def text(self) -> str:
+        """The request as JSON."""
+        return _JSON.dump_json(self).decode()
 
     @classmethod
     def read(cls, path: Path) -> TrainRequest:
         """The request that `write` wrote."""
-        return _JSON.validate_json(path.read_bytes())
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> TrainRequest:
+        """The request that `text` gave."""
+        return _JSON.validate_json(text)
 
 
 _JSON = TypeAdapter(TrainRequest)
