@@ -116,8 +116,8 @@ def main() -> None:
             if source.parent != BASE:
                 name = source.parent.name
                 stands_on = [*common, "kfp"] if name in WITHOUT_TORCH else [*common, *above]
-                # KFP's client signs in with google-auth; the other images have no client.
-                left_out = LEFT_OUT[:1] if name == "light" else LEFT_OUT
+                # KFP's and Kubernetes' clients sign in with google-auth; the other images have no client.
+                left_out = LEFT_OUT[:1] if name in ("light", "train") else LEFT_OUT
                 lock(source, source.with_suffix(".lock"), *without([*stands_on, *left_out, *SOURCE_ONLY]))
         lock_development(pins, variant, Path(scratch))
 

@@ -369,8 +369,17 @@ class TrainSettings(_Section):
         description="Recompute activations to save memory, of every block or, with some, of every second; "
         "auto is on for CUDA devices, and for alors everywhere",
     )
+    nodes: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Machines that train together, on a cluster with Kubeflow Trainer; they meet at "
+        "checkpoint.destination",
+    )
     processes: int = Field(
-        0, ge=0, description="Training processes; 0 is one per GPU, or one where there is none"
+        0,
+        ge=0,
+        description="Training processes of each machine; 0 is one per GPU, or one where there is none",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="With several processes: the 4-bit base complete in each, or its blocks sharded"

@@ -57,6 +57,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s-jobs" (include "spectraqlora.fullname" .) -}}
 {{- end -}}
 
+{{/* Of a training on several machines: the TrainingRuntime, and what goes with it. */}}
+{{- define "spectraqlora.runtime" -}}
+{{- printf "%s-nodes" (include "spectraqlora.fullname" .) -}}
+{{- end -}}
+
 {{- define "spectraqlora.cacheClaim" -}}
 {{- if .Values.cache.existingClaim -}}
 {{- .Values.cache.existingClaim -}}
@@ -134,6 +139,9 @@ AWS_REGION: {{ . | quote }}
 {{- with .Values.kfp.ui -}}{{- $_ := set $run "ui" . -}}{{- end -}}
 {{- with .Values.kfp.pipelineRoot -}}{{- $_ := set $run "pipeline_root" . -}}{{- end -}}
 {{- $values := deepCopy .Values.pipeline.values -}}
+{{- if .Values.nodes.enabled -}}
+{{- $_ := set $values "nodes" (mergeOverwrite (dict "runtime" (include "spectraqlora.runtime" .)) (get $values "nodes" | default dict)) -}}
+{{- end -}}
 {{- range $key := list "secrets" "config_maps" "pull_secrets" -}}
 {{- $known := get $defaults $key | default list -}}
 {{- $own := dig "defaults" $key list $values -}}

@@ -1,8 +1,8 @@
 """The values file of `compile --target kubernetes` and `--target argo`: where and how every step runs on a cluster.
 
 `defaults` holds for all steps, `steps.NAME` for one of them; a step's value wins, mappings are merged key by
-key and lists are replaced. `run` holds what belongs to a run and not to a step, `argo` what only Argo Workflows has.
-Secrets are named, never held.
+key and lists are replaced. `run` holds what belongs to a run and not to a step, `argo` what only Argo Workflows has, and
+`nodes` what a training on several machines needs. Secrets are named, never held.
 """
 
 from __future__ import annotations
@@ -365,6 +365,18 @@ class ArgoValues(_Part):
     timezone: str = Field("Etc/UTC", min_length=1, description="Time zone of a schedule's cron line")
 
 
+class NodesValues(_Part):
+    """A training on several machines (train.nodes): its TrainJob. Its pods get what `steps.train` says."""
+
+    runtime: Name = Field(
+        "spectraqlora-nodes",
+        description="TrainingRuntime in the namespace of the runs; the chart makes it, and names it after the release",
+    )
+    queue: Name | None = Field(
+        None, description="Kueue's queue that the job waits in; none starts it at once"
+    )
+
+
 class _At(ValueError):
     """A fault of a part of the model under validation."""
 
@@ -384,6 +396,7 @@ class ClusterValues(_Part):
 
     run: RunValues = RunValues()
     argo: ArgoValues = ArgoValues()
+    nodes: NodesValues = NodesValues()
     defaults: StepValues = Field(StepValues(), description="Holds for every step")
     steps: dict[Annotated[str, AfterValidator(_known_step)], StepValues] = Field(
         {}, description="What differs for one step"
@@ -450,7 +463,7 @@ def read_values(path: Path) -> ClusterValues:
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise InputError("--values", path, "a YAML mapping with run, argo, defaults and steps")
+        raise InputError("--values", path, "a YAML mapping with run, argo, nodes, defaults and steps")
     try:
         return ClusterValues.model_validate(loaded)
     except ValidationError as error:

@@ -43,16 +43,18 @@ def template_for(kind: Dag, settings: Settings, values: ClusterValues, name: str
         compiled = Path(scratch) / f"{kind}.yaml"
         compile_dag(compiled, kind, settings, ClusterValues())
         pipeline, _ = yaml.safe_load_all(compiled.read_text(encoding="utf-8"))
-    return workflow_template(pipeline, values, name)
+    return workflow_template(pipeline, values, name, settings.train.nodes)
 
 
-def workflow_template(pipeline: dict[str, Any], values: ClusterValues, name: str = "") -> dict[str, Any]:
-    """The WorkflowTemplate of a compiled pipeline."""
+def workflow_template(
+    pipeline: dict[str, Any], values: ClusterValues, name: str = "", nodes: int = 1
+) -> dict[str, Any]:
+    """The WorkflowTemplate of a compiled pipeline, whose train steps have `nodes` machines train together."""
     return {
         "apiVersion": API,
         "kind": TEMPLATE,
         "metadata": {"name": name or pipeline["pipelineInfo"]["name"]},
-        "spec": _Translation(pipeline, values).spec(),
+        "spec": _Translation(pipeline, values, nodes).spec(),
     }
 
 
@@ -99,8 +101,8 @@ def _whole(value: Any) -> Any:
 
 
 class _Translation:
-    def __init__(self, pipeline: dict[str, Any], values: ClusterValues) -> None:
-        self._pipeline, self._values = pipeline, values
+    def __init__(self, pipeline: dict[str, Any], values: ClusterValues, nodes: int) -> None:
+        self._pipeline, self._values, self._nodes = pipeline, values, nodes
         self._components = pipeline["components"]
         self._templates: dict[str, dict[str, Any]] = {}
         self._given: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
@@ -229,7 +231,7 @@ class _Translation:
             "name": name,
             "inputs": {kind: entries for kind, entries in inputs.items() if entries},
             "outputs": {kind: entries for kind, entries in outputs.items() if entries},
-            **pod_of(step, method, arguments, self._values),
+            **pod_of(step, method, arguments, self._values, self._nodes),
         }
         return name
 

@@ -86,7 +86,7 @@ def compile_dag(path: Path, name: Dag, settings: Settings, values: ClusterValues
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        write_yaml(dag(name, settings, Placement(values=values)), path)
+        write_yaml(dag(name, settings, Placement(values=values, nodes=settings.train.nodes)), path)
 
 
 def steps(name: Dag, settings: Settings) -> int:
@@ -107,6 +107,7 @@ def recipe(settings: Settings) -> str:
     values = settings.model_dump(mode="json", include={*_RECIPE, "seed", "rounds"})
     for part in (values["data"], *values["data"]["sources"]):
         del part["source"]
+    del values["train"]["nodes"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -168,6 +169,12 @@ def cluster_arguments(
     """
     kind = checked(name)
     settings.promote.check_measured()
+    if settings.train.nodes > 1 and not settings.checkpoint.destination:
+        raise InputError(
+            "checkpoint.destination",
+            "",
+            f"an s3:// address, where train.nodes={settings.train.nodes} machines find inputs and checkpoints",
+        )
     for key, value in (
         ("model.base_model", settings.model.base_model),
         *(("data.source", part.source) for part in settings.data.parts),

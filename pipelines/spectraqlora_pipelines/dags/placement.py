@@ -7,10 +7,12 @@ from typing import Any
 
 from kfp import dsl
 from spectraqlora.runtime import run_key
+from spectraqlora.steps.train.train_job import POD, TEMPLATE
 from spectraqlora.tracking.runs import KFP_UI
 
 from spectraqlora_pipelines.cluster.environment import step_environment
 from spectraqlora_pipelines.cluster.fields import seconds
+from spectraqlora_pipelines.cluster.train_job import POD_NAME, placed_step, train_job, trains_on_nodes
 from spectraqlora_pipelines.cluster.values import (
     NEVER_CACHED,
     SCRATCH,
@@ -32,10 +34,12 @@ class Placement:
         retries: how often a failed step is tried again where no values say it. On one machine a failed step fails
             again, so local runs ask for none; clusters lose pods.
         values: of a cluster.
+        nodes: machines that train together.
     """
 
     retries: int = 2
     values: ClusterValues | None = None
+    nodes: int = 1
 
     @property
     def local(self) -> bool:
@@ -51,11 +55,16 @@ class Placement:
         kubernetes.use_field_path_as_env(task, env_name=run_key.VARIABLE, field_path=RUN_ID)
         step = task.component_spec.name.replace("_", "-")
         kubernetes.add_pod_label(task, STEP, step)
-        if self.values is not None:
-            placed = self.values.step(step)
+        waits = trains_on_nodes(step, self.nodes)
+        values = ClusterValues() if waits and self.values is None else self.values
+        if values is not None:
+            placed = placed_step(values, step, self.nodes)
             _place(task, placed)
-            if self.values.run.ui and KFP_UI not in placed.env:
-                task.set_env_variable(KFP_UI, self.values.run.ui)
+            if values.run.ui and KFP_UI not in placed.env:
+                task.set_env_variable(KFP_UI, values.run.ui)
+            if waits:
+                task.set_env_variable(TEMPLATE, train_job(values))
+                kubernetes.use_field_path_as_env(task, env_name=POD, field_path=POD_NAME)
         elif self.retries:
             built_in = StepValues.model_validate({"retries": {"attempts": self.retries}})
             _limit(task, ClusterValues(defaults=built_in).step(step))

@@ -48,6 +48,12 @@ def check(settings: Settings, base: Place, sources: Sequence[Place], commit: str
         Lines about what of the base model is not taken as it stands, and about rows that its template refuses, where it
         takes others.
     """
+    if settings.train.nodes > 1:
+        raise InputError(
+            "train.nodes",
+            settings.train.nodes,
+            "1 on this machine, where train.processes counts its processes; `submit` trains on several machines",
+        )
     _check_promotion(settings, base)
     if settings.tracking.uri:
         from spectraqlora.tracking.registry import Registry

@@ -100,7 +100,7 @@ def test_quantities_and_durations_have_kubernetes_meaning() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "value", "expected"),
     [
-        ("nodes: 3", "nodes", "3", "run, argo, defaults, steps"),
+        ("notes: 3", "notes", "3", "run, argo, nodes, defaults, steps"),
         ("steps: {trian: {}}", "steps.trian", "trian", "train"),
         ("steps: {train: {gpus: 1}}", "steps.train.gpus", "1", "gpu"),
         ("defaults: {cpu: {limit: lots}}", "defaults.cpu.limit", "lots", "500m"),

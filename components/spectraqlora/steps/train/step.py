@@ -48,6 +48,12 @@ def run(
         tracking=TrackingSettings(**tracking_settings),
         run_key=run_key(),
     )
+    if request.train.nodes > 1:
+        from spectraqlora.steps.train.on_nodes import train_on_nodes
+
+        output_folder(adapter)
+        train_on_nodes(request)
+        return
     check_optimizer(request.train.optimizer)
     processes = distributed.process_count(request.train)
     distributed.split_batch(request.train, processes)
