@@ -679,3 +679,21 @@ def test_the_notes_name_the_next_command() -> None:
 def test_helm_packages_it(tmp_path: Path) -> None:
     assert run_helm("package", str(CHART), "--destination", str(tmp_path)).returncode == 0
     assert (ROOT / "charts").is_dir() and next(tmp_path.glob("spectraqlora-*.tgz")).stat().st_size > 5000
+
+
+def test_trainings_on_several_machines_get_a_runtime_that_their_values_file_names() -> None:
+    import kubernetes_validate
+
+    def own(mode: str) -> list[Object]:
+        return [o for o in rendered("full", mode) if o["metadata"]["name"].endswith("-nodes")]
+
+    assert not own("")
+    kinds = {o["kind"]: o for o in own("nodes.enabled=true")}
+    assert kinds.keys() == {"TrainingRuntime", "Role", "RoleBinding", "NetworkPolicy"}
+    for kind in ("Role", "RoleBinding", "NetworkPolicy"):
+        kubernetes_validate.validate(kinds[kind], OLDEST_KUBERNETES, strict=True)
+    config = next(
+        o for o in rendered("full", "nodes.enabled=true") if "cluster-values.yaml" in o.get("data", {})
+    )
+    named = yaml.safe_load(config["data"]["cluster-values.yaml"])["nodes"]["runtime"]
+    assert named == kinds["TrainingRuntime"]["metadata"]["name"] == "tuning-nodes"
