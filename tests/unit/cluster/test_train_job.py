@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes import client
 from spectraqlora.errors import InputError
 from spectraqlora.places import base_place
 from spectraqlora.settings import TrainSettings, parse
 from spectraqlora.steps.train.on_nodes import _job, _processes, train_on_nodes
 from spectraqlora.steps.train.request import Inputs, TrainRequest
-from spectraqlora.steps.train.train_job import POD, TEMPLATE
+from spectraqlora.steps.train.train_job import POD, TEMPLATE, obstacle
 from spectraqlora_pipelines.cluster.train_job import train_job
 from spectraqlora_pipelines.cluster.values import ClusterValues, read_values
 from spectraqlora_pipelines.dags.argo import template_for
@@ -141,6 +142,40 @@ def test_what_several_machines_need_is_said_in_one_line(
         train_on_nodes(request)
     # A model that was made by one machine is not made again by two.
     assert recipe(settings) == recipe(parse({**settings.model_dump(), "train": {"nodes": 1}}))
+
+
+def pod_with(condition: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> client.V1Pod:
+    conditions = [client.V1PodCondition(**condition)] if condition else None
+    status = client.V1ContainerStatus(
+        name="node", image="i", image_id="", ready=False, restart_count=0,
+        state=client.V1ContainerState(waiting=client.V1ContainerStateWaiting(**state)) if state else None,
+    )  # fmt: skip
+    return client.V1Pod(status=client.V1PodStatus(conditions=conditions, container_statuses=[status]))
+
+
+@pytest.mark.parametrize(
+    ("condition", "state", "expected"),
+    [
+        (None, None, ""),
+        ({"type": "PodScheduled", "status": "True"}, {"reason": "ContainerCreating"}, ""),
+        (
+            {"type": "PodScheduled", "status": "False", "message": "0/2 nodes are available: 2 Insufficient cpu."},
+            None,
+            "0/2 nodes are available: 2 Insufficient cpu.",
+        ),
+        (
+            {"type": "PodScheduled", "status": "True"},
+            {"reason": "ErrImagePull", "message": "no such image"},
+            "ErrImagePull: no such image",
+        ),
+        (None, {"reason": "CreateContainerConfigError", "message": 'secret "s" not found'},
+         'CreateContainerConfigError: secret "s" not found'),
+    ],
+)  # fmt: skip
+def test_what_keeps_a_machine_from_starting_is_said(
+    condition: dict[str, Any] | None, state: dict[str, Any] | None, expected: str
+) -> None:
+    assert obstacle(pod_with(condition, state)) == expected
 
 
 def test_each_machine_has_a_process_per_gpu(values: ClusterValues) -> None:

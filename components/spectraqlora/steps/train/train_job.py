@@ -25,6 +25,7 @@ POD = "SPECTRAQLORA_POD"
 API = ("trainer.kubeflow.org", "v1alpha1")
 CONTAINER = "node"
 """Trainer's name for the container that trains, and for the replicated job of its pods."""
+_STARTING = ("ContainerCreating", "PodInitializing")
 REFUSED = 2
 """Exit code of a process whose input is refused."""
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -237,6 +238,8 @@ class TrainJob:
         pods = self._patiently(self._pods)
         begun = sum(pod.status.phase in ("Running", "Succeeded") for pod in pods)
         line = "waits in its queue" if suspended else f"has {begun} of {nodes} machines"
+        obstacles = [found for pod in pods if (found := obstacle(pod))]
+        line += f": {obstacles[0]}" if obstacles else ""
         if line != self._said and not _end(job)[0]:
             say(f"TrainJob {self.name} {line}")
             self._said = line
@@ -279,6 +282,18 @@ class TrainJob:
             raise _Away(
                 "train.nodes", self.name, f"a Kubernetes API that answers ({type(error).__name__})"
             ) from None
+
+
+def obstacle(pod: Any) -> str:
+    """What keeps a pod from starting, as Kubernetes says it; empty where nothing does."""
+    for condition in pod.status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return str(condition.message or condition.reason)
+    for status in pod.status.container_statuses or []:
+        waiting = status.state.waiting if status.state else None
+        if waiting and waiting.message and waiting.reason not in _STARTING:
+            return f"{waiting.reason}: {waiting.message}"
+    return ""
 
 
 class JobFailed(Exception):
