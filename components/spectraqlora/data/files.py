@@ -43,6 +43,8 @@ _MARKS = {
 _DELIMITERS = ",;\t|"
 _SNIFFED_RECORDS = 20
 _CHARACTERS = 1 << 20
+_UNMARKED = re.compile(rb"(?:[^\0]\0){4}|(?:\0[^\0]){4}", re.DOTALL)
+"""How western text begins in UTF-16 without its mark: as UTF-8 it would be text with a NUL between letters."""
 _BATCH_ROWS = 1000
 _BUFFER = 1 << 20
 """Bytes of a Parquet column that are read at a time."""
@@ -178,8 +180,14 @@ class _Zstandard(io.RawIOBase):
 def _text(file: DataFile, encoding: str) -> TextIO:
     """The file's text; its line breaks are left as they are, and only \\n ends a line."""
     stream = io.BufferedReader(cast(Any, _plain_bytes(file)))
-    head = stream.peek(4)[:4]
+    head = stream.peek(8)[:8]
     marked = next((name for mark, name in _MARKS.items() if head.startswith(mark)), encoding)
+    if _UNMARKED.match(head) and b"\0" not in "a".encode(marked):
+        raise InputError(
+            file.name,
+            "bytes that are no text",
+            f"text in {marked.upper()}; UTF-16 without a byte order mark is set by data.encoding=utf-16-le",
+        )
     return io.TextIOWrapper(stream, marked, newline="\n")
 
 
@@ -194,8 +202,22 @@ def _undecodable_line(file: DataFile, encoding: str) -> int:
     return 0
 
 
+class _Twice(Exception):
+    """A key that an object has twice: of JSON's readers most take the last value, and the other would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return record
+
+
 def _decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=float)
+    return json.JSONDecoder(
+        parse_int=Number, parse_float=Number, parse_constant=float, object_pairs_hook=_object
+    )
 
 
 def _json(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[int, Record]]:
@@ -211,7 +233,7 @@ def _documents(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tupl
     rows = _json_documents(file, encoding)
     first, second = next(rows, None), next(rows, None)
     if first is not None and second is None:
-        inner = _inner_rows(first[1], wanted)
+        inner = _inner_rows(file.name, first[1], wanted)
         if inner is not None:
             yield from enumerate(inner, 1)
             return
@@ -219,10 +241,23 @@ def _documents(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tupl
     yield from rows
 
 
-def _inner_rows(row: Record, wanted: set[str]) -> list[Record] | None:
-    """The only list of objects in an object that is no row itself."""
-    lists = [v for v in row.values() if isinstance(v, list) and v and all(isinstance(e, dict) for e in v)]
-    return lists[0] if len(lists) == 1 and not wanted & row.keys() else None
+def _inner_rows(name: str, row: Record, wanted: set[str]) -> list[Record] | None:
+    """The only list of objects in an object that is no row itself.
+
+    Raises:
+        InputError: there are several.
+    """
+    lists = {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
+    }
+    if not lists or wanted & row.keys():
+        return None
+    if len(lists) > 1:
+        files = ", ".join(f"{key}.json" for key in lists)
+        raise InputError(name, ", ".join(lists), f"one list of rows; several are a folder with {files}")
+    return next(iter(lists.values()))
 
 
 def _json_lines(file: DataFile, encoding: str) -> Iterator[tuple[int, Record]]:
@@ -237,6 +272,8 @@ def _json_lines(file: DataFile, encoding: str) -> Iterator[tuple[int, Record]]:
                 row = decode(line)
             except (ValueError, RecursionError):
                 row = None
+            except _Twice as key:
+                raise _twice(f"{file.name}, line {number}", key) from None
             if not isinstance(row, dict):
                 raise InputError(f"{file.name}, line {number}", line.strip()[:60], "one JSON object per line")
             _check_text(f"{file.name}, line {number}", line, row)
@@ -280,6 +317,8 @@ def _json_documents(file: DataFile, encoding: str) -> Iterator[tuple[int, Record
             else:
                 try:
                     begin, (row, at) = at, decode(text, at)
+                except _Twice as key:
+                    raise _twice(f"{file.name}, row {number + 1}", key) from None
                 except (ValueError, RecursionError):
                     # Cut within a value, most likely.
                     part = stream.read(max(_CHARACTERS, len(text)))
@@ -294,6 +333,10 @@ def _json_documents(file: DataFile, encoding: str) -> Iterator[tuple[int, Record
                 yield number, row
     if listed:
         raise InputError("data.source", file.name, "a complete JSON list; it is cut short")
+
+
+def _twice(where: str, key: _Twice) -> InputError:
+    return InputError(where, str(key), "keys that are different; this one is there twice")
 
 
 def _no_object(file: DataFile, before: int, text: str) -> InputError:
@@ -332,9 +375,14 @@ def _table(file: DataFile, encoding: str, wanted: set[str]) -> Iterator[tuple[in
                         delimiter.join(record)[:60],
                         f"{len(header)} fields, as the header has",
                     )
-                yield number, dict(zip(header, record, strict=False))
+                # Fields that are empty at a record's end may be left out.
+                yield number, dict(itertools.zip_longest(header, record, fillvalue=""))
         except csv.Error as error:
-            raise InputError(f"{file.name}, row {number + 1}", str(error), "a record of CSV") from None
+            raise InputError(
+                f"{file.name}, row {number + 1}",
+                str(error).partition(" - ")[0],
+                "a record of CSV; lines end with \\n or \\r\\n, and a field with a line break or quote is in quotes",
+            ) from None
 
 
 def _records(lines: Iterable[str], delimiter: str, quoted: bool) -> Iterator[list[str]]:

@@ -215,8 +215,10 @@ class Renderer:
                 start = len(text) if self._train_on == "all" else len(text) + len(before)
                 spans.append((start, len(text) + len(before) + len(answer)))
             text += before + answer + ("\n" if answer[-1:] != "\n" and index < len(messages) - 1 else "")
+        blank = {index for index in turns if not str(messages[index].get("content") or "").strip()}
         off = {
-            "weight 0 or train: false": sum(_is_off(messages[index]) for index in turns),
+            "no answer": sum(_is_off(messages[index]) for index in blank),
+            "weight 0 or train: false": sum(_is_off(messages[i]) and i not in blank for i in turns),
             "data.train_on=last": sum(i not in chosen and not _is_off(messages[i]) for i in turns),
         }
         counted = {why: count for why, count in off.items() if count}

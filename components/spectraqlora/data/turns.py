@@ -111,8 +111,8 @@ def _told_apart(
     )
     empty = {index for index in wanted if not dyes.has_words(index)}
     unlearned = {
-        "no answer": sum(marked[index] and index in empty for index in wanted),
-        "weight 0 or train: false": sum(not marked[index] for index in wanted),
+        "no answer": len(empty),
+        "weight 0 or train: false": sum(not marked[index] and index not in empty for index in wanted),
         "the template leaves it out": sum(
             marked[index] and index not in spans_of and index not in empty for index in wanted
         ),

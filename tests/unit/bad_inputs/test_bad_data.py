@@ -71,7 +71,7 @@ FILES: list[tuple[str, str | bytes, str]] = [
     ("plain.jsonl.xz", FINE, "xz"), ("cut.jsonl.xz", lzma.compress(FINE.encode())[:-30], "xz"), ("plain.csv.zst", "a,b\n", "zst"), ("head.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20), "zst"), ("gz.jsonl", gzip.compress(FINE.encode()), "another encoding"),
     # In another encoding.
     ("latin.jsonl", FINE.encode() + b'{"question": "caf\xe9", "answer": "a"}\n', "line 41"), ("latin.csv", b"question,answer\n" + b"caf\xe9,b\n" * 20, "line 2"), ("latin.txt", b"caf\xe9\n" * 20, "line 1"), ("latin.md", b"caf\xe9\n", "line 1"),
-    ("utf16.jsonl", FINE.encode("utf-16-le"), "line 1|JSON|columns"), ("odd utf16.jsonl", FINE.encode("utf-16") + b"x", "UTF-16"), ("utf16 mark.csv", b"\xff\xfeq", "UTF-16"), ("utf32.jsonl", b"\xff\xfe\0\0" + b"abc", "UTF-32|UTF-16"),
+    ("utf16.jsonl", FINE.encode("utf-16-le"), "utf-16-le"), ("odd utf16.jsonl", FINE.encode("utf-16") + b"x", "UTF-16"), ("utf16 mark.csv", b"\xff\xfeq", "UTF-16"), ("utf32.jsonl", b"\xff\xfe\0\0" + b"abc", "UTF-32|UTF-16"),
     ("bytes.csv", bytes(range(256)), "encoding|text"), ("nul.jsonl", b"\0" * 100, "line 1"),
     # Tables that are none.
     ("ragged.csv", "question,answer\n" + "q,a\n" * 20 + "a,b,c,d,e\n", "row 21"), ("quote.csv", 'question,answer\n"q,a\n' * 3, "row|columns"), ("after quote.csv", 'question,answer\n' + 'q,a\n' * 9 + '"q"x,a\n', "row 10"), ("twice.csv", "question,question\nq,a\n", "different names"),

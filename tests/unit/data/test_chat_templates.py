@@ -331,6 +331,8 @@ def test_an_empty_answer_is_not_learned() -> None:
     empty = {"role": "assistant", "content": " \n"}
     row = rendered("chatml", [TURNS[0], empty, *TURNS[2:4]])
     assert (shown(row), row.unlearned) == (["good<|im_end|>"], {"no answer": 1})
+    off = rendered("chatml", [TURNS[0], {**empty, "train": False}, *TURNS[2:4]])
+    assert off.unlearned == {"no answer": 1}, "as reading marks it"
     for name in ("chatml", "llama_3"):
         with pytest.raises(RowRefused, match=r"^no answer$"):
             rendered(name, [TURNS[0], empty])

@@ -245,3 +245,53 @@ def test_quotes_of_tabs_are_text_where_they_do_not_add_up() -> None:
 
 def test_names_of_columns_have_no_white_space_around_them() -> None:
     assert values("d.csv", b"prompt, completion \nq,r\n") == [{"prompt": "q", "completion": "r"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        (
+            "d.jsonl",
+            b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "c"}',
+            "line 2: 'prompt'",
+        ),
+        ("d.json", b'[{"messages": [{"role": "user", "role": "tool"}]}]', "row 1: 'role'"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(name: str, content: bytes, where: str) -> None:
+    with pytest.raises(InputError, match=f"{name}, {where}: expected keys that are different"):
+        values(name, content)
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.csv", "d.jsonl", "d.md"])
+def test_utf_16_without_its_mark_is_refused_with_the_setting_and_read_where_asked(name: str) -> None:
+    text = "prompt,completion\nhello,world\n" if name == "d.csv" else '{"prompt": "hello"}\n'
+    content = text.encode("utf-16-le")
+    with pytest.raises(InputError, match=r"data\.encoding=utf-16-le"):
+        values(name, content)
+    assert "hello" in str(values(name, content, "utf-16-le"))
+
+
+def test_fields_that_a_record_leaves_out_at_its_end_are_empty() -> None:
+    content = b"prompt,completion,note\nq,a\nq\nq,a,n\n"
+    assert [list(row.values()) for row in values("d.csv", content)] == [
+        ["q", "a", ""],
+        ["q", "", ""],
+        ["q", "a", "n"],
+    ]
+
+
+def test_several_lists_in_one_object_are_splits_for_files_of_their_own() -> None:
+    rows = [{"prompt": "q", "completion": "a"}]
+    with pytest.raises(InputError, match=r"d\.json: 'train, test': .*a folder with train\.json, test\.json"):
+        values("d.json", json.dumps({"train": rows, "test": rows}).encode())
+    assert values("d.json", json.dumps({"prompt": rows, "completion": rows}).encode()) == [
+        {"prompt": rows, "completion": rows}
+    ]
+
+
+def test_line_ends_of_old_macs_are_refused_in_words() -> None:
+    with pytest.raises(
+        InputError, match=r"row 1: 'new-line character.*' ?: expected a record of CSV; lines end"
+    ):
+        values("d.csv", b"prompt,completion\rq,a\rq,b\r")
