@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,12 @@ def given_key(variable: str) -> str:
     Raises:
         InputError: a file that cannot be read, or no such key. The value is not repeated.
     """
-    text = os.environ.get(variable, "").strip()
+    return key_in(variable, os.environ)
+
+
+def key_in(variable: str, variables: Mapping[str, str]) -> str:
+    """`given_key` of an environment that is not this process' own."""
+    text = variables.get(variable, "").strip()
     return _checked(variable, text) if text else ""
 
 

@@ -30,10 +30,11 @@ from pydantic_core import core_schema
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import METHODS
 from spectraqlora.runtime import command_line
-from spectraqlora.runtime.images import images, step_names
+from spectraqlora.runtime.images import own_image, images, step_names
 from spectraqlora.settings import Settings, parse
 from spectraqlora.settings import reference as settings_reference
 
+from spectraqlora_pipelines.cluster.credentials import NEEDED, Credential
 from spectraqlora_pipelines.cluster.values import ClusterValues
 from spectraqlora_pipelines.cluster.values import reference as values_reference
 
@@ -225,7 +226,7 @@ def steps(folder: str) -> str:
         folder: of the steps, as seen from the README.
     """
     rows = (
-        (f"[{step}]({_in(folder, step.replace('-', '_'))}/README.md)", _summary(step), f"`{_image_of(step)}`")
+        (f"[{step}]({_in(folder, step.replace('-', '_'))}/README.md)", _summary(step), f"`{own_image(step)}`")
         for step in _in_order()
     )
     return table(("step", "what it does", "image"), rows)
@@ -234,6 +235,13 @@ def steps(folder: str) -> str:
 def step_images() -> str:
     """The images and the steps that run in each."""
     return table(("image", "steps"), ((f"`{name}`", ", ".join(inside)) for name, inside in images().items()))
+
+
+def step_credentials() -> str:
+    """Which step is given whose credentials, and for what."""
+    kinds = list(Credential)
+    rows = ((f"`{step}`", *(NEEDED[step].get(kind, "–") for kind in kinds)) for step in _in_order())
+    return table(("step", *kinds), rows)
 
 
 def sizes() -> str:
@@ -279,7 +287,7 @@ def step(name: str) -> str:
     parts = [
         f"# {name}",
         command_line.summary(function),
-        f"Image `{_image_of(name)}`; interface [component.py](component.py), "
+        f"Image `{own_image(name)}`; interface [component.py](component.py), "
         "from artifacts to a typed call [step.py](step.py).",
         "## Inputs",
         table(
@@ -327,10 +335,6 @@ def _sections(parameters: list[str]) -> str:
         lines.append(f"- `{parameter}`: the section `{section}` with {keys}")
     shared = "JSON objects; what is left out keeps its default. [All settings](../../../../pipelines/README.md#settings)."
     return "\n".join([shared, "", *lines])
-
-
-def _image_of(name: str) -> str:
-    return next(image for image, inside in images().items() if name in inside)
 
 
 def _summary(name: str) -> str:
@@ -434,6 +438,7 @@ GENERATED: dict[str, Callable[..., str]] = {
     "steps": steps,
     "step": step,
     "images": step_images,
+    "step-credentials": step_credentials,
     "sizes": sizes,
 }
 """What a marker may name."""

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ import pytest
 import requests
 import typer
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from kubernetes.utils.quantity import parse_quantity
 from mlflow import MlflowClient
+from spectraqlora.errors import InputError
 from spectraqlora.tracking.runs import KFP_UI, MLFLOW_UI
 from spectraqlora_pipelines.cluster.environment import CACHED
 from spectraqlora_pipelines.reference import CHART
@@ -39,9 +46,13 @@ GIVEN = [
     "pipeline.settings.data.source=owner/data",
     "mlflow.uri=http://mlflow",
 ]
+SERVER = [
+    "mlflow.server.enabled=true",
+    "mlflow.server.database.secret=db",
+    "mlflow.server.artifacts=s3://bucket/mlflow",
+]
 MODES = ["", "schedule.mode=cronjob", "hook.enabled=false"]
 TRUST = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-SECRETS = ("s3-credentials", "mlflow-login", "hub-token")
 OLDEST_KUBERNETES = "1.25"
 Object = dict[str, Any]
 
@@ -210,6 +221,20 @@ def test_helm_4_lints_and_renders_the_same(case: str, mode: str) -> None:
         ),
         (["kfp.projectedToken.enabled=true"], "kfp.namespace: the profile's namespace"),
         (["quota.enabled=true"], "at least one resource"),
+        (["mlflow.server.ingress.enabled=true"], "mlflow.server.ingress.enabled: false"),
+        (
+            ["mlflow.server.enabled=true", *SERVER[1:], "mlflow.server.ingress.enabled=true"],
+            "mlflow.server.ingress.host: the name",
+        ),
+        (
+            ["mlflow.server.enabled=true", *SERVER[1:], "mlflow.server.auth.enabled=true"],
+            "secrets.mlflow.name: an existing Secret",
+        ),
+        (["mlflow.server.auth.enabled=perhaps"], "mlflow.server.auth.enabled"),
+        (["mlflow.server.ingress.host=Not A Host"], "mlflow.server.ingress.host"),
+        (["secrets.s3.allSteps=some"], "secrets.s3.allSteps"),
+        (["pipeline.values.digests.trian=sha256:1"], "pipeline.values.digests"),
+        (["pipeline.values.digests.train=sha256:1"], "pipeline.values.digests.train"),
     ],
 )
 def test_nonsense_is_refused_with_the_value_and_a_reason(assignments: list[str], reason: str) -> None:
@@ -298,10 +323,18 @@ def test_the_config_map_holds_settings_and_a_values_file_that_we_accept(case: st
     train = values.step("train")
     assert train.labels["app.kubernetes.io/part-of"] in {"tuning", "release-spectraqlora"}
     if case == "full":
-        assert settings.tracking.uri == "http://tuning-mlflow.team.svc:5000"
+        assert settings.tracking.uri == "https://tuning-mlflow.team.svc:5000"
         assert settings.select.percent == 25
         assert (train.image.tag, train.image.registry) == ("0.1.0-cuda", "registry.example.com/ml")
-        assert [s.name for s in train.secrets] == [*SECRETS, "artifactory-netrc"]
+        assert [s.name for s in train.secrets] == ["s3-credentials", "mlflow-login", "artifactory-netrc"]
+        assert [s.name for s in values.step("merge-export").secrets] == [
+            "s3-credentials",
+            "hub-token",
+            "artifactory-netrc",
+        ]
+        pinned = {step: values.step(step).image.digest[-8:] for step in ("compare", "promote", "snr-analyze")}
+        assert pinned == {"compare": "89abcdef", "promote": "ccddeeff", "snr-analyze": ""}
+        assert not train.image.digest, "its own tag"
         assert train.cache.claim == "tuning-cache" and train.gpu.count == 1
         assert train.secrets[-1].mount == "/etc/netrc", "added to the chart's own"
         environment = find(rendered(case), "ConfigMap", "-environment")
@@ -404,19 +437,29 @@ def test_a_job_makes_the_cache_claim_writable_to_the_group_that_the_steps_have()
     ]
 
 
-SERVER = [
-    "mlflow.server.enabled=true",
-    "mlflow.server.database.secret=db",
-    "mlflow.server.artifacts=s3://bucket/mlflow",
-]
+def _server(
+    folder: Path, container: Object, uri: str, port: int, secrets: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """The MLflow container as a process of this machine, on this database and a folder.
 
-
-def _server(folder: Path, container: Object, uri: str, port: int) -> subprocess.Popen[bytes]:
-    """The MLflow container as a process of this machine, on this database and a folder."""
-    given = {entry["name"]: entry.get("value", uri) for entry in container["env"]}
+    Args:
+        folder: takes the place of /tmp, of the artifacts' address and of the certificates' folder.
+        container: as rendered.
+        uri: of the database.
+        port: to listen on.
+        secrets: values of Secrets by their keys; that of the database is its address.
+    """
+    held = {"uri": uri, **(secrets or {})}
+    given = {
+        entry["name"]: entry["value"].replace("/tmp/", f"{folder}/")
+        if "value" in entry
+        else held[entry["valueFrom"]["secretKeyRef"]["key"]]
+        for entry in container["env"]
+    }
     arguments = [
         a.replace("$(MLFLOW_BACKEND_STORE_URI)", uri)
         .replace("s3://bucket/mlflow", str(folder / "artifacts"))
+        .replace("/etc/spectraqlora-tls", str(folder))
         .replace("--port=5000", f"--port={port}")
         .replace("--host=0.0.0.0", "--host=127.0.0.1")
         .replace("--allowed-hosts=", f"--allowed-hosts=127.0.0.1:{port},")
@@ -490,6 +533,144 @@ def test_the_mlflow_server_idles_within_its_request_and_takes_two_uploads_at_onc
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def _certificate(folder: Path, host: str) -> Path:
+    """A self-signed certificate with its key, as a Secret of type kubernetes.io/tls holds them."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "tls.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "tls.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return folder / "tls.crt"
+
+
+def test_with_an_ingress_mlflow_asks_who_somebody_is_and_speaks_tls_where_it_has_a_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectraqlora.settings import TrackingSettings
+    from spectraqlora.tracking.runs import Tracker
+
+    given = [
+        *GIVEN[:2], *SERVER, "mlflow.server.ingress.enabled=true", "mlflow.server.ingress.host=mlflow.example.com",
+        "secrets.mlflow.name=mlflow-login", "mlflow.server.tls.secret=mlflow-tls",
+    ]  # fmt: skip
+    done = run_helm("template", "r", str(CHART), *[part for each in given for part in ("--set", each)])
+    objects = [part for part in yaml.safe_load_all(done.stdout) if part]
+    pod = find(objects, "Deployment")["spec"]["template"]["spec"]
+    secrets = {
+        "username": "pipeline",
+        "password": "a-long-password-for-this-test",
+        "session_key": "random-text",
+    }
+    # With a percent sign, as the password in an address may have.
+    uri, port = f"sqlite:///{tmp_path}/mlflow.db?timeout=30%2E0", free_port()
+    bundle = _certificate(tmp_path, "127.0.0.1")
+    for container in pod["initContainers"]:
+        assert _server(tmp_path, container, uri, port, secrets).wait(timeout=120) == 0, (
+            tmp_path / "server.log"
+        ).read_text()
+    assert (tmp_path / "auth.ini").stat().st_mode & 0o077 == 0
+    (container,) = pod["containers"]
+    assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    server = _server(tmp_path, container, uri, port, secrets)
+    address = f"https://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if requests.get(f"{address}/health", timeout=2, verify=str(bundle)).ok:
+                    break
+            except requests.ConnectionError:
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    tmp_path / "server.log"
+                ).read_text()
+                time.sleep(0.2)
+        with pytest.raises(requests.exceptions.SSLError):
+            requests.get(f"{address}/health", timeout=10)
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"http://127.0.0.1:{port}/health", timeout=10)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+        search = f"{address}/api/2.0/mlflow/experiments/search?max_results=1"
+        assert requests.get(search, timeout=10).status_code == 401
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", secrets["username"])
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+        settings = TrackingSettings(uri=address)
+        with pytest.raises(InputError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+            Tracker(settings, "key", "train").pipeline_run()
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", secrets["password"])
+        assert Tracker(settings, "key", "train").pipeline_run()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_mlflow_is_open_inside_the_cluster_alone_unless_told_and_its_addresses_follow() -> None:
+    options = [part for each in [*GIVEN[:2], *SERVER] for part in ("--set", each)]
+
+    def server(*more: str) -> tuple[list[Object], list[str], dict[str, Any]]:
+        done = run_helm("template", "r", str(CHART), *options, *[p for m in more for p in ("--set", m)])
+        assert done.returncode == 0, done.stderr
+        objects = [part for part in yaml.safe_load_all(done.stdout) if part]
+        (container,) = find(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+        data = find([o for o in objects if "settings.yaml" in o.get("data", {})], "ConfigMap")["data"]
+        return objects, container["args"], yaml.safe_load(data["settings.yaml"])
+
+    objects, arguments, settings = server()
+    assert not [o for o in objects if o["kind"] == "Ingress"] and "--app-name=basic-auth" not in arguments
+    assert settings["tracking"]["uri"] == "http://r-spectraqlora-mlflow.default.svc:5000"
+    _, arguments, _ = server("mlflow.server.auth.enabled=true", "secrets.mlflow.name=login")
+    assert "--app-name=basic-auth" in arguments
+    way = ["mlflow.server.ingress.enabled=true", "mlflow.server.ingress.host=m.example.com"]
+    objects, arguments, _ = server(*way, "mlflow.server.auth.enabled=false")
+    assert "--app-name=basic-auth" not in arguments, "told so"
+    allowed = next(a for a in arguments if a.startswith("--allowed-hosts="))
+    assert "m.example.com" in allowed.partition("=")[2].split(",")
+    (rule,) = find(objects, "Ingress")["spec"]["rules"]
+    assert rule["host"] == "m.example.com"
+    _, _, settings = server("mlflow.server.tls.secret=cert")
+    assert settings["tracking"]["uri"].startswith("https://")
+
+
+def test_a_steps_account_may_patch_workflowtaskresults_alone() -> None:
+    role = find(rendered("full"), "Role", "tuning")
+    may = {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    changing = {entry for entry in may if entry[2] not in ("get", "list", "watch")}
+    assert changing == {
+        ("argoproj.io", "workflowtaskresults", "create"),
+        ("argoproj.io", "workflowtaskresults", "patch"),
+        ("argoproj.io", "workflowartifactgctasks/status", "patch"),
+    }
+    assert {(resource, verb) for group, resource, verb in may if not group} == {
+        ("pods", "get"),
+        ("configmaps", "get"),
+        ("secrets", "get"),
+    }
+    for rule in role["rules"]:
+        if {"secrets", "configmaps"} & set(rule["resources"]):
+            assert rule["resourceNames"], "by name alone"
 
 
 def test_policies_deny_by_default_and_select_our_pods_and_the_steps(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from spectraqlora import signing
 from spectraqlora.artifacts import MergedModel
 from spectraqlora.errors import InputError
 from spectraqlora.settings import EvaluateSettings, PromoteSettings, TrackingSettings
-from spectraqlora.steps.promote.promotion import Promotion
+from spectraqlora.steps.promote.promotion import Promotion, rollback
 from spectraqlora.steps.register.register import Inputs, register
 from spectraqlora.storage import parse_address, upload_folder
 from spectraqlora.tracking.registry import Registry
@@ -84,6 +84,47 @@ def test_a_registered_model_is_verified_and_not_promoted_when_a_byte_changed(
     monkeypatch.delenv(signing.VERIFYING_KEY)
     with pytest.raises(InputError, match=r"export\.signature: 'required': expected the public key"):
         promotion(1).run()
+
+
+def test_a_rollback_refuses_a_version_of_which_a_byte_changed(
+    signed: Path, exported: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db", registered_model="faq")
+    registry = Registry(settings)
+    for key, folder in (("signed", signed), ("unsigned", exported), ("last", exported)):
+        number = int(register(Tracker(settings, key), Inputs(prepared, folder, folder), {})[1])
+        given = Promotion(registry, registry.version(number), PromoteSettings(), EvaluateSettings())
+        assert given.run(force="for the test").promoted
+    monkeypatch.setenv(signing.VERIFYING_KEY, (tmp_path / "key.pub").read_text())
+
+    def rolled_back(*more: str) -> object:
+        arguments = ["promote", "rollback", "--uri", settings.uri, "--name", "faq", *more]
+        monkeypatch.setattr("sys.argv", ["spectraqlora", *arguments])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        return end.value.code
+
+    with pytest.raises(InputError, match="it has no signature"):
+        rollback(registry, "slow", signature_required=True)
+    assert rolled_back("--set", "export.signature=required") == 2
+    assert _champion(registry) == 3, "nothing moved"
+    assert rollback(registry, "slow").version == 2, "unsigned, and no signature is asked for"
+    copies = (tmp_path / "mlartifacts").rglob("artifacts/model/model.safetensors")
+    path = min(copies, key=lambda path: path.stat().st_mtime_ns)
+    content = path.read_bytes()
+    flip(path)
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match=r"changed: model\.safetensors"):
+            rollback(registry, "slow", dry_run)
+    assert rolled_back() == 2 and _champion(registry) == 2
+    path.write_bytes(content)
+    assert rollback(registry, "slow").version == 1 and _champion(registry) == 1
+
+
+def _champion(registry: Registry) -> int:
+    champion = registry.by_alias("champion")
+    assert champion is not None
+    return champion.number
 
 
 def test_a_folder_and_a_published_folder_are_verified(

@@ -70,9 +70,30 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* Whether the MLflow server asks who somebody is: "true" or nothing. */}}
+{{- define "spectraqlora.mlflowAuth" -}}
+{{- with .Values.mlflow.server -}}
+{{- if and .enabled (ternary .ingress.enabled .auth.enabled (kindIs "invalid" .auth.enabled)) -}}true{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "spectraqlora.mlflowScheme" -}}
+{{- ternary "https" "http" (ne .Values.mlflow.server.tls.secret "") -}}
+{{- end -}}
+
+{{/* Where people reach MLflow's UI. */}}
+{{- define "spectraqlora.mlflowUi" -}}
+{{- $ingress := .Values.mlflow.server.ingress -}}
+{{- if .Values.mlflow.ui -}}
+{{- .Values.mlflow.ui -}}
+{{- else if and .Values.mlflow.server.enabled $ingress.enabled -}}
+{{- printf "%s://%s" (ternary "https" "http" (ne $ingress.tlsSecret "")) $ingress.host -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "spectraqlora.mlflowUri" -}}
 {{- if .Values.mlflow.server.enabled -}}
-{{- printf "http://%s-mlflow.%s.svc:%v" (include "spectraqlora.fullname" .) .Release.Namespace .Values.mlflow.server.port -}}
+{{- printf "%s://%s-mlflow.%s.svc:%v" (include "spectraqlora.mlflowScheme" .) (include "spectraqlora.fullname" .) .Release.Namespace .Values.mlflow.server.port -}}
 {{- else -}}
 {{- .Values.mlflow.uri -}}
 {{- end -}}
@@ -101,7 +122,9 @@ AWS_REGION: {{ . | quote }}
 {{- $secrets := list -}}
 {{- with .Values.secrets.s3 -}}
 {{- if .name -}}
-{{- $secrets = append $secrets (dict "name" .name "env" (dict "AWS_ACCESS_KEY_ID" .accessKey "AWS_SECRET_ACCESS_KEY" .secretKey)) -}}
+{{- $own := dict "name" .name "env" (dict "AWS_ACCESS_KEY_ID" .accessKey "AWS_SECRET_ACCESS_KEY" .secretKey) -}}
+{{- if .allSteps -}}{{- $_ := set $own "all_steps" true -}}{{- end -}}
+{{- $secrets = append $secrets $own -}}
 {{- end -}}
 {{- end -}}
 {{- with .Values.secrets.mlflow -}}
@@ -129,7 +152,7 @@ AWS_REGION: {{ . | quote }}
 {{- with .Values.ca.configMap -}}
 {{- $maps = append $maps (dict "name" . "mount" (include "spectraqlora.caFolder" $)) -}}
 {{- end -}}
-{{- with .Values.mlflow.ui -}}{{- $_ := set $variables "SPECTRAQLORA_MLFLOW_UI" . -}}{{- end -}}
+{{- with include "spectraqlora.mlflowUi" . -}}{{- $_ := set $variables "SPECTRAQLORA_MLFLOW_UI" . -}}{{- end -}}
 {{- with $variables -}}{{- $_ := set $defaults "env" . -}}{{- end -}}
 {{- with $maps -}}{{- $_ := set $defaults "config_maps" . -}}{{- end -}}
 {{- with include "spectraqlora.cacheClaim" . -}}
@@ -147,7 +170,11 @@ AWS_REGION: {{ . | quote }}
 {{- $own := dig "defaults" $key list $values -}}
 {{- if and $known $own -}}{{- $_ := set $values.defaults $key (concat $known $own) -}}{{- end -}}
 {{- end -}}
-{{- toYaml (mergeOverwrite (dict "run" $run "defaults" $defaults) $values) -}}
+{{- $known := dict "run" $run "defaults" $defaults -}}
+{{- if and .Values.image.digest (eq .Values.image.repository "spectraqlora/light") -}}
+{{- $_ := set $known "digests" (dict "light" .Values.image.digest) -}}
+{{- end -}}
+{{- toYaml (mergeOverwrite $known $values) -}}
 {{- end -}}
 
 {{- define "spectraqlora.podSecurity" -}}
@@ -337,6 +364,17 @@ spec:
     secretKeyRef:
       name: {{ .Values.mlflow.server.database.secret }}
       key: {{ .Values.mlflow.server.database.key }}
+{{- if include "spectraqlora.mlflowAuth" . }}
+- name: MLFLOW_AUTH_CONFIG_PATH
+  value: /tmp/auth.ini
+{{- range $name, $key := dict "MLFLOW_AUTH_ADMIN_USERNAME" .Values.secrets.mlflow.username "MLFLOW_AUTH_ADMIN_PASSWORD" .Values.secrets.mlflow.password "MLFLOW_FLASK_SERVER_SECRET_KEY" .Values.mlflow.server.auth.sessionKey }}
+- name: {{ $name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $.Values.secrets.mlflow.name }}
+      key: {{ $key }}
+{{- end }}
+{{- end }}
 {{- with .Values.secrets.s3 }}
 {{- if .name }}
 - name: AWS_ACCESS_KEY_ID
@@ -365,10 +403,28 @@ spec:
 {{- end }}
 {{- end -}}
 
+{{- define "spectraqlora.mlflowTls" -}}
+/etc/spectraqlora-tls
+{{- end -}}
+
+{{/* What of MLflow's sign-in has no variable: users are in the tracking database, whose address must not be in a ConfigMap. */}}
+{{- define "spectraqlora.mlflowAuthFile" -}}
+import os
+os.umask(0o077)
+uri = os.environ["MLFLOW_BACKEND_STORE_URI"].replace("%", "%%")
+with open(os.environ["MLFLOW_AUTH_CONFIG_PATH"], "w") as file:
+    file.write(f"[mlflow]\ndefault_permission = {{ .Values.mlflow.server.auth.defaultPermission }}\ndatabase_uri = {uri}\n")
+{{- end -}}
+
 {{- define "spectraqlora.mlflowMounts" -}}
 - name: tmp
   mountPath: /tmp
 {{- include "spectraqlora.caMount" . }}
+{{- if .Values.mlflow.server.tls.secret }}
+- name: tls
+  mountPath: {{ include "spectraqlora.mlflowTls" . }}
+  readOnly: true
+{{- end }}
 {{- with .Values.mlflow.server.volumeMounts }}
 {{ toYaml . }}
 {{- end }}

@@ -186,7 +186,8 @@ def merged_weight(
 def save(model: Any, folder: Path, base_model: str) -> None:
     """Write a standard PEFT adapter; every member of a group gets its own copy."""
     model.peft_config[_ADAPTER].base_model_name_or_path = base_model
-    model.save_pretrained(folder, safe_serialization=True)
+    # Else PEFT asks the hub how many rows the base's embedding has, to keep one that was resized; ours never is.
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
 def settle_scaling(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ def component_of(step: str) -> Any:
     return getattr(importlib.import_module(f"spectraqlora.steps.{name}.component"), name)
 
 
-def images() -> dict[str, list[str]]:
-    """Every image with the steps that run in it, as their components say."""
+@cache
+def own_image(step: str) -> str:
+    """Name of the image that a step runs in, as its component says."""
     from spectraqlora.runtime.component import plain
 
+    return str(plain(component_of(step)).__dict__["image"])
+
+
+def images() -> dict[str, list[str]]:
+    """Every image with the steps that run in it, as their components say."""
     steps_of: dict[str, list[str]] = {}
     for step in step_names():
-        steps_of.setdefault(plain(component_of(step)).__dict__["image"], []).append(step)
+        steps_of.setdefault(own_image(step), []).append(step)
     return dict(sorted(steps_of.items()))

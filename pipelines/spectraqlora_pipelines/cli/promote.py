@@ -79,13 +79,17 @@ def rollback(
 ) -> None:
     """Make the champion before the present one champion again.
 
+    As promote does, it refuses a version of which a byte changed since it was signed.
+
     Example: spectraqlora promote rollback --uri runs/demo --reason "slower answers"
     """
+    from spectraqlora.signing import REQUIRED
     from spectraqlora.steps.promote.promotion import rollback as roll_back
     from spectraqlora.tracking.registry import Registry
 
     settings = registry_settings(uri, name, config, set_)
-    _show(roll_back(Registry(settings.tracking), reason, dry_run), dry_run)
+    required = settings.export.signature == REQUIRED
+    _show(roll_back(Registry(settings.tracking), reason, dry_run, required), dry_run)
 
 
 def _show(outcome: Outcome, dry_run: bool) -> None:

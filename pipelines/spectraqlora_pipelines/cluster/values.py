@@ -1,8 +1,9 @@
 """The values file of `compile --target kubernetes` and `--target argo`: where and how every step runs on a cluster.
 
 `defaults` holds for all steps, `steps.NAME` for one of them; a step's value wins, mappings are merged key by
-key and lists are replaced. `run` holds what belongs to a run and not to a step, `argo` what only Argo Workflows has, and
-`nodes` what a training on several machines needs. Secrets are named, never held.
+key and lists are replaced. `digests` pins images, `run` holds what belongs to a run and not to a step, `argo` what only
+Argo Workflows has, and `nodes` what a training on several machines needs. Secrets are named, never held, and of those in
+`defaults` a step is given what it needs (`cluster.credentials`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import spectraqlora
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from spectraqlora.documents import read_yaml
 from spectraqlora.errors import InputError, holds_secret
-from spectraqlora.runtime.images import step_names
+from spectraqlora.runtime.images import own_image, images, step_names
+from spectraqlora.signing import SIGNING_KEY
 
+from spectraqlora_pipelines.cluster.credentials import may_see
 from spectraqlora_pipelines.cluster.fields import (
     Cpu,
     Digest,
@@ -168,6 +171,18 @@ class SecretValues(_Source):
         None, description="Folder in which each key of the Secret is a file, such as /etc/s3"
     )
     optional: bool = Field(False, description="Whether steps start without the Secret")
+    all_steps: bool = Field(
+        False,
+        description="Under defaults: give it to every step, not to those alone that need whose credentials it holds; "
+        "where KFP's launcher or MLflow's client reads a bucket with the step's own credentials",
+    )
+
+    def for_step(self, step: str) -> SecretValues | None:
+        """What a step is given of it: without the variables that it has no need of; None where nothing is left."""
+        if self.all_steps or not self.env:
+            return self
+        env = {name: key for name, key in self.env.items() if may_see(step, name)}
+        return self.model_copy(update={"env": env}) if env else None
 
 
 class ConfigMapValues(_Source):
@@ -245,7 +260,11 @@ class StepValues(_Part):
         True, description="Take the result of an earlier task with the same inputs; register never does"
     )
     env: dict[EnvName, str] = Field({}, description="Plain environment variables; no secrets")
-    secrets: tuple[SecretValues, ...] = Field((), description="Environment variables and files from Secrets")
+    secrets: tuple[SecretValues, ...] = Field(
+        (),
+        description="Environment variables and files from Secrets; of those under defaults a step is given the "
+        "credentials that it needs, and files",
+    )
     config_maps: tuple[ConfigMapValues, ...] = Field(
         (), description="Environment variables and files from ConfigMaps"
     )
@@ -391,12 +410,23 @@ def _known_step(name: str) -> str:
     return name
 
 
+def _known_image(name: str) -> str:
+    if name not in images():
+        raise ValueError(f"one of the images {', '.join(images())}")
+    return name
+
+
 class ClusterValues(_Part):
     """The values file."""
 
     run: RunValues = RunValues()
     argo: ArgoValues = ArgoValues()
     nodes: NodesValues = NodesValues()
+    digests: dict[Annotated[str, AfterValidator(_known_image)], Digest] = Field(
+        {},
+        description="By step image, such as train: its content, sha256:…; the steps that run in it are pinned to it, "
+        "unless steps.NAME.image says a tag or another digest. MLflow's runs and the bill of materials name it",
+    )
     defaults: StepValues = Field(StepValues(), description="Holds for every step")
     steps: dict[Annotated[str, AfterValidator(_known_step)], StepValues] = Field(
         {}, description="What differs for one step"
@@ -404,6 +434,11 @@ class ClusterValues(_Part):
 
     @model_validator(mode="after")
     def _steps_are_valid(self) -> ClusterValues:
+        for place, secret in enumerate(self.defaults.secrets):
+            if SIGNING_KEY in secret.env:
+                key = secret.env[SIGNING_KEY]
+                expected = "a place under steps.merge-export.secrets: no other step signs"
+                raise _At(("defaults", "secrets", place, "env", SIGNING_KEY), key, expected)
         for name, own in self.steps.items():
             if name in NEVER_CACHED and "caching" in own.model_fields_set and own.caching:
                 raise _At(("steps", name, "caching"), True, "false: the step reads or changes the registry")
@@ -415,11 +450,18 @@ class ClusterValues(_Part):
         return self
 
     def step(self, name: str) -> StepValues:
-        """A step's values: its own over the defaults over what is built in."""
+        """A step's values: its own over the defaults over what is built in; of the defaults' secrets those it needs."""
+        defaults = self.defaults
+        if defaults.secrets:
+            needed = tuple(own for secret in defaults.secrets if (own := secret.for_step(name)))
+            defaults = defaults.model_copy(update={"secrets": needed})
         merged = _BUILT_IN.get(name, {})
-        for part in (self.defaults, self.steps.get(name)):
+        for part in (defaults, self.steps.get(name)):
             if part is not None:
                 merged = _merge(merged, part.model_dump(exclude_unset=True))
+        own = self.steps[name].image.model_fields_set if name in self.steps else set()
+        if (digest := self.digests.get(own_image(name))) and not own & {"tag", "digest"}:
+            merged = _merge(merged, {"image": {"digest": digest}})
         if name in NEVER_CACHED:
             merged["caching"] = False
         return StepValues.model_validate(merged)
@@ -463,7 +505,7 @@ def read_values(path: Path) -> ClusterValues:
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise InputError("--values", path, "a YAML mapping with run, argo, nodes, defaults and steps")
+        raise InputError("--values", path, "a YAML mapping with run, argo, nodes, digests, defaults and steps")
     try:
         return ClusterValues.model_validate(loaded)
     except ValidationError as error:

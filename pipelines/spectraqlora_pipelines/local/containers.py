@@ -29,6 +29,8 @@ from spectraqlora.runtime.threads import CPUS, threads_per_process
 from spectraqlora.settings import Settings
 from spectraqlora.signing import SIGNING_KEY, VERIFYING_KEY
 
+from spectraqlora_pipelines.cluster.credentials import for_step
+
 DEFAULT_NETWORK = "host" if sys.platform == "linux" else "bridge"
 WORKDIR_LABEL = "spectraqlora.workdir"
 GRACE_S = 30
@@ -76,11 +78,11 @@ class HostAccess:
         own = os.environ.get("HF_HOME") if self.user == os.getuid() else None
         return Path(own) if own else self.cache / "huggingface"
 
-    def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """Variables for the steps: of object storage, MLflow and hub, by name; cores; and where to write."""
+    def environment(self, variables: Mapping[str, str], step: str) -> dict[str, str]:
+        """Variables for a step: of object storage, MLflow, hub and keys what it needs; cores; and where to write."""
         passed = {
             name: value
-            for name, value in variables.items()
+            for name, value in for_step(variables, step).items()
             if name.startswith(_PASSED_PREFIXES) or name in _PASSED_NAMES
         }
         writable = {"TMPDIR": self.scratch, "XDG_CACHE_HOME": self.cache, "HF_HOME": self.hub}
@@ -88,10 +90,10 @@ class HostAccess:
         cores = {CPUS: str(threads_per_process())}
         return cores | passed | {name: str(folder) for name, folder in writable.items()}
 
-    def mounts(self, variables: Mapping[str, str]) -> list[Mount]:
-        """Bind mounts, each at the path that it has here; a file that a variable names comes along."""
+    def mounts(self, variables: Mapping[str, str], step: str) -> list[Mount]:
+        """Bind mounts, each at the path that it has here; a file that a variable of the step names comes along."""
         writable = [self.workdir, self.cache / "spectraqlora", self.hub, *self.writable]
-        named = [Path(value) for value in self.environment(variables).values() if value.startswith("/")]
+        named = [Path(value) for value in self.environment(variables, step).values() if value.startswith("/")]
         readable = [*self.readable, *(path for path in named if path.is_file())]
         behind_links = {
             link.resolve().parent
@@ -197,11 +199,12 @@ def run_container(
         security.append("label=disable")  # Without it the mounts, which keep their own labels, stay closed.
     if access.network != "host":
         options["extra_hosts"] = {"host.docker.internal": "host-gateway"}
+    step = step_of(command)
     container = client.containers.create(
         name,
         list(command),
-        environment={**environment, **access.environment(os.environ)},
-        mounts=access.mounts(os.environ),
+        environment={**environment, **access.environment(os.environ, step)},
+        mounts=access.mounts(os.environ, step),
         network=access.network,
         user=f"{access.user}:0",
         labels={WORKDIR_LABEL: str(access.workdir)},
@@ -240,6 +243,12 @@ def _end(container: Any) -> None:
     with contextlib.suppress(DockerException, RequestException):
         container.exec_run(["sh", "-c", "kill -TERM -1"])
         container.wait(timeout=GRACE_S)
+
+
+def step_of(command: Sequence[str]) -> str:
+    """The step that KFP's command line runs."""
+    arguments = list(command)
+    return arguments[arguments.index("--function_to_execute") + 1].replace("_", "-")
 
 
 def missing_outputs(command: Sequence[str]) -> list[Path]:

@@ -89,6 +89,26 @@ def test_defaults_that_cache_leave_register_uncached(tmp_path: Path) -> None:
     assert found.step("train").caching and not found.step("register").caching
 
 
+def test_an_images_digest_pins_every_step_that_runs_in_it_unless_the_step_has_its_own(tmp_path: Path) -> None:
+    pinned, own = (f"sha256:{digit * 64}" for digit in "12")
+    found = values(
+        f"""
+digests: {{light: '{pinned}', re-evaluate: '{pinned}', train: '{pinned}'}}
+defaults: {{image: {{registry: me.example, tag: "9"}}}}
+steps:
+  compare: {{image: {{digest: '{own}'}}}}
+  train: {{image: {{tag: 9-cuda}}}}
+""",
+        tmp_path,
+    )
+    references = {step: found.step(step).image.reference("i") for step in step_names()}
+    light = {"close-runs", "detect-changes", "prepare-data", "start-point"}
+    measured = {"measure-base", "promote", "re-evaluate", "register"}
+    assert {step for step in references if references[step] == f"me.example/i@{pinned}"} == light | measured
+    assert references["compare"] == f"me.example/i@{own}"
+    assert references["train"] == "me.example/i:9-cuda" and references["snr-analyze"] == "me.example/i:9"
+
+
 def test_quantities_and_durations_have_kubernetes_meaning() -> None:
     in_order = ["500m", "0.6", "2", "1K", "1Ki", "1.5G", "8Gi", "8.1Gi", "1E", "1Ei"]
     assert all(exceeds(more, less) for less, more in itertools.pairwise(in_order))
@@ -100,7 +120,7 @@ def test_quantities_and_durations_have_kubernetes_meaning() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "value", "expected"),
     [
-        ("notes: 3", "notes", "3", "run, argo, nodes, defaults, steps"),
+        ("notes: 3", "notes", "3", "run, argo, nodes, digests, defaults, steps"),
         ("steps: {trian: {}}", "steps.trian", "trian", "train"),
         ("steps: {train: {gpus: 1}}", "steps.train.gpus", "1", "gpu"),
         ("defaults: {cpu: {limit: lots}}", "defaults.cpu.limit", "lots", "500m"),
@@ -144,6 +164,8 @@ def test_quantities_and_durations_have_kubernetes_meaning() -> None:
         ("steps: {register: {caching: true}}", "steps.register.caching", "True", "registry"),
         ("run: {ui: kubeflow}", "run.ui", "kubeflow", "https://"),
         ("run: {pipeline_root: /tmp}", "run.pipeline_root", "/tmp", "s3://"),
+        ("digests: {trian: 'sha256:1'}", "digests.trian", "trian", "train"),
+        ("digests: {train: latest}", "digests.train", "latest", "sha256:"),
         ("- 1", "--values", "values.yaml", "mapping"),
         ("a: [", "--values", "values.yaml", "valid YAML"),
     ],

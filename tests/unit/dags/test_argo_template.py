@@ -237,9 +237,10 @@ def test_the_values_file_places_a_step() -> None:
         "1",
         "/hub/huggingface",
     )
-    assert variables["HF_TOKEN"]["valueFrom"] == {
-        "secretKeyRef": {"name": "hub", "key": "token", "optional": True}
+    assert variables["AWS_ACCESS_KEY_ID"]["valueFrom"] == {
+        "secretKeyRef": {"name": "s3-credentials", "key": "access_key", "optional": False}
     }
+    assert "HF_TOKEN" not in variables, "training asks no hub"
     assert train["metadata"]["labels"] == {
         "team": "nlp", "spectraqlora/step": "train", "spectraqlora/method": "hybrid",
     }  # fmt: skip

@@ -8,12 +8,17 @@ import pytest
 from spectraqlora.errors import InputError
 from spectraqlora.places import base_place, data_place
 from spectraqlora.settings import parse
+from spectraqlora.signing import SIGNING_KEY, VERIFYING_KEY
 from spectraqlora_pipelines.local.containers import HostAccess, host_access, missing_outputs
 
+from tests.keys import write_keys
 
-def mounted(found: HostAccess, variables: dict[str, str] | None = None) -> dict[str, bool]:
+
+def mounted(
+    found: HostAccess, variables: dict[str, str] | None = None, step: str = "promote"
+) -> dict[str, bool]:
     """Path to read-only of every mount; each lies where it lies here."""
-    mounts = found.mounts(variables or {})
+    mounts = found.mounts(variables or {}, step)
     assert all(mount["Source"] == mount["Target"] for mount in mounts)
     return {mount["Source"]: mount["ReadOnly"] for mount in mounts}
 
@@ -23,7 +28,7 @@ def test_variables_of_storage_mlflow_and_hub_are_passed_and_no_others(tmp_path: 
         "AWS_SECRET_ACCESS_KEY": "a", "MLFLOW_TRACKING_TOKEN": "b", "HF_TOKEN": "c", "HTTPS_PROXY": "d",
         "HOME": "/home/me", "PATH": "/bin", "SSH_AUTH_SOCK": "/run/ssh", "GITHUB_TOKEN": "no",
     }  # fmt: skip
-    passed = HostAccess(tmp_path, user=4321).environment(given)
+    passed = HostAccess(tmp_path, user=4321).environment(given, "promote")
     places = {"TMPDIR", "XDG_CACHE_HOME", "HF_HOME"}
     assert passed.keys() - places == {
         "AWS_SECRET_ACCESS_KEY",
@@ -34,6 +39,35 @@ def test_variables_of_storage_mlflow_and_hub_are_passed_and_no_others(tmp_path: 
     }
     assert int(passed["SPECTRAQLORA_CPUS"]) >= 1
     assert all(Path(passed[name]).is_relative_to(tmp_path) for name in places)
+
+
+@pytest.mark.parametrize(
+    ("step", "seen"),
+    [
+        ("quantize-load", {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN"}),
+        ("select-layers", set()),
+        ("measure-base", set()),
+        ("close-runs", {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN"}),
+        ("merge-export", {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN", SIGNING_KEY}),
+        (
+            "promote",
+            {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_TOKEN", VERIFYING_KEY},
+        ),
+    ],
+)
+def test_a_step_sees_the_credentials_that_it_needs_and_the_signing_keys_file_is_merge_exports_alone(
+    step: str, seen: set[str], tmp_path: Path
+) -> None:
+    key, _ = write_keys(tmp_path)
+    given = {
+        "AWS_SECRET_ACCESS_KEY": "a", "MLFLOW_TRACKING_TOKEN": "b", "HF_TOKEN": "c", SIGNING_KEY: str(key),
+    }  # fmt: skip
+    access = HostAccess(tmp_path / "work", user=4321)
+    passed = access.environment(given, step)
+    ours = {"TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "SPECTRAQLORA_CPUS"}
+    assert passed.keys() - ours == seen
+    assert (str(key) in mounted(access, given, step)) == (step == "merge-export")
+    assert passed.get(VERIFYING_KEY, "-----BEGIN PUBLIC").startswith("-----BEGIN PUBLIC")
 
 
 def test_inputs_are_mounted_read_only_and_the_workdir_to_be_written(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Adapters are exactly what the rank map says, and stay it."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -190,3 +192,34 @@ def test_a_merged_adapter_gives_the_adapters_logits(quantized: Path) -> None:
     wrapped.eval()
     before = logits(wrapped)
     torch.testing.assert_close(logits(wrapped.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_saving_an_adapter_of_a_base_on_the_hub_asks_no_hub(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants, hf_api
+
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # The client that the library's functions share has its address from when it was loaded.
+        monkeypatch.setattr(hf_api.api, "endpoint", f"http://127.0.0.1:{server.server_address[1]}")
+        wrapped = adapters.attach(load_four_bit(quantized)[0], rank_map(quantized, {Q0: 4}))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        adapters.save(wrapped, tmp_path, "owner/base")
+        server.shutdown()
+    assert asked == []
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "owner/base"

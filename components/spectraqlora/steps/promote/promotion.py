@@ -197,16 +197,20 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def rollback(registry: Registry, reason: str, dry_run: bool = False) -> Outcome:
+def rollback(
+    registry: Registry, reason: str, dry_run: bool = False, signature_required: bool = False
+) -> Outcome:
     """Make the champion before the present one champion again; a rollback that was stopped is completed instead.
 
     Args:
         registry: of the model.
         reason: why; it is recorded.
         dry_run: only say what would be done.
+        signature_required: whether an unsigned version is refused.
 
     Raises:
-        InputError: there is no champion, or none before it; or another one came in between.
+        InputError: there is no champion, or none before it; or another one came in between; or the version before it is not
+            what was signed.
     """
     ledger = Ledger(registry)
     champion = registry.by_alias(CHAMPION) if dry_run else ledger.settle()
@@ -220,6 +224,7 @@ def rollback(registry: Registry, reason: str, dry_run: bool = False) -> Outcome:
             last = stopped[-1]
             return Outcome(last.version, last.kind, last.reason, last.before, "not at all", {}, {})
     target = ledger.previous()
+    check_signature(registry, registry.version(target), signature_required)
     outcome = Outcome(target, "rolled back", reason, champion.number, "not at all", {}, {})
     if dry_run:
         return outcome
