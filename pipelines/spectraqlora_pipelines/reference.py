@@ -30,7 +30,7 @@ from pydantic_core import core_schema
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import METHODS
 from spectraqlora.runtime import command_line
-from spectraqlora.runtime.images import own_image, images, step_names
+from spectraqlora.runtime.images import images, own_image, step_names
 from spectraqlora.settings import Settings, parse
 from spectraqlora.settings import reference as settings_reference
 

@@ -26,6 +26,7 @@ from spectraqlora.data.rows import Origin, Row, RowRefused
 from spectraqlora.data.splits import Split
 from spectraqlora.errors import InputError
 from spectraqlora.places import COMPRESSED_SUFFIXES, DATA_SUFFIXES, Place, data_places, parted_contents
+from spectraqlora.runtime.console import warn
 from spectraqlora.settings import DataSettings
 from spectraqlora.storage import open_files
 
@@ -493,13 +494,16 @@ def _without_word(split: str) -> str:
 def _configured(source: str, readme: str, names: list[str], settings: DataSettings) -> dict[str, str]:
     """A split by file name as the README's `configs` say; empty where it says nothing.
 
+    Patterns that no file has, and a head that is no YAML, are told: the rows may not be those that its author meant.
+
     Raises:
-        InputError: several configs, and `data.subset` names none of them.
+        InputError: several configs, and `data.subset` names none of them; or one without a file.
     """
     head = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
     try:
         card = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError:
+        warn(f"{source}: its README's head is no YAML; splits are what files are called")
         card = None
     configs = card.get("configs") if isinstance(card, dict) else None
     configs = [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
@@ -513,10 +517,21 @@ def _configured(source: str, readme: str, names: list[str], settings: DataSettin
     name = settings.subset or (only[0] if only else "")
     if name not in by_name:
         raise InputError("data.subset", name, f"one of the subsets of {source}: {', '.join(by_name)}")
-    return dict(_matches(by_name[name], names))
+    found: dict[str, str] = {}
+    lost: list[str] = []
+    for split, pattern, matched in _matches(by_name[name], names):
+        found |= dict.fromkeys(matched, split)
+        lost += [] if matched else [f"{split}: {pattern}"]
+    if settings.subset and not found:
+        raise InputError("data.subset", name, f"a subset with files; {source} has none as {', '.join(lost)}")
+    if lost:
+        instead = "" if found else "; splits are what files are called"
+        warn(f"{source}: no file is what its README names as {', '.join(lost)}{instead}")
+    return found
 
 
-def _matches(config: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str, str]]:
+def _matches(config: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Split, pattern and the files that have it, of everything that a config names."""
     files, folder = config["data_files"], str(config.get("data_dir") or "").strip("/")
     entries = files if isinstance(files, list) else [files]
     for entry in entries:
@@ -526,8 +541,7 @@ def _matches(config: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str,
             full = f"{folder}/{pattern}" if folder else str(pattern)
             full = full.removeprefix("./").replace("**/", "*")
             # A file with brackets in its name may be meant as it is.
-            meant = [full] if full in names else fnmatch.filter(names, full)
-            yield from ((name, split) for name in meant)
+            yield split, full, [full] if full in names else fnmatch.filter(names, full)
 
 
 def _check_kinds(source: str, split: Split, names: list[str]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectraqlora.runtime.component import plain
-from spectraqlora.runtime.images import IMAGE_USER, component_of, image_reference
+from spectraqlora.runtime.images import IMAGE_USER, image_reference, own_image
 
 from spectraqlora_pipelines.cluster.values import SCRATCH, StepValues, TolerationValues, image_name
 
@@ -20,8 +19,7 @@ RESTRICTED = {
 
 def image_of(step: str, placed: StepValues) -> str:
     """Full reference of the image that a step runs in."""
-    own = image_reference(plain(component_of(step)).__dict__["image"])
-    return placed.image.reference(image_name(own))
+    return placed.image.reference(image_name(image_reference(own_image(step))))
 
 
 def security_context(placed: StepValues, fs_group: int | None) -> dict[str, Any]:

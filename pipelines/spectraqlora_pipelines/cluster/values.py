@@ -19,7 +19,7 @@ import spectraqlora
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from spectraqlora.documents import read_yaml
 from spectraqlora.errors import InputError, holds_secret
-from spectraqlora.runtime.images import own_image, images, step_names
+from spectraqlora.runtime.images import images, own_image, step_names
 from spectraqlora.signing import SIGNING_KEY
 
 from spectraqlora_pipelines.cluster.credentials import may_see
@@ -436,9 +436,10 @@ class ClusterValues(_Part):
     def _steps_are_valid(self) -> ClusterValues:
         for place, secret in enumerate(self.defaults.secrets):
             if SIGNING_KEY in secret.env:
-                key = secret.env[SIGNING_KEY]
                 expected = "a place under steps.merge-export.secrets: no other step signs"
-                raise _At(("defaults", "secrets", place, "env", SIGNING_KEY), key, expected)
+                raise _At(
+                    ("defaults", "secrets", place, "env", SIGNING_KEY), secret.env[SIGNING_KEY], expected
+                )
         for name, own in self.steps.items():
             if name in NEVER_CACHED and "caching" in own.model_fields_set and own.caching:
                 raise _At(("steps", name, "caching"), True, "false: the step reads or changes the registry")
@@ -453,14 +454,14 @@ class ClusterValues(_Part):
         """A step's values: its own over the defaults over what is built in; of the defaults' secrets those it needs."""
         defaults = self.defaults
         if defaults.secrets:
-            needed = tuple(own for secret in defaults.secrets if (own := secret.for_step(name)))
+            needed = tuple(kept for secret in defaults.secrets if (kept := secret.for_step(name)))
             defaults = defaults.model_copy(update={"secrets": needed})
         merged = _BUILT_IN.get(name, {})
         for part in (defaults, self.steps.get(name)):
             if part is not None:
                 merged = _merge(merged, part.model_dump(exclude_unset=True))
-        own = self.steps[name].image.model_fields_set if name in self.steps else set()
-        if (digest := self.digests.get(own_image(name))) and not own & {"tag", "digest"}:
+        named = self.steps[name].image.model_fields_set if name in self.steps else set[str]()
+        if (digest := self.digests.get(own_image(name))) and not named & {"tag", "digest"}:
             merged = _merge(merged, {"image": {"digest": digest}})
         if name in NEVER_CACHED:
             merged["caching"] = False
@@ -505,7 +506,9 @@ def read_values(path: Path) -> ClusterValues:
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise InputError("--values", path, "a YAML mapping with run, argo, nodes, digests, defaults and steps")
+        raise InputError(
+            "--values", path, "a YAML mapping with run, argo, nodes, digests, defaults and steps"
+        )
     try:
         return ClusterValues.model_validate(loaded)
     except ValidationError as error:

@@ -195,6 +195,39 @@ def test_a_readme_says_which_files_are_which_split(tmp_path: Path) -> None:
     assert set(splits(tmp_path)) == {"train"}
 
 
+def test_what_a_readme_names_and_nobody_has_is_told_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("easy/a.jsonl", "other/test.jsonl"):
+        marked(tmp_path / name)
+    readme = tmp_path / "README.md"
+
+    def told() -> str:
+        caplog.clear()
+        splits(tmp_path)
+        return " ".join(record.getMessage() for record in caplog.records)
+
+    one = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    readme.write_text(f"{one}  - {{split: train, path: gone/*.jsonl}}\n---\n")
+    assert "no file is what its README names as train: gone/*.jsonl; splits are what files are" in told()
+    assert splits(tmp_path) == {"train": ["a.jsonl"], "test": ["test.jsonl"]}
+    readme.write_text(
+        f"{one}  - {{split: train, path: easy/*}}\n  - {{split: test, path: held/x.jsonl}}\n---\n"
+    )
+    assert "names as test: held/x.jsonl" in told() and "splits are" not in told()
+    assert splits(tmp_path) == {"train": ["a.jsonl"]}
+    readme.write_text("---\n: broken: [yaml\n---\n")
+    assert "its README's head is no YAML" in told()
+    readme.write_text("---\nlicense: mit\n---\n")
+    assert told() == ""
+    readme.write_text(CARD)
+    (tmp_path / "easy" / "a.jsonl").rename(tmp_path / "b.jsonl")
+    with pytest.raises(
+        InputError, match=r"^data\.subset: 'hard': expected a subset with files; .* train: hard/\*"
+    ):
+        splits(tmp_path, subset="hard")
+
+
 def test_bad_sources_are_refused_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "e.jsonl").write_text("")
