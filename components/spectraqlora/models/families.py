@@ -173,14 +173,36 @@ def check_packable(config: Any) -> None:
         )
 
 
+def settle_tie(model: Any) -> bool:
+    """Let the config of a loaded model not call its head tied where a checkpoint has both, and transformers left them apart.
+
+    Other programs go by the config alone, and would compute with the embeddings in the head's place. Encoder-decoders
+    are left alone: some scale what their head reads by the same word.
+
+    Returns:
+        Whether the config said so.
+    """
+    head = model.get_output_embeddings()
+    if (
+        head is None
+        or model.config.is_encoder_decoder
+        or not getattr(model.config, "tie_word_embeddings", False)
+    ):
+        return False
+    if head.weight is model.get_input_embeddings().weight:
+        return False
+    model.config.tie_word_embeddings = False
+    return True
+
+
 def check_computes(model: Any, source: object) -> None:
-    """Refuse a 4-bit model that does not compute, or whose predictions see the tokens that come after them.
+    """Refuse a 4-bit model that does not compute numbers, or whose predictions see the tokens that come after them.
 
     Models that read weights past their layers do not bear packed ones; encoders such as BERT load as language models but
     look ahead.
 
     Raises:
-        InputError: a forward pass fails, or changing later tokens changes earlier logits.
+        InputError: a forward pass fails, or gives what is no number; or changing later tokens changes earlier logits.
     """
     import torch
 
@@ -202,6 +224,13 @@ def check_computes(model: Any, source: object) -> None:
         ) from None
     finally:
         model.eval()
+    if not bool(torch.isfinite(before).all()):
+        raise InputError(
+            "model.base_model",
+            source,
+            "a model that computes numbers; this one's predictions are NaN or infinite, though its weights are not: see "
+            "rope_parameters and scales in its config.json",
+        )
     # Rounding may differ a little where kernels group rows, as with experts.
     tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
     if float((before - after).abs().max()) > tolerance * float(before.abs().max()):

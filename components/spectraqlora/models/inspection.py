@@ -134,7 +134,13 @@ def _is_known(config: str, place: object) -> bool:
 def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise InputError(FIELD, folder, "an existing folder")
-    return [path.name for path in folder.iterdir()]
+    paths = list(folder.iterdir())
+    for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(
+                FIELD, path, "a file or a folder; from this, a pipe or a device, nobody would read"
+            )
+    return [path.name for path in paths]
 
 
 def _config_text(folder: Path) -> str | None:
@@ -155,13 +161,13 @@ def check_names(place: object, names: Collection[str], trusted: bool, config: st
             FIELD, f"{place}/{ADAPTER_CONFIG}", "a base model; this folder holds a PEFT adapter. Merge it into its "
             "base (merge_and_unload) and name the result, or name the base"
         )  # fmt: skip
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    form = (
+        f"; {gguf} is GGUF, of which no plain weights are kept: name the model that it was made from"
+        if gguf
+        else ""
+    )
     if config is None:
-        gguf = next((name for name in names if name.endswith(".gguf")), None)
-        form = (
-            f"; {gguf} is GGUF, of which no plain weights are kept: name the model that it was made from"
-            if gguf
-            else ""
-        )
         raise InputError(FIELD, place, f"a model folder; it has no config.json{form}")
     document = read_document(config, f"{place}/config.json")
     if document.get("auto_map") and not trusted:
@@ -184,7 +190,7 @@ def check_names(place: object, names: Collection[str], trusted: bool, config: st
             "safetensors; it holds pickled weights only, which can run code. Convert them where you trust "
             "them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW)",
         )
-    raise InputError(FIELD, place, "a model folder; it has no *.safetensors weights")
+    raise InputError(FIELD, place, f"a model folder; it has no *.safetensors weights{form}")
 
 
 def _inspected(
@@ -360,7 +366,21 @@ def _model_of(config: Any, tensors: Tensors, trusted: bool, place: object) -> An
 
     model, info = attempted(load, where, "a model that transformers builds and fills with these weights")
     check_loaded(info, kind.__name__, place, tensors)
+    _check_types(model, tensors, place)
     return model
+
+
+def _check_types(model: Any, tensors: Tensors, place: object) -> None:
+    """Refuse whole numbers and truth values where the model has a parameter; as buffers, such as masks, they stay."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for name in tensors.names():
+        kind = tensors.dtype(name)
+        if kind not in _PLAIN and parameters & {name, f"{model.base_model_prefix}.{name}"}:
+            raise InputError(
+                FIELD,
+                f"{place}/{tensors.file(name)}",
+                f"{name} in {', '.join(_PLAIN)}; its numbers are {kind}",
+            )
 
 
 def check_loaded(info: dict[str, Any], kind: str, place: object, tensors: Tensors | None = None) -> None:

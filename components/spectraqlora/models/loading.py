@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import auto_class, fused_experts, plain_linears, quantizable_t5
+from spectraqlora.models.families import (
+    auto_class,
+    fused_experts,
+    plain_linears,
+    quantizable_t5,
+    settle_tie,
+)
 from spectraqlora.models.hardware import device
 from spectraqlora.models.inspection import attempted, check_loaded
 from spectraqlora.models.modules import without_cpu_packing
@@ -99,6 +105,7 @@ def load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
             output_loading_info=True,
         )
     check_loaded(info, type(model).__name__, folder)
+    settle_tie(model)
     return model
 
 

@@ -126,8 +126,8 @@ class LocalTensors(Tensors):
         headers: dict[str, Header] = {}
         digest = hashlib.sha256()
         for file in files:
-            stat = (folder / file).stat()
             headers[file] = read_local_header(folder / file)
+            stat = (folder / file).stat()
             digest.update(json.dumps([file, stat.st_size, stat.st_mtime_ns, headers[file].entries]).encode())
         super().__init__(
             headers,

@@ -186,7 +186,15 @@ def _without_storage(padded: bool, cuda: bool) -> Iterator[None]:
         found = every_of(tensor, *rest, **more)
         return found if found.ndim else torch.tensor(not padded)
 
+    largest_of = torch.max
+
+    def largest(tensor: Any, *rest: Any, **more: Any) -> Any:
+        # Nor has the last position, by which rotary embeddings that stretch choose their frequencies.
+        found = largest_of(tensor, *rest, **more)
+        return torch.tensor(0) if torch.is_tensor(found) and not found.ndim else found
+
     with (
+        replaced(torch, "max", largest),
         replaced(torch.nn.functional, "scaled_dot_product_attention", attention),
         # Experts: any one of them has the result's shape.
         replaced(torch.nn.functional, "grouped_mm", lambda rows, experts, **_: rows @ experts[0]),

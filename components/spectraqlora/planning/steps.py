@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import psutil
+import torch
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.methods.catalogue import method as method_of
@@ -25,8 +26,9 @@ GPU_RESERVE_BYTES = 600 * 2**20
 """CUDA context and libraries on the device."""
 GPU_RESERVE_SHARE = 0.05
 """Of the device, for fragmentation of its memory."""
-PROCESS_BYTES = 900 * 2**20
-"""Resident memory of a step's process before it loads anything."""
+PROCESS_BYTES = (920 if torch.version.cuda else 650) * 2**20
+"""Resident memory of a step's libraries: once they are imported, MLflow, PEFT and Trainer among them, 574 MiB, or 860 where
+torch is built for CUDA; and 30 of their code that is read from the disk when it computes."""
 CUDA_PROCESS_BYTES = 3 * GIB
 """The same where CUDA's libraries are loaded."""
 _SCAN_BYTES = 600 * 2**20
@@ -77,6 +79,14 @@ class _Run:
     def process(self) -> int:
         """Main memory of a process that computes on a GPU; 0 without one, where all is one memory."""
         return CUDA_PROCESS_BYTES if self.cuda else 0
+
+    def with_holes(self, size: int) -> int:
+        """Memory of tensors that come and go, with what a heap loses between those that stay; a GPU's is without.
+
+        Half as many holes as blocks, none larger than those: Knuth's fifty-percent rule (The Art of Computer
+        Programming, 2.5).
+        """
+        return size if self.cuda else size * 3 // 2
 
     def peak(self, step: str, method: str, parts: Mapping[str, int], host: int = 0) -> StepMemory:
         """A step that computes: the sum of its parts on the GPU and `host` in main memory, or all in one memory."""
@@ -164,9 +174,9 @@ def _snr_analyze(run: _Run, method: str) -> StepMemory:
 
 def _measure_base(run: _Run, method: str) -> StepMemory:
     # One after the other: the score, and the gradients where a method needs them.
-    turns = {"evaluation": scoring(run.shape, run.settings)}
+    turns = {"evaluation": run.with_holes(scoring(run.shape, run.settings))}
     if any(method_of(name).measures_gradients(run.settings.select) for name in run.settings.methods):
-        turns["gradients"] = sum(calibration(run.shape, run.settings, run.cuda).values())
+        turns["gradients"] = run.with_holes(sum(calibration(run.shape, run.settings, run.cuda).values()))
     return run.peak("measure-base", method, {"4-bit weights": run.shape.weight_bytes, **_largest(turns)})
 
 
@@ -186,10 +196,11 @@ def _select_layers(run: _Run, method: str) -> StepMemory:
 
 def _train(run: _Run, method: str) -> StepMemory:
     memory = training(run.shape, surrogate_map(method, run.shape, run.settings), run.settings, run.cuda)
-    fixed, scored = memory.weights + memory.trained, scoring(run.shape, run.settings)
+    fixed, scored = memory.weights + memory.trained, run.with_holes(scoring(run.shape, run.settings))
+    passing = run.with_holes(memory.total - fixed)
     parts = {"4-bit weights": memory.weights, "adapters, gradients, optimizer": memory.trained}
-    if memory.total >= fixed + scored:
-        parts["activations and loss"] = memory.total - fixed
+    if passing >= scored:
+        parts["activations and loss"] = passing
     else:
         parts["evaluation"] = scored
     return run.peak("train", method, parts, host=memory.adapters)
@@ -199,9 +210,9 @@ def _re_evaluate(run: _Run, method: str) -> StepMemory:
     shape, settings = run.shape, run.settings
     # One after the other: scoring, the updated weights in float32, gradients where they move the next round's ranks.
     updated = (FLOAT32 + shape.dtype_bytes) * shape.largest
-    turns = {"evaluation": max(scoring(shape, settings), updated)}
+    turns = {"evaluation": run.with_holes(max(scoring(shape, settings), updated))}
     if method_of(method).moves and settings.select.needs_gradients and settings.rounds > 1:
-        turns["gradients"] = sum(calibration(shape, settings, run.cuda).values())
+        turns["gradients"] = run.with_holes(sum(calibration(shape, settings, run.cuda).values()))
     sides = {m.module: m.in_features + m.out_features for m in shape.modules}
     ranks = surrogate_map(method, shape, settings).active()
     parts = {
@@ -214,11 +225,13 @@ def _re_evaluate(run: _Run, method: str) -> StepMemory:
 
 def _merge_export(run: _Run, method: str) -> StepMemory:
     shape = run.shape
-    parts = {
-        "merged weights": shape.plain_bytes,
-        "4-bit weights": shape.weight_bytes,
-        "evaluation": scoring(shape, run.settings),
-    }
+    parts = {"merged weights": shape.plain_bytes}
+    # Beside the plain model, one after the other: the original's mapped file with the tensor that is being converted
+    # to the compute type, and the 4-bit weights that are copied into it with what scoring takes.
+    scored = run.with_holes(scoring(shape, run.settings))
+    four_bit = {"4-bit weights": shape.weight_bytes, "evaluation": scored}
+    mapped = 0 if run.cuda else shape.stored_bytes * (shape.parameters + shape.largest_tensor)
+    parts |= four_bit if sum(four_bit.values()) >= mapped else {"original weights": mapped}
     written = min(shape.plain_bytes, _SHARD_BYTES) if run.cuda else 0
     return run.peak("merge-export", method, parts, host=written)
 

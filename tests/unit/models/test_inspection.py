@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from spectraqlora.errors import InputError
 from spectraqlora.models.inspection import inspect_folder, open_tensors
-from spectraqlora.models.loading import load_plain, load_tokenizer
+from spectraqlora.models.loading import load_four_bit, load_plain, load_tokenizer
 from spectraqlora.places import base_place
 from spectraqlora.settings import ModelSettings
 from spectraqlora.steps.quantize_load.quantize import quantize
@@ -85,6 +85,33 @@ def test_a_file_that_is_no_safetensors_is_refused(tiny_model: Path, tmp_path: Pa
     deep = b"[" * 100_000 + b"]" * 100_000
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(deep)) + deep)
     assert "no JSON object" in refused(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_file_that_leads_nowhere_or_never_ends_is_refused_at_once(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    folder = copied(tiny_model, tmp_path / "model")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "gone")
+    refused(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name}': expected a file or a folder" in refused(folder)
+    with pytest.raises(InputError, match="a file or a folder"):
+        open_tensors(base_place(str(folder)))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.int16, torch.uint8, torch.float8_e4m3fn])
+def test_codes_and_truth_values_are_no_weights(tiny_model: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    folder = copied(tiny_model, tmp_path / "model")
+    norm = "model.norm.weight"
+    change_weights(folder, lambda tensors: tensors.update({norm: torch.ones(64).to(kind)}))
+    assert f"{WEIGHTS}': expected {norm} in F64, F32, F16, BF16; its numbers are" in refused(folder)
+    change_weights(
+        folder, lambda tensors: tensors.update({norm: torch.ones(64), Q: torch.ones(64, 64).to(kind)})
+    )
+    assert Q in refused(folder)
 
 
 def test_weights_that_are_missing_left_over_or_of_other_shapes_are_refused_by_name(
@@ -219,6 +246,9 @@ def test_what_is_no_model_says_what_it_is(tiny_model: Path, tmp_path: Path) -> N
     (gguf / "config.json").unlink()
     (gguf / "model-q4.gguf").write_bytes(b"GGUF")
     assert "model-q4.gguf is GGUF" in refused(gguf)
+    gguf_alone = copied(tiny_model, tmp_path / "gguf_alone")
+    (gguf_alone / WEIGHTS).rename(gguf_alone / "model-q4.gguf")
+    assert "model-q4.gguf is GGUF" in refused(gguf_alone)
     image = copied(tiny_model, tmp_path / "image")
     change_json(
         image / "config.json", lambda config: config.update(model_type="vit", architectures=["ViTModel"])
@@ -304,6 +334,36 @@ def test_numbers_that_are_none_are_refused_by_file_and_tensor_where_weights_are_
         with pytest.raises(
             InputError, match=rf"{WEIGHTS}.*2 of the 8192 numbers of {UP} are NaN or infinite"
         ):
+            quantize(ModelSettings(base_model=str(folder)), folder / "four_bit", folder / "outline")
+
+
+def test_a_head_that_the_config_wrongly_calls_tied_stays_the_models_own(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model, tmp_path / "model")
+    embeddings = "model.embed_tokens.weight"
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embeddings].flip(0)}))
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    quantize(ModelSettings(base_model=str(folder)), folder / "four_bit", folder / "outline")
+    assert "both are stored, and differ" in capsys.readouterr().out
+    for model in (load_four_bit(folder / "four_bit")[0], load_plain(folder, torch.float32)):
+        assert not model.config.tie_word_embeddings
+        assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight.flip(0))
+    assert not json.loads((folder / "four_bit/model/config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_config_that_makes_no_numbers_of_finite_weights_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    for number, change in enumerate(
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, {"rms_norm_eps": -1.0})
+    ):
+        folder = copied(tiny_model, tmp_path / str(number))
+        change_json(
+            folder / "config.json",
+            lambda config, change=change: config.update(rope_parameters=None, **change),
+        )
+        with pytest.raises(InputError, match="this one's predictions are NaN or infinite"):
             quantize(ModelSettings(base_model=str(folder)), folder / "four_bit", folder / "outline")
 
 

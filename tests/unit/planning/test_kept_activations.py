@@ -76,3 +76,18 @@ def test_every_block_keeps_the_same_and_checkpointing_one_input_of_each() -> Non
     saved = sum(kept.blocks[0:32:3]) - sum(kept.inputs[0:32:3])
     assert kept.with_recomputation(3) == (kept.outside + sum(kept.blocks) - saved, kept.again[3])
     assert kept.with_recomputation(0) == (kept.outside + sum(kept.blocks), 0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_stretch_with_the_positions_keep_what_fixed_ones_do(kind: str) -> None:
+    config = config_of("7B")
+    config.num_hidden_layers = 2
+    kept = []
+    for given in ({"rope_type": "default"}, {"rope_type": kind, "factor": 2.0}):
+        if kind in given.values():
+            given |= {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+            given |= {"original_max_position_embeddings": 1024}
+        config.rope_parameters = {"rope_theta": 10_000.0, **given}
+        shape = ModelShape(config, 2)
+        kept.append(kept_activations(shape.build(), 1, 128, padded=False, cuda=True))
+    assert kept[0] == kept[1]

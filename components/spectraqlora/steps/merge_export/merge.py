@@ -24,6 +24,7 @@ from spectraqlora.models.loading import (
     stored_bytes,
 )
 from spectraqlora.places import kind_of
+from spectraqlora.runtime.allocator import outside_of_heaps
 from spectraqlora.runtime.console import say, warn
 from spectraqlora.runtime.disk import ask
 from spectraqlora.runtime.step import MADE_FROM
@@ -86,9 +87,10 @@ def merge_export(
     adapters.settle_scaling(output / "adapter")
     for name in FOLDERS:
         apply_umask(output / name)
-    exported = load_plain(
-        output / "merged", getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
-    )
+    with outside_of_heaps():
+        exported = load_plain(
+            output / "merged", getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+        )
     warning = merge_warning(evaluation, losses[into])
     if warning:
         warn(warning)
@@ -192,6 +194,7 @@ def _parameters_to_round(model: Any, dtype: torch.dtype) -> Iterator[torch.nn.Pa
             yield parameter
 
 
+@outside_of_heaps()
 def _merged(into: str, inputs: Inputs, manifest: FourBitModel) -> Any:
     """The base with the adapter merged into its `quantized` or `original` weights.
 
@@ -232,8 +235,9 @@ def _write_better_merge(
         model = None
         model = _merged(better, inputs, manifest)
     exported = getattr(torch, _exported_dtype(manifest))
-    for parameter in _parameters_to_round(model, exported):
-        parameter.data = parameter.data.to(exported)
+    with outside_of_heaps():
+        for parameter in _parameters_to_round(model, exported):
+            parameter.data = parameter.data.to(exported)
     model.config.dtype = exported
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
     end_turns(model, tokenizer, PreparedRows.read(inputs.rows))

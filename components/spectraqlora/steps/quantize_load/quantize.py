@@ -10,7 +10,7 @@ from typing import Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
-from spectraqlora.models.families import check_computes
+from spectraqlora.models.families import check_computes, settle_tie
 from spectraqlora.models.finite import check_finite
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, own_four_bit, unquantized
 from spectraqlora.models.hardware import compute_dtype
@@ -91,6 +91,10 @@ def _write_four_bit(settings: ModelSettings, base: _Base, output: Path) -> FourB
     dtype = compute_dtype(settings.compute_dtype)
     model = load_in_four_bit(base.folder, dtype, trust)
     check_computes(model, base.source)
+    if settle_tie(model):
+        say(
+            f"{base.source}: config.json ties head and embeddings, but both are stored, and differ: they stay two"
+        )
     stored = {info.module: info.tensor for info in base.inspection.modules}
     modules = [
         info.model_copy(update={"tensor": stored.get(info.module, "")})
