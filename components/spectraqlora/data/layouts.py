@@ -197,21 +197,6 @@ def known_columns(settings: DataSettings) -> set[str]:
     return set(settings.columns.values()) or known
 
 
-def recognise(
-    columns: Iterable[str], settings: DataSettings | None = None, name: str = "data columns"
-) -> Layout:
-    """The layout of columns that are all filled.
-
-    Raises:
-        InputError: they fit none, or are preferences where `data.preference` does not say what to learn of them.
-    """
-    names = tuple(columns)
-    found = _fitting(names, names, settings or DataSettings(), False, name)
-    if found is None:
-        raise unknown_columns(name, names)
-    return found
-
-
 def _fitting(
     filled: Sequence[str], names: Sequence[str], settings: DataSettings, native: bool, source: str
 ) -> Layout | None:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from spectraqlora.data.layouts import Layouts, check_label, recognise
+from spectraqlora.data.layouts import Layout, Layouts, check_label
 from spectraqlora.data.rows import Conversation, Origin, PromptCompletion, Row, RowRefused, Text
 from spectraqlora.errors import InputError
 from spectraqlora.settings import DataSettings
@@ -14,6 +14,10 @@ ASKED, ANSWERED = {"role": "user", "content": "q"}, {"role": "assistant", "conte
 CHAT = [ASKED, ANSWERED]
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALLED = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}  # fmt: skip
+
+
+def layout_of(record: Any) -> Layout:
+    return Layouts(DataSettings(), "data").of(dict.fromkeys(record, "x"))
 
 
 def read(record: dict[str, Any], **settings: Any) -> Row:
@@ -146,7 +150,7 @@ def test_empty_pictures_do_no_harm() -> None:
 )
 def test_unknown_columns_are_refused_with_the_setting_filled_in(columns: list[str], hint: str) -> None:
     with pytest.raises(InputError) as refused:
-        recognise(columns)
+        layout_of(columns)
     assert f"--set 'data.columns={hint}'" in str(refused.value)
 
 
@@ -201,7 +205,7 @@ def test_preferences_are_refused_or_what_was_chosen_is_learned(record: dict[str,
 def test_rows_marked_good_or_bad_are_refused_or_the_good_ones_are_learned(name: str) -> None:
     for mark in (True, False, "true", "False", 1, 0, "0", 1.0):
         record = {"messages": CHAT, name: mark}
-        layout = recognise(record)
+        layout = layout_of(record)
         with pytest.raises(InputError, match=rf"row 3, {name}.*data\.preference=chosen"):
             check_label(record, layout, DataSettings(), AT)
     assert read({"messages": CHAT, name: True}, preference="chosen") == Conversation(CHAT, None, AT)
@@ -211,11 +215,11 @@ def test_rows_marked_good_or_bad_are_refused_or_the_good_ones_are_learned(name: 
 
 def test_a_class_label_next_to_text_is_no_mark() -> None:
     record = {"text": "a film", "label": True}
-    check_label(record, recognise(record), DataSettings(), AT)
+    check_label(record, layout_of(record), DataSettings(), AT)
     named = {"prompt": "q", "completion": "a", "label": "greeting"}
-    check_label(named, recognise(named), DataSettings(), AT)
+    check_label(named, layout_of(named), DataSettings(), AT)
     columns = {"prompt": "prompt", "completion": "completion"}
-    check_label({**named, "label": 1}, recognise(named), DataSettings(columns=columns), AT)
+    check_label({**named, "label": 1}, layout_of(named), DataSettings(columns=columns), AT)
 
 
 def test_rows_of_one_file_may_leave_columns_out() -> None:
