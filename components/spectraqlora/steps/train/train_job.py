@@ -29,7 +29,7 @@ _STARTING = ("ContainerCreating", "PodInitializing")
 REFUSED = 2
 """Exit code of a process whose input is refused."""
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_POLL_SECONDS, _TIMEOUT_SECONDS = 2.0, 15
+_POLL_SECONDS, _SIGNAL_SECONDS, _TIMEOUT_SECONDS = 2.0, 0.1, 15
 _LOG_SECONDS = 10.0
 """How long the first pod's last lines are waited for once the job has ended."""
 
@@ -89,8 +89,7 @@ class TrainJob:
                 if kind == "Failed":
                     raise self._why(message)
                 return
-            self._stop(stopped)
-            time.sleep(_POLL_SECONDS)
+            self._pause(stopped)
 
     def _settled(self, stopped: Callable[[], int]) -> dict[str, Any] | None:
         """The job that can be waited for; None where one is to be created. One that failed or is going goes first."""
@@ -108,13 +107,16 @@ class TrainJob:
                 raise Stopped(number, "stopped before it trained")
             time.sleep(_POLL_SECONDS)
 
-    def _stop(self, stopped: Callable[[], int]) -> None:
-        if number := stopped():
-            with self._asking():
-                self._delete()
-            raise Stopped(
-                number, f"stopped; TrainJob {self.name} is deleted, and a retry resumes from its checkpoints"
-            )
+    def _pause(self, stopped: Callable[[], int]) -> None:
+        """Wait until it is time to ask again; a signal is acted on at once, as whoever sends it may not wait long."""
+        until = time.monotonic() + _POLL_SECONDS
+        while time.monotonic() < until:
+            if number := stopped():
+                with self._asking():
+                    self._delete()
+                done = f"stopped; TrainJob {self.name} is deleted, and a retry resumes from its checkpoints"
+                raise Stopped(number, done)
+            time.sleep(_SIGNAL_SECONDS)
 
     def _find(self) -> dict[str, Any] | None:
         from kubernetes.client import ApiException
