@@ -35,7 +35,10 @@ from tests.s3 import free_port
 
 pytestmark = pytest.mark.e2e
 
-CASES = {"default": None, "minimal": CHART / "ci/minimal-values.yaml", "full": CHART / "ci/full-values.yaml"}
+CASES = {
+    "default": None,
+    **{name: CHART / f"ci/{name}-values.yaml" for name in ("minimal", "full", "argo")},
+}
 REQUIRED = {
     "pipeline": {"settings": {"model": {"base_model": "owner/model"}, "data": {"source": "owner/data"}}},
     "mlflow": {"uri": "http://mlflow"},
@@ -52,6 +55,8 @@ SERVER = [
     "mlflow.server.artifacts=s3://bucket/mlflow",
 ]
 MODES = ["", "schedule.mode=cronjob", "hook.enabled=false"]
+# Without Kubeflow Pipelines there is no schedule of the chart's.
+RENDERED = [(case, mode) for case in CASES for mode in MODES if case != "argo" or mode != MODES[1]]
 TRUST = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 OLDEST_KUBERNETES = "1.25"
 Object = dict[str, Any]
@@ -104,8 +109,7 @@ def test_helm_lints_it_strictly(case: str) -> None:
     assert "0 chart(s) failed" in done.stdout
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), RENDERED)
 def test_every_object_is_valid_for_the_oldest_and_the_newest_kubernetes(case: str, mode: str) -> None:
     import kubernetes_validate
 
@@ -138,8 +142,7 @@ def test_the_oldest_kubernetes_is_the_one_that_the_chart_names() -> None:
     assert run_helm("template", "r", str(CHART), "--kube-version", "1.24.0").returncode != 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), RENDERED)
 def test_helm_4_lints_and_renders_the_same(case: str, mode: str) -> None:
     import helm_python
 
@@ -175,6 +178,8 @@ def test_helm_4_lints_and_renders_the_same(case: str, mode: str) -> None:
         (["schedule.mode=sometimes"], "schedule.mode"),
         (["kfp.host=ml-pipeline"], "kfp.host"),
         (["kfp.host=https://me:secret@kfp"], "kfp.host"),
+        (["kfp.host=", "schedule.mode=kfp"], "schedule.mode: none without kfp.host"),
+        (["kfp.host=", "schedule.mode=cronjob"], "schedule.mode: none without kfp.host"),
         (["image.digest=sha256:12"], "image.digest"),
         (["image.pullPolicy=Maybe"], "image.pullPolicy"),
         (["nonsense=1"], "nonsense"),
@@ -278,8 +283,7 @@ def test_what_settings_and_values_file_take_the_chart_takes(assignment: str) -> 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), RENDERED)
 def test_every_pod_meets_the_restricted_pod_security_level(case: str, mode: str) -> None:
     pods = pod_specs(rendered(case, mode))
     assert any(name.startswith("Pod/") for name in pods)
@@ -320,6 +324,7 @@ def test_the_config_map_holds_settings_and_a_values_file_that_we_accept(case: st
     values = read_values(tmp_path / "values.yaml")
     account = {o["metadata"]["name"] for o in rendered(case) if o["kind"] == "ServiceAccount"}
     assert values.run.service_account in account
+    assert ("experiment" in values.run.model_fields_set) == (case != "argo"), "only KFP has experiments"
     train = values.step("train")
     assert train.labels["app.kubernetes.io/part-of"] in {"tuning", "release-spectraqlora"}
     if case == "full":
@@ -710,14 +715,14 @@ def test_the_hook_creates_the_recurring_run_and_removes_it_with_the_release() ->
     assert cron["concurrencyPolicy"] == "Forbid"
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("case", "mode"), RENDERED)
 def test_a_job_tries_bad_input_once_and_says_how_it_ended(case: str, mode: str) -> None:
     objects = rendered(case, mode)
     jobs = [o["spec"] for o in objects if o["kind"] == "Job"]
     assert all(job["ttlSecondsAfterFinished"] >= 3600 for job in jobs), "a failed hook goes by itself"
     jobs += [o["spec"]["jobTemplate"]["spec"] for o in objects if o["kind"] == "CronJob"]
-    assert jobs or mode == "hook.enabled=false"
+    assert jobs or mode == "hook.enabled=false" or case == "argo"
+    assert not (jobs and case == "argo"), "they ask Kubeflow Pipelines"
     for job in jobs:
         first = job["podFailurePolicy"]["rules"][0]
         assert first["action"] == "FailJob" and first["onExitCodes"] == {"operator": "In", "values": [2]}
@@ -738,10 +743,8 @@ def test_bad_input_ends_a_hook_with_the_code_that_is_not_tried_again(tmp_path: P
 @pytest.mark.parametrize("case", CASES)
 def test_helm_can_show_the_logs_of_each_test(case: str) -> None:
     tests = [o for o in rendered(case) if o["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"]
-    assert {o["metadata"]["name"].rpartition("spectraqlora")[2].removeprefix("tuning") for o in tests} == {
-        "-test",
-        "-test-mlflow",
-    }
+    names = {o["metadata"]["name"].rpartition("spectraqlora")[2].removeprefix("tuning") for o in tests}
+    assert names == {"-test-mlflow", *(() if case == "argo" else ("-test",))}
     for pod in tests:
         assert pod["kind"] == "Pod" and len(pod["spec"]["containers"]) == 1
         assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
@@ -850,7 +853,11 @@ def test_the_notes_name_the_next_command() -> None:
     import helm_python
 
     with helm_python.Chart.load(str(CHART)) as chart:
-        for case, words in (("default", "spectraqlora submit"), ("full", "spectraqlora schedule list")):
+        for case, words in (
+            ("default", "spectraqlora submit --host"),
+            ("full", "spectraqlora schedule list"),
+            ("argo", "spectraqlora submit --target argo --namespace team --pipeline ablation"),
+        ):
             notes = chart.render(values_of(case), name="release", namespace="team")[
                 "spectraqlora/templates/NOTES.txt"
             ]

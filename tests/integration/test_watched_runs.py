@@ -98,6 +98,7 @@ def told(server: KfpServer, run_id: str, workflow: Workflow, state: str) -> None
         ({"reason": "DeadlineExceeded", "message": "Pod was active on the node longer than the specified deadline", "phase": "Failed"},
          "", ["time_limit", "active on the node longer"]),
         ({"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage.", "phase": "Failed"}, "", ["memory or disk"]),
+        ({"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 900Ki.", "phase": "Failed"}, "", ["ephemeral-storage limit", "scratch"]),
     ],
 )  # fmt: skip
 def test_a_failed_step_is_shown_with_its_own_reason(

@@ -117,7 +117,7 @@ AWS_REGION: {{ . | quote }}
 {{- toYaml (mergeOverwrite $known (deepCopy .Values.pipeline.settings)) -}}
 {{- end -}}
 
-{{/* The values file of `spectraqlora compile --target kubernetes`: what the chart knows, then the user's. */}}
+{{/* The values file of `spectraqlora compile --values`: what the chart knows, then the user's. */}}
 {{- define "spectraqlora.clusterValues" -}}
 {{- $secrets := list -}}
 {{- with .Values.secrets.s3 -}}
@@ -158,7 +158,8 @@ AWS_REGION: {{ . | quote }}
 {{- with include "spectraqlora.cacheClaim" . -}}
 {{- $_ := set $defaults "cache" (dict "claim" . "path" $.Values.cache.mountPath) -}}
 {{- end -}}
-{{- $run := dict "service_account" (include "spectraqlora.stepsAccount" .) "experiment" .Values.kfp.experiment -}}
+{{- $run := dict "service_account" (include "spectraqlora.stepsAccount" .) -}}
+{{- if .Values.kfp.host -}}{{- $_ := set $run "experiment" .Values.kfp.experiment -}}{{- end -}}
 {{- with .Values.kfp.ui -}}{{- $_ := set $run "ui" . -}}{{- end -}}
 {{- with .Values.kfp.pipelineRoot -}}{{- $_ := set $run "pipeline_root" . -}}{{- end -}}
 {{- $values := deepCopy .Values.pipeline.values -}}

@@ -113,7 +113,7 @@ def submit_to_argo(argo: Argo, run: Wanted, name: str, upload_only: bool) -> str
     line(f"WorkflowTemplate {run.template_name} {done} in namespace {argo.namespace}")
     if upload_only:
         return ""
-    started = argo.create(workflow(run.template_name, label, run.arguments))
+    started = argo.create(workflow(run.template, label, run.arguments))
     line(f"Run {label}: workflow {started}")
     return started
 

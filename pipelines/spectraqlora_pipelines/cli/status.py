@@ -82,6 +82,8 @@ def _tree(view: View) -> Tree:
             grow(branch, part)
 
     grow(root, view.tree)
+    if not view.tree.parts and view.tree.message:
+        root.add(Text(view.tree.message, "red"))
     return root
 
 

@@ -43,6 +43,24 @@ BACKOFF_CAP = "10m"
 FINAL = "lastRetry.exitCode != '2' && !(lastRetry.message contains 'OOMKilled')"
 """When a step is tried again: not where it refused its input, and not where it needs more memory than it may use."""
 COMMAND = ["python3", "-m", "spectraqlora"]
+STOP = """
+import contextlib, os, signal, time
+
+def parent(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[1]
+
+steps = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent(pid) == "1"]
+for pid in steps:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGTERM)
+while any(os.path.exists(f"/proc/{pid}") for pid in steps):
+    time.sleep(0.1)
+"""
+"""What runs in a step's container before its pod is deleted: tells the step, and waits until it has ended.
+
+Argo's executor is the container's first process; of SIGTERM, Argo 4.0's kills the step at once.
+"""
 
 
 def pod_of(
@@ -163,6 +181,7 @@ def _container(
             "args": [step, *arguments],
             "env": variables({run_key.VARIABLE: RUN_UID, **step_environment(placed, image)}, placed),
             "resources": resources(placed),
+            "lifecycle": {"preStop": {"exec": {"command": ["python3", "-c", STOP]}}},
             "securityContext": RESTRICTED,
             "volumeMounts": mounts,
         }

@@ -71,9 +71,11 @@ def argo_steps_of(workflow: dict[str, Any]) -> Step:
     name, status = workflow["metadata"]["name"], workflow.get("status", {})
     spec = status.get("storedWorkflowTemplateSpec") or workflow["spec"]
     templates = {template["name"]: template for template in spec.get("templates", [])}
-    if not templates:
-        return Step(name, "", "", "waiting")
     nodes = nodes_of_workflow(workflow)
+    if not templates or (not nodes and status.get("message")):
+        # Argo has not looked at it yet, or cannot begin it.
+        state = "failed" if status.get("message") else "waiting"
+        return Step(name, "", "", state, message=status.get("message", ""))  # type: ignore[arg-type]
     tree = _Tree(templates, nodes)
     root = tree.group(spec["entrypoint"], templates[spec["entrypoint"]], name)
     # The root, and what surrounds all steps for the exit task's sake, say nothing of their own.

@@ -22,9 +22,10 @@ _MEANINGS = (
     (r"Unschedulable|nodes are available", "no node has room for it, or fits its node_selector and tolerations"),
     (r"active on the node longer|DeadlineExceeded", "it took longer than its time_limit"),
     (r"Max duration limit exceeded", "retries.max_backoff was over since its first attempt began"),
+    (r"total limit of containers|local ephemeral storage limit|EmptyDir volume", "it wrote more than its ephemeral-storage limit, or a volume's size, lets it: limitRange, scratch, shm"),
     (r"Evicted|low on resource", "its node ran out of memory or disk"),
     (r"CreateContainerConfigError", "a Secret or ConfigMap that the values file names is missing, or has no such key"),
-    (r"pod deleted|Terminated|NodeShutdown|Preempt", _DELETED),
+    (r"pod deleted|Terminated|NodeShutdown|Preempt|exit code 143", _DELETED),
 )  # fmt: skip
 
 

@@ -12,19 +12,25 @@ _HISTORY = 3
 """Finished runs that a schedule keeps of each end; what goes takes its artifacts along."""
 
 
-def workflow(template: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A run of a WorkflowTemplate.
+def workflow(template: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A run of a WorkflowTemplate, which holds the template itself.
+
+    By its name Argo would look it up in what its controller has seen so far: where that is a moment behind, a new
+    template is not there, and a changed one is the old one.
 
     Args:
-        template: its name.
+        template: the WorkflowTemplate.
         name: of the run, for people.
-        arguments: of the pipeline.
+        arguments: of the pipeline; the others have the template's values.
     """
+    spec = template["spec"]
+    known = spec.get("arguments", {}).get("parameters", [])
+    values = {entry["name"]: entry for entry in [*known, *texts(arguments)]}
     return {
         "apiVersion": API,
         "kind": "Workflow",
-        "metadata": {"generateName": f"{template}-", "labels": {RUN: name}},
-        "spec": _spec(template, arguments),
+        "metadata": {"generateName": f"{template['metadata']['name']}-", "labels": {RUN: name}},
+        "spec": {**spec, "arguments": {"parameters": list(values.values())}},
     }
 
 
@@ -62,10 +68,10 @@ def cron_workflow(
             "successfulJobsHistoryLimit": _HISTORY,
             "failedJobsHistoryLimit": _HISTORY,
             "workflowMetadata": {"labels": {RUN: name}},
-            "workflowSpec": {**_spec(template, arguments), **alone},
+            "workflowSpec": {
+                "workflowTemplateRef": {"name": template},
+                "arguments": {"parameters": texts(arguments)},
+                **alone,
+            },
         },
     }
-
-
-def _spec(template: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"workflowTemplateRef": {"name": template}, "arguments": {"parameters": texts(arguments)}}

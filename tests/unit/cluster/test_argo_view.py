@@ -68,3 +68,16 @@ def test_a_run_that_argo_has_not_looked_at_yet_is_waiting() -> None:
     workflow = {"metadata": {"name": "w", "labels": {}}, "spec": {"workflowTemplateRef": {"name": "t"}}}
     assert run_of(workflow).state == "PENDING"
     assert argo_steps_of(workflow).state == "waiting"
+
+
+def test_a_run_that_argo_cannot_begin_says_why() -> None:
+    """As Argo 4.0.5 said it of a run whose template it had not seen yet."""
+    said = 'workflowtemplates.argoproj.io "t" not found'
+    status = {"phase": "Error", "message": said}
+    workflow = {
+        "metadata": {"name": "w", "labels": {}},
+        "spec": {"workflowTemplateRef": {"name": "t"}},
+        "status": status,
+    }
+    tree = argo_steps_of(workflow)
+    assert run_of(workflow).state == "FAILED" and (tree.state, tree.message) == ("failed", said)

@@ -14,7 +14,7 @@ from hera.workflows import models
 from spectraqlora.errors import InputError
 from spectraqlora.runtime import command_line
 from spectraqlora.settings import parse
-from spectraqlora_pipelines.cluster.argo_pods import FINAL, not_argos
+from spectraqlora_pipelines.cluster.argo_pods import FINAL, STOP, not_argos
 from spectraqlora_pipelines.cluster.values import ArgoValues, ClusterValues, read_values
 from spectraqlora_pipelines.dags.argo import manifest, read_template, template_for, text, workflow_template
 from spectraqlora_pipelines.dags.argo_runs import cron_workflow, workflow
@@ -179,9 +179,16 @@ def test_argos_types_take_the_template_with_nothing_unknown_in_it(case: str) -> 
 
 def test_argos_types_take_a_run_and_a_schedule() -> None:
     arguments = {"seed": 7, "train": {"max_steps": 20}, "source": "s3://b/c"}
-    run = workflow("spectraqlora-ablation", "mine", arguments)
+    template = made("ablation")
+    run = workflow(template, "mine", arguments)
     assert as_argo_reads(models.Workflow, run) == []
-    assert {"name": "train", "value": '{"max_steps": 20}'} in run["spec"]["arguments"]["parameters"]
+    given = {entry["name"]: entry["value"] for entry in run["spec"]["arguments"]["parameters"]}
+    assert given["train"] == '{"max_steps": 20}' and given["seed"] == "7"
+    others = {entry["name"]: entry["value"] for entry in template["spec"]["arguments"]["parameters"]}
+    assert {name: value for name, value in given.items() if name not in arguments} == {
+        name: value for name, value in others.items() if name not in arguments
+    }
+    assert run["spec"]["templates"] == template["spec"]["templates"], "no lookup by name, which may be behind"
     values = ArgoValues(timezone="Europe/Berlin")
     schedule = cron_workflow("nightly", "spectraqlora-nightly", arguments, "0 3 * * *", values, owner="me")
     assert as_argo_reads(models.CronWorkflow, schedule) == []
@@ -280,6 +287,15 @@ defaults:
     assert affinity["preferredDuringSchedulingIgnoredDuringExecution"] == [
         {"weight": 5, "preference": {"matchExpressions": [{"key": "nvme", "operator": "Exists"}]}}
     ]
+
+
+def test_every_step_is_told_before_its_pod_is_deleted() -> None:
+    """What the hook does is tried on a cluster: `tests/cluster/test_ablation_on_argo.py`."""
+    compile(STOP, "stop", "exec")
+    steps = [t["container"] for t in templates(made("retraining")).values() if "container" in t]
+    assert steps
+    for container in steps:
+        assert container["lifecycle"] == {"preStop": {"exec": {"command": ["python3", "-c", STOP]}}}
 
 
 def test_no_step_runs_as_root_or_writes_elsewhere_than_in_its_volumes(tmp_path: Path) -> None:
