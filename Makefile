@@ -42,11 +42,11 @@ e2e: install
 
 # On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts.
 cluster-test: install
-	$(BIN)/pytest tests/cluster -m cluster -rs
+	$(BIN)/pytest tests/cluster -m "cluster and not soak" -rs --durations=10 -s
 
 # Many more inputs of the kinds that the tests try, for hours.
 soak: install
-	$(PYTEST) -m soak -rs
+	$(PYTEST) -m "soak and not cluster" -rs
 
 VARIANT ?= cpu
 WHEELS := build/wheels/.$(VARIANT)

@@ -64,11 +64,16 @@ def missing_programs() -> list[str]:
 
 
 class Ceph:
-    """One node; the bucket of the tests is there once it is started."""
+    """One node; the bucket of the tests is there once it is started.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+    Args:
+        folder: of its state.
+        address: of this machine, at which its S3 answers.
+    """
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self.folder, self.address, self.port = folder, address, free_port()
+        self.endpoint = f"http://{address}:{self.port}"
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def _run(self, *command: str) -> str:
@@ -143,7 +148,7 @@ class Ceph:
                 keyring.write(key)
         self._run("ceph-osd", "--conf", self._conf, "-i", "0", "--mkfs", "--osd-uuid", osd_id)
         self._daemon("ceph-osd", "-i", "0")
-        frontend = f"beast endpoint=127.0.0.1:{self.port}"
+        frontend = f"beast endpoint={self.address}:{self.port}"
         self.create_user(ACCESS_KEY, SECRET_KEY)
         self._daemon("radosgw", "-n", "client.rgw.a", "--rgw-frontends", frontend)
         deadline = time.monotonic() + _PATIENCE_S

@@ -1,7 +1,8 @@
 """The Kubernetes cluster with Argo Workflows that these tests use: the one that is there, never a fake.
 
-KUBECONFIG names it; else SPECTRAQLORA_TEST_CLUSTER names a program that starts one by `argo` and prints its variables by
-`env`. SPECTRAQLORA_TEST_NAMESPACE is a namespace that Argo's controller watches, kubeflow unless told.
+KUBECONFIG names it; else SPECTRAQLORA_TEST_CLUSTER names a program that starts one by `argo`, prints its variables by
+`env` and takes images by `load`. SPECTRAQLORA_TEST_NAMESPACE is a namespace that Argo's controller watches, kubeflow
+unless told; the store of the controller's artifacts is in it.
 """
 
 from __future__ import annotations
@@ -9,51 +10,224 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from kubernetes import client
+from kubernetes.client import ApiException
 from spectraqlora.errors import InputError
+from spectraqlora.runtime.images import image_reference, images
+from spectraqlora_pipelines.cluster.argo_client import RUN, Argo
+from spectraqlora_pipelines.reference import CHART
 
-ACCOUNT = "spectraqlora-test"
+from tests.cluster.services import BUCKET, S3_SECRET, S3_SERVICE, Store, eventually, reached
+from tests.helm import helm
+
+CLI = [sys.executable, "-m", "spectraqlora_pipelines.cli"]
+GROUP = ("argoproj.io", "v1alpha1")
+RELEASE = "cluster-test"
+ACCOUNT = RELEASE
+"""The release's objects, the steps' account among them, have its name."""
+DATABASE = f"{RELEASE}-database"
+PREFIX = f"{RELEASE}/{os.getpid()}"
+"""What the tests keep in the store is below this."""
+
+
+def program() -> str:
+    """The program that starts a cluster; empty where KUBECONFIG names one."""
+    return os.environ.get("SPECTRAQLORA_TEST_CLUSTER", "")
 
 
 @pytest.fixture(scope="session")
-def namespace() -> Iterator[str]:
-    """The namespace of the runs, with a service account for the steps."""
-    from kubernetes import client
-    from kubernetes.client import ApiException
-    from spectraqlora_pipelines.cluster.argo_client import Argo
-
-    program = os.environ.get("SPECTRAQLORA_TEST_CLUSTER")
+def namespace() -> str:
+    """The namespace of the runs, on a cluster whose nodes have the images."""
     if not os.environ.get("KUBECONFIG"):
-        if not program:
+        if not program():
             pytest.skip("no cluster: KUBECONFIG, or SPECTRAQLORA_TEST_CLUSTER, names one")
-        subprocess.run([program, "argo"], check=True)
-        told = subprocess.run([program, "env"], check=True, capture_output=True, text=True).stdout
-        os.environ["KUBECONFIG"] = re.findall(r"KUBECONFIG=(\S+)", told)[0]
+        started = subprocess.run([program(), "argo"], check=False, stderr=subprocess.PIPE, text=True)
+        if started.returncode:
+            pytest.skip(f"no cluster: {program()} argo: {(started.stderr.strip() or '-').splitlines()[-1]}")
+        told = subprocess.run([program(), "env"], check=True, capture_output=True, text=True).stdout
+        for name, value in re.findall(r"(KUBECONFIG|PATH)=(\S+)", told):
+            os.environ[name] = value.replace("$PATH", os.environ["PATH"])
     name = os.environ.get("SPECTRAQLORA_TEST_NAMESPACE", "kubeflow")
     try:
         Argo(name).schedules()
     except InputError as error:
         pytest.skip(f"no cluster with Argo Workflows: {error}")
-    core, rights = client.CoreV1Api(), client.RbacAuthorizationV1Api()
-    meta = {"name": ACCOUNT}
-    rule = {"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}
-    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": ACCOUNT}
-    subjects = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": name}]
-    for create, body in (
-        (core.create_namespaced_service_account, {"metadata": meta}),
-        (rights.create_namespaced_role, {"metadata": meta, "rules": [rule]}),
-        (
-            rights.create_namespaced_role_binding,
-            {"metadata": meta, "roleRef": reference, "subjects": subjects},
-        ),
-    ):
-        try:
-            create(name, body)
-        except ApiException as error:
-            assert error.status == 409, error
-    yield name
-    core.delete_namespaced_service_account(ACCOUNT, name)
-    rights.delete_namespaced_role_binding(ACCOUNT, name)
-    rights.delete_namespaced_role(ACCOUNT, name)
+    if program():
+        load_images(name)
+    return name
+
+
+def load_images(namespace: str, again: bool = False) -> None:
+    """Hand the Docker engine's images to the program's nodes, as far as they have not got them yet.
+
+    A ConfigMap of the namespace says which they have; a new node has none of them, and is given all again.
+    """
+    wanted = [image_reference(name) for name in (*images(), "mlflow")]
+    asked = ["docker", "image", "inspect", "--format", "{{.Id}}", *wanted]
+    told = subprocess.run(asked, check=False, capture_output=True, text=True)
+    if told.returncode:
+        pytest.skip(f"no images (make images): {(told.stderr.strip() or '-').splitlines()[-1]}")
+    ids = dict(
+        zip((name.replace("/", "_").replace(":", "-") for name in wanted), told.stdout.split(), strict=True)
+    )
+    core, meta = client.CoreV1Api(), {"name": "spectraqlora-test-images"}
+    try:
+        known = core.read_namespaced_config_map(meta["name"], namespace).data or {}
+    except ApiException as error:
+        assert error.status == 404, error
+        known = core.create_namespaced_config_map(namespace, {"metadata": meta}).data or {}
+    new = [name for name, key in zip(wanted, ids, strict=True) if again or known.get(key) != ids[key]]
+    if new:
+        with subprocess.Popen(["docker", "save", *new], stdout=subprocess.PIPE) as saved:
+            loaded = subprocess.run(
+                [program(), "load", "-"], stdin=saved.stdout, check=False, capture_output=True, text=True
+            )
+        if loaded.returncode:
+            pytest.skip(f"the cluster does not take the images: {loaded.stderr.strip().splitlines()[-1:]}")
+        core.patch_namespaced_config_map(meta["name"], namespace, {"data": ids})
+
+
+@pytest.fixture(scope="session")
+def store(namespace: str) -> Iterator[Store]:
+    """The cluster's S3."""
+    with reached(namespace, S3_SERVICE, 9000) as endpoint:
+        found = Store(namespace, endpoint)
+        yield found
+        found.remove(PREFIX)
+
+
+@pytest.fixture(scope="session")
+def sample(store: Store, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The offline sample's model and data in the store, where the release's settings look for them."""
+    folder = tmp_path_factory.mktemp("sample") / "files"
+    subprocess.run([*CLI, "sample", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    store.put(folder, f"{PREFIX}/sample")
+
+
+@dataclass(frozen=True)
+class Release:
+    """What the chart has installed.
+
+    Args:
+        settings: file of the runs' settings.
+        values: file that says how their steps run.
+        mlflow: address of its MLflow, from this machine.
+    """
+
+    settings: Path
+    values: Path
+    mlflow: str
+
+
+def chart_values(store: Store) -> dict[str, Any]:
+    """Values of a release on Argo Workflows with an MLflow of its own, for this cluster."""
+    values = yaml.safe_load((CHART / "ci/argo-values.yaml").read_text())
+    values["fullnameOverride"] = RELEASE
+    values["mlflow"]["server"] |= {
+        "workers": 1,
+        "resources": {"requests": {"cpu": "100m", "memory": "1Gi"}},
+        "database": {"secret": DATABASE},
+        "artifacts": f"s3://{BUCKET}/{PREFIX}/mlflow",
+        "allowedHosts": ["*"],  # Here it is called by the addresses that this machine has.
+    }
+    return values | {
+        "secrets": {"s3": {"name": S3_SECRET, "accessKey": "accesskey", "secretKey": "secretkey"}},
+        "s3": {"endpointUrl": store.inside},
+    }
+
+
+@pytest.fixture(scope="session")
+def release(namespace: str, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
+    """The chart on this cluster: MLflow, the steps' account and role, settings and values file."""
+    folder, core = tmp_path_factory.mktemp("release"), client.CoreV1Api()
+    try:
+        core.create_namespaced_secret(
+            namespace, {"metadata": {"name": DATABASE}, "stringData": {"uri": "sqlite:////tmp/mlflow.db"}}
+        )
+    except ApiException as error:
+        assert error.status == 409, error
+    values = chart_values(store)
+    values["pipeline"] = {
+        "name": "ablation",
+        "settings": {
+            "model": {"base_model": f"s3://{BUCKET}/{PREFIX}/sample/model"},
+            "data": {"source": f"s3://{BUCKET}/{PREFIX}/sample/data.jsonl"},
+            "checkpoint": {"destination": f"s3://{BUCKET}/{PREFIX}/checkpoints", "every_steps": 20},
+        },
+        "values": {
+            # As many threads as a local run is given, and room for two steps on two cores.
+            "argo": {"parallelism": 2},
+            "defaults": {
+                "cpu": {"request": "100m"},
+                "env": {"OMP_NUM_THREADS": "1"},
+                "retries": {"backoff": "1s"},
+            },
+        },
+    }
+    (folder / "chart.yaml").write_text(yaml.safe_dump(values))
+    subprocess.run(
+        [helm(), "upgrade", "--install", RELEASE, str(CHART), "--namespace", namespace,
+         "--values", str(folder / "chart.yaml"), "--wait", "--timeout", "5m"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    data = core.read_namespaced_config_map(ACCOUNT, namespace).data
+    for name, text in data.items():
+        (folder / name).write_text(text)
+    with reached(namespace, f"{ACCOUNT}-mlflow", 5000) as mlflow:
+        yield Release(folder / "settings.yaml", folder / "cluster-values.yaml", mlflow)
+    forget(namespace)
+    subprocess.run(
+        [helm(), "uninstall", RELEASE, "--namespace", namespace], check=True, stdout=subprocess.DEVNULL
+    )
+    core.delete_namespaced_secret(DATABASE, namespace)
+
+
+def workflows(namespace: str) -> list[str]:
+    """Names of the tests' runs that are there."""
+    found = client.CustomObjectsApi().list_namespaced_custom_object(
+        *GROUP, namespace, "workflows", label_selector=f"{RUN}={RELEASE}"
+    )
+    return [workflow["metadata"]["name"] for workflow in found["items"]]
+
+
+def forget(namespace: str) -> None:
+    """Wait until Argo has deleted the tests' runs and their artifacts, for which it needs the release's account.
+
+    A run that has no artifact is never let go by Argo 4.0.5, which waits for the pod that would delete them.
+    """
+    objects = client.CustomObjectsApi()
+
+    def left() -> list[str]:
+        names = workflows(namespace)
+        for name in names:
+            found = objects.get_namespaced_custom_object(*GROUP, namespace, "workflows", name)
+            nodes = found.get("status", {}).get("nodes", {}).values()
+            if not any(node.get("outputs", {}).get("artifacts") for node in nodes):
+                objects.patch_namespaced_custom_object(
+                    *GROUP, namespace, "workflows", name, {"metadata": {"finalizers": None}}
+                )
+        return names
+
+    eventually(lambda: not left(), 180, every=2)
+
+
+@pytest.fixture
+def argo(namespace: str, release: Release) -> Iterator[Argo]:
+    """Argo Workflows; runs of the test and their templates go at its end."""
+    yield Argo(namespace)
+    objects, of_test = client.CustomObjectsApi(), f"{RUN}={RELEASE}"
+    for name in workflows(namespace):
+        # One that runs is not deleted before it has ended: Argo deletes its artifacts first.
+        objects.patch_namespaced_custom_object(
+            *GROUP, namespace, "workflows", name, {"spec": {"shutdown": "Terminate"}}
+        )
+    objects.delete_collection_namespaced_custom_object(*GROUP, namespace, "workflows", label_selector=of_test)
+    objects.delete_namespaced_custom_object(*GROUP, namespace, "workflowtemplates", f"spectraqlora-{RELEASE}")

@@ -1,0 +1,135 @@
+"""Faults that take minutes or a second node: what a user sees, and that nothing is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes import client
+from spectraqlora_pipelines.cluster.argo_client import Argo
+
+from tests.cluster.conftest import RELEASE, Release, load_images, program, workflows
+from tests.cluster.runs import ended, pods_of, resumed, sees, spectraqlora, submit, training_at
+from tests.cluster.services import eventually
+
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.usefixtures("sample")]
+GPU = "nvidia.com/gpu"
+TAINT = "cluster-test"
+ONE_METHOD = ("--set", "methods=qlora", "--set", "evaluate.accuracy_rows=8", "--set", "train.evaluations=2")
+
+
+def changed_values(release: Release, folder: Path, changes: dict[str, object]) -> Path:
+    """The release's values file with other entries of some steps."""
+    values = yaml.safe_load(release.values.read_text())
+    (folder / "values.yaml").write_text(yaml.safe_dump({**values, **changes}))
+    return folder / "values.yaml"
+
+
+@pytest.fixture
+def second_node(namespace: str) -> Iterator[str]:
+    """A node that takes only what tolerates it, and has the images."""
+    core = client.CoreV1Api()
+    if program():
+        subprocess.run([program(), "node2"], check=True)
+        load_images(namespace, again=True)
+    names = [node.metadata.name for node in core.list_node().items]
+    if len(names) < 2:
+        pytest.skip("one node alone")
+    name = names[-1]
+    core.patch_node(
+        name,
+        {
+            "metadata": {"labels": {TAINT: "yes"}},
+            "spec": {"unschedulable": False, "taints": [{"key": TAINT, "effect": "NoSchedule"}]},
+        },
+    )
+    yield name
+    core.patch_node(
+        name, {"metadata": {"labels": {TAINT: None}}, "spec": {"unschedulable": False, "taints": None}}
+    )
+
+
+def test_a_step_waits_for_the_node_that_it_may_run_on_until_that_has_a_gpu(
+    argo: Argo, release: Release, second_node: str, tmp_path: Path
+) -> None:
+    """No device is there: the node says that it has one, which is what the scheduler goes by."""
+    place = {
+        "node_selector": {TAINT: "yes"},
+        "tolerations": [{"key": TAINT, "operator": "Exists", "effect": "NoSchedule"}],
+        "gpu": {"count": 1},
+    }
+    values = changed_values(release, tmp_path, {"steps": {"quantize-load": place}})
+    began = time.monotonic()
+    submit(argo, release, *ONE_METHOD, values=values)
+    sees(argo, "quantize-load", f"^no node has room for it.*Insufficient {GPU}", began)
+    given = {GPU: "4"}
+    client.CoreV1Api().patch_node_status(second_node, {"status": {"capacity": given, "allocatable": given}})
+    began = time.monotonic()
+    (pod,) = eventually(lambda: [p for p in pods_of(argo, "quantize-load") if p.spec.node_name], 60)
+    assert pod.spec.node_name == second_node
+    eventually(lambda: pods_of(argo, "quantize-load")[0].status.phase == "Succeeded", 180)
+    print(f"on {second_node} after {time.monotonic() - began:.0f} s")
+
+
+def test_a_training_whose_node_is_drained_resumes_on_another(
+    argo: Argo, release: Release, second_node: str, tmp_path: Path
+) -> None:
+    place = {
+        "affinity": [{"weight": 100, "rules": [{"key": TAINT, "values": ["yes"]}]}],
+        "tolerations": [{"key": TAINT, "operator": "Exists", "effect": "NoSchedule"}],
+    }
+    values = changed_values(release, tmp_path, {"steps": {"train": place}})
+    submit(argo, release, *ONE_METHOD, "--set", "train.max_steps=200", values=values)
+    first = training_at(argo, "qlora", 25, of=200)
+    assert first.spec.node_name == second_node
+    began = time.monotonic()
+    command = ["kubectl", "drain", second_node, "--ignore-daemonsets", "--delete-emptydir-data", "--force"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as draining:
+        assert draining.wait(180) == 0
+    assert resumed(argo, "qlora", first, began) >= 25
+    newest = pods_of(argo, "train", "qlora")[-1]
+    assert newest.spec.node_name not in ("", second_node)
+    assert ended(argo, 600)[0] == "SUCCEEDED"
+
+
+def test_a_step_that_writes_more_than_it_may_is_named(argo: Argo, release: Release, tmp_path: Path) -> None:
+    core, name = client.CoreV1Api(), RELEASE
+    limit = {
+        "type": "Container",
+        "default": {"ephemeral-storage": "300Ki"},
+        "defaultRequest": {"ephemeral-storage": "0"},
+    }
+    core.create_namespaced_limit_range(
+        argo.namespace, {"metadata": {"name": name}, "spec": {"limits": [limit]}}
+    )
+    try:
+        began = time.monotonic()
+        submit(argo, release, *ONE_METHOD)
+        sees(argo, "quantize-load", "^it wrote more than its ephemeral-storage limit", began)
+    finally:
+        core.delete_namespaced_limit_range(name, argo.namespace)
+
+
+def test_a_schedule_fires_and_its_second_run_finds_nothing_new(
+    argo: Argo, release: Release, tmp_path: Path
+) -> None:
+    spectraqlora(
+        "schedule", "create", RELEASE, "--every", "1m", "--config", str(release.settings),
+        "--values", str(release.values), "--set", "retrain.method=qlora", *ONE_METHOD[2:],
+        namespace=argo.namespace,
+    )  # fmt: skip
+    try:
+        (first,) = eventually(lambda: workflows(argo.namespace), 120)
+        state, attempts = ended(argo, 900)
+        assert state == "SUCCEEDED" and attempts["train-qlora-round-1"] == 1
+        began = time.monotonic()
+        eventually(lambda: set(workflows(argo.namespace)) - {first}, 120)
+        state, attempts = ended(argo, 300)
+        print(f"the second run ended {time.monotonic() - began:.0f} s after the first")
+        assert state == "SUCCEEDED" and not attempts.get("train-qlora-round-1")
+    finally:
+        spectraqlora("schedule", "delete", RELEASE, namespace=argo.namespace)
