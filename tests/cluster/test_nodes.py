@@ -18,7 +18,6 @@ from kubernetes.client import ApiException
 from kubernetes.stream import stream
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.models import adapters
-from spectraqlora.runtime.images import image_reference
 from spectraqlora.settings import Settings, parse
 from spectraqlora.steps.train.train_job import API
 from spectraqlora_pipelines.cluster.train_job import train_job
@@ -26,7 +25,7 @@ from spectraqlora_pipelines.cluster.values import ClusterValues, read_values
 from spectraqlora_pipelines.dags.argo import template_for, text
 from spectraqlora_pipelines.reference import CHART
 
-from tests.cluster.store import BUCKET, SECRET, Store, eventually, reached
+from tests.cluster.services import BUCKET, S3_SECRET, Store, eventually
 from tests.helm import helm
 from tests.unit.models.test_adapters import DOWN, Q0, rank_map
 
@@ -46,8 +45,6 @@ def release(namespace: str) -> Iterator[str]:
     """The chart's runtime, account and roles; the name that they have."""
     if program := os.environ.get("SPECTRAQLORA_TEST_CLUSTER"):
         subprocess.run([program, "trainer"], check=True, stdout=subprocess.DEVNULL)
-        with subprocess.Popen(["docker", "save", image_reference("train")], stdout=subprocess.PIPE) as saved:
-            subprocess.run([program, "load", "-"], stdin=saved.stdout, check=True, stdout=subprocess.DEVNULL)
     try:
         client.CustomObjectsApi().list_namespaced_custom_object(*API, namespace, "trainjobs")
     except ApiException as error:
@@ -82,7 +79,7 @@ def values_of(release: str, store: Store, folder: Path) -> ClusterValues:
             "env": {"AWS_ENDPOINT_URL": store.inside, "AWS_REGION": "us-east-1", "OMP_NUM_THREADS": "1"},
             "secrets": [
                 {
-                    "name": SECRET,
+                    "name": S3_SECRET,
                     "env": {"AWS_ACCESS_KEY_ID": "accesskey", "AWS_SECRET_ACCESS_KEY": "secretkey"},
                 }
             ],
@@ -225,24 +222,20 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def store(namespace: str) -> Iterator[Store]:
-    with reached(namespace) as endpoint:
-        found = Store(namespace, endpoint)
-        yield found
-        found.remove(PREFIX)
-
-
-@pytest.fixture(scope="module")
 def values(release: str, store: Store, tmp_path_factory: pytest.TempPathFactory) -> ClusterValues:
     return values_of(release, store, tmp_path_factory.mktemp("values"))
 
 
 @pytest.fixture(scope="module")
-def inputs(store: Store, quantized: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def inputs(
+    store: Store, quantized: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     ranks = tmp_path_factory.mktemp("ranks")
     rank_map(quantized, {Q0: 4, DOWN: 4}).write(ranks)
     for name, folder in {"four_bit": quantized, "rows": prepared, "rank_map": ranks}.items():
         store.put(folder, f"{INPUTS}/{name}")
+    yield
+    store.remove(PREFIX)
 
 
 @pytest.mark.usefixtures("release")
