@@ -44,6 +44,8 @@ DESCRIPTION_FILES = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 """Configs, tokenizer and chat templates: what a base model is loaded from besides its weights, by patterns."""
+_VOCABULARIES = (".json", ".codes", ".tokenizer", "dict.txt")
+"""How the names of further files end that tokenizers of some families are made of."""
 MODEL_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 """What is fetched of a base model."""
 
@@ -422,7 +424,8 @@ def check_links(folder: Path, place: object = None) -> None:
     homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     for name in sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*")):
         real = (folder / name).resolve()
-        if _describes(name, True) and not any(real.is_relative_to(home) for home in homes):
+        read = _describes(name, True) or ("/" not in name and name.endswith(_VOCABULARIES))
+        if read and not any(real.is_relative_to(home) for home in homes):
             raise InputError(
                 "model.base_model", f"{place or folder}/{name}", f"a file, and no link out of its folder, to {real}"
             )  # fmt: skip

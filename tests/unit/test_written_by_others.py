@@ -146,7 +146,14 @@ def test_a_registered_model_is_made_of_files_below_its_own_folder(
 
 @pytest.mark.parametrize(
     "name",
-    ["chat_template.jinja", "additional_chat_templates/tools.jinja", "tokenizer_config.json", "vocab.txt"],
+    [
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "bpe.codes",
+        "tokenizer.4.0.0.json",
+    ],
 )
 def test_a_link_out_of_a_models_folder_does_not_reach_the_export(
     name: str, tiny_model: Path, tmp_path: Path
@@ -174,6 +181,115 @@ def test_a_link_out_of_a_models_folder_does_not_reach_the_export(
     shutil.move(snapshot / "tokenizer.json", blobs / "abc")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
     load_tokenizer(snapshot)
+
+
+# --- a tokenizer's settings that name files of the machine ---------------------------------------------------
+
+
+@pytest.fixture
+def outside(tiny_model: Path, tmp_path: Path) -> Path:
+    """A folder beside the model's with a vocabulary and a tokenizer whose tokens are this machine's own."""
+    here = tmp_path / "outside"
+    here.mkdir()
+    words = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", "<unk>", "<s>", "</s>", "<|endoftext|>", "SECRET"]
+    (here / "vocab.txt").write_text("\n".join(words))
+    (here / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (here / "merges.txt").write_text("#version: 0.2\n")
+    whole = json.loads((tiny_model / "tokenizer.json").read_text())
+    whole["added_tokens"].append({**whole["added_tokens"][0], "id": 9999, "content": "SECRET"})
+    for name in ("tokenizer.json", "tokenizer.4.0.0.json"):
+        (here / name).write_text(json.dumps(whole))
+    return here
+
+
+def _with_settings(tiny_model: Path, folder: Path, name: str, settings: dict[str, Any], own: bool) -> Path:
+    shutil.copytree(tiny_model, folder)
+    if not own:
+        (folder / "tokenizer.json").unlink()
+    given = {"eos_token": "</s>", **settings} if name == "tokenizer_config.json" else settings
+    (folder / name).write_text(json.dumps(given))
+    return folder
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["BertTokenizer", "GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"]
+)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab", "OUT/vocab.txt"),
+        ("vocab", "OUT/vocab.json"),
+        ("merges", "OUT/merges.txt"),
+        ("init_inputs", ["OUT/vocab.txt"]),
+        ("init_inputs", ["OUT/vocab.json", "OUT/merges.txt"]),
+        ("gguf_file", "OUT/tokenizer.json"),
+        ("fast_tokenizer_files", ["OUT/tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", ["../outside/tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", "OUT/tokenizer.4.0.0.json"),
+    ],
+)
+def test_a_tokenizer_setting_that_has_files_of_the_machine_read_is_refused(
+    key: str, value: Any, kind: str, own: bool, tiny_model: Path, outside: Path, tmp_path: Path
+) -> None:
+    value = json.loads(json.dumps(value).replace("OUT", str(outside)))
+    settings = {"tokenizer_class": kind, key: value}
+    folder = _with_settings(tiny_model, tmp_path / "model", "tokenizer_config.json", settings, own)
+    with pytest.raises(InputError) as refused:
+        load_tokenizer(folder)
+    said = str(refused.value)
+    assert f"{folder}/tokenizer_config.json" in said and f"{key} has others read" in said
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "merges_file", "gguf_file", "vocab"])
+def test_a_map_of_special_tokens_names_no_file(
+    key: str, tiny_model: Path, outside: Path, tmp_path: Path
+) -> None:
+    settings = {key: str(outside / "tokenizer.json")}
+    folder = _with_settings(tiny_model, tmp_path / "model", "special_tokens_map.json", settings, True)
+    with pytest.raises(InputError, match=rf"special_tokens_map\.json.*{key} has others read"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["BertTokenizer", "GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"]
+)
+def test_files_that_a_tokenizers_settings_name_do_not_reach_the_export(
+    kind: str, own: bool, tiny_model: Path, outside: Path, tmp_path: Path
+) -> None:
+    """Older transformers wrote such names into models that are all right."""
+    settings = {
+        "tokenizer_class": kind,
+        "vocab_file": str(outside / "vocab.txt"),
+        "merges_file": str(outside / "merges.txt"),
+        "tokenizer_file": str(outside / "tokenizer.json"),
+        "special_tokens_map_file": str(outside / "vocab.json"),
+        "chat_template": str(outside / "vocab.txt"),
+    }
+    folder = _with_settings(tiny_model, tmp_path / "model", "tokenizer_config.json", settings, own)
+    try:
+        load_tokenizer(folder).save_pretrained(tmp_path / "exported")
+    except InputError:  # No tokenizer without its own files.
+        assert not own
+        return
+    exported = [path for path in (tmp_path / "exported").rglob("*") if path.is_file()]
+    assert len(exported) >= 2 and not any(b"SECRET" in path.read_bytes() for path in exported)
+    if own and kind == "PreTrainedTokenizerFast":
+        assert len(load_tokenizer(folder)) == len(load_tokenizer(tiny_model))
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["beside.Own", None]}, ["beside.Own", None]])
+def test_code_beside_a_tokenizer_runs_only_where_it_is_trusted(
+    auto_map: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"tokenizer_class": "Own", "auto_map": auto_map}
+    folder = _with_settings(tiny_model, tmp_path / "model", "tokenizer_config.json", settings, True)
+    ran = tmp_path / "ran"
+    (folder / "beside.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    with pytest.raises(InputError, match="custom code"):
+        load_tokenizer(folder)
+    assert not ran.exists()
 
 
 # --- names with glob characters ------------------------------------------------------------------------------

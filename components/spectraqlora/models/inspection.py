@@ -462,10 +462,19 @@ def _check_tokenizer(folder: Path, trusted: bool, rows: int, place: object) -> l
     Returns:
         What is completed or left out, in words.
     """
-    from spectraqlora.models.loading import load_tokenizer, own_end_token, own_pad_token
+    from spectraqlora.models.loading import (
+        files_named_elsewhere,
+        load_tokenizer,
+        own_end_token,
+        own_pad_token,
+    )
 
     tokenizer = load_tokenizer(folder, trusted, place)
     lines = []
+    if keys := files_named_elsewhere(folder, place):
+        lines.append(
+            f"tokenizer_config.json: {', '.join(keys)} not followed; the tokenizer is the folder's own files"
+        )
     own_pad = own_pad_token(folder, trusted)
     if own_pad not in (None, tokenizer.pad_token):
         lines.append(f"the pad token {own_pad!r} has no embedding; padding is {tokenizer.pad_token!r}")

@@ -140,6 +140,35 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, place: o
     return tokenizer
 
 
+def files_named_elsewhere(folder: Path, place: object = None) -> list[str]:
+    """The tokenizer's settings that name one of its files: older transformers wrote where that was. None of them is followed.
+
+    Raises:
+        InputError: a setting that transformers does follow, out of the folder too; the export would hold what is there.
+    """
+    leftovers = []
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # Loading says it.
+            continue
+        for key, value in document.items() if isinstance(document, dict) else ():
+            if key.endswith("_file") and key != "gguf_file" and name == "tokenizer_config.json":
+                leftovers += [key] if value else []
+                continue
+            followed = {
+                **dict.fromkeys(("vocab", "merges"), isinstance(value, str)),
+                "init_inputs": True,
+                "fast_tokenizer_files": value != ["tokenizer.json"],
+            }.get(key, key.endswith("_file"))
+            if value and followed:
+                raise InputError(
+                    "model.base_model", f"{place or folder}/{name}",
+                    f"a tokenizer made of its folder's own files; {key} has others read: {value!r}",
+                )  # fmt: skip
+    return leftovers
+
+
 def own_end_token(folder: Path, trust_remote_code: bool = False) -> str | None:
     """The end-of-sequence token that the tokenizer itself names; None where it names none."""
     token = _own_tokenizer(folder, trust_remote_code).eos_token
@@ -169,9 +198,10 @@ def _own_tokenizer(folder: Path, trust_remote_code: bool, place: object = None) 
     from transformers import AutoTokenizer
 
     check_links(folder, place)
+    unread = dict.fromkeys(files_named_elsewhere(folder, place))  # None: the folder's own file, or none.
     return attempted(
         lambda: AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
+            folder, trust_remote_code=trust_remote_code, local_files_only=True, **unread
         ),
         place or folder,
         "a tokenizer, such as tokenizer.json with tokenizer_config.json",
