@@ -118,11 +118,22 @@ class Tracker:
             if run.info.run_id != chosen:
                 self.client.delete_run(run.info.run_id)
         if self.step:
-            self.client.set_tag(chosen, f"image.{self.step}", step_image())
+            self._name_image(chosen)
         self._runs[branch] = chosen
         if branch == _PARENT and self.step:
             self._link(chosen)
         return chosen
+
+    def _name_image(self, run_id: str) -> None:
+        """Say which image the step ran in; of two that say it at once, MLflow's database refuses the second."""
+        from mlflow.exceptions import MlflowException
+
+        key, value = f"image.{self.step}", step_image()
+        try:
+            self.client.set_tag(run_id, key, value)
+        except MlflowException:
+            if self.client.get_run(run_id).data.tags.get(key) != value:
+                raise
 
     def _link(self, run_id: str) -> None:
         """Say where the run is shown, and lead from the run of KFP's own MLflow plugin to ours and back.

@@ -69,7 +69,7 @@ NEEDED: Mapping[str, Mapping[Credential, str]] = {
     "start-point": {Credential.MLFLOW: "the champion's adapter"},
     "train": {Credential.S3: "`checkpoint.destination`", Credential.MLFLOW: "metrics while it trains"},
 }
-"""By step: what it needs credentials for."""
+"""By step: what it needs credentials for; a step that is not here is given none."""
 
 
 def credential_of(variable: str) -> Credential | None:
@@ -80,7 +80,7 @@ def credential_of(variable: str) -> Credential | None:
 def may_see(step: str, variable: str) -> bool:
     """Whether a step may see a variable: one of a credential that it needs, or of none."""
     kind = credential_of(variable)
-    return kind is None or kind in NEEDED[step]
+    return kind is None or kind in NEEDED.get(step, {})
 
 
 def for_step(variables: Mapping[str, str], step: str) -> dict[str, str]:
@@ -93,7 +93,7 @@ def for_step(variables: Mapping[str, str], step: str) -> dict[str, str]:
     Raises:
         InputError: a signing key that cannot be used.
     """
-    needed = NEEDED[step]
+    needed = NEEDED.get(step, {})
     seen = {
         name: value
         for name, value in variables.items()

@@ -203,7 +203,7 @@ class Checkpoints:
             snapshot = Snapshot(load_file(folder / _TENSORS), facts)
             check(snapshot)
             return snapshot
-        except (OSError, ValueError, SafetensorError, InputError) as fault:
+        except (OSError, ValueError, RecursionError, SafetensorError, InputError) as fault:
             raise _Damaged(str(fault)) from None
 
     def _local(self) -> set[str]:
