@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -442,6 +443,17 @@ def test_a_job_makes_the_cache_claim_writable_to_the_group_that_the_steps_have()
     ]
 
 
+def _wait_for(server: subprocess.Popen[bytes], address: str, folder: Path, verify: str | bool = True) -> None:
+    """Until `_server`'s process answers; fails with its log where it ends, or is silent for two minutes."""
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{address}/health", timeout=2, verify=verify).ok:
+                return
+        assert server.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()
+        time.sleep(0.2)
+
+
 def _server(
     folder: Path, container: Object, uri: str, port: int, secrets: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -498,16 +510,7 @@ def test_the_mlflow_server_idles_within_its_request_and_takes_two_uploads_at_onc
     server = _server(tmp_path, container, uri, port)
     try:
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if requests.get(f"{address}/health", timeout=2).ok:
-                    break
-            except requests.RequestException:
-                assert server.poll() is None and time.monotonic() < deadline, (
-                    tmp_path / "server.log"
-                ).read_text()
-                time.sleep(0.2)
+        _wait_for(server, address, tmp_path)
         client = MlflowClient(address)
         run = client.create_run(client.create_experiment("memory")).info
 
@@ -597,16 +600,7 @@ def test_with_an_ingress_mlflow_asks_who_somebody_is_and_speaks_tls_where_it_has
     server = _server(tmp_path, container, uri, port, secrets)
     address = f"https://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if requests.get(f"{address}/health", timeout=2, verify=str(bundle)).ok:
-                    break
-            except requests.ConnectionError:
-                assert server.poll() is None and time.monotonic() < deadline, (
-                    tmp_path / "server.log"
-                ).read_text()
-                time.sleep(0.2)
+        _wait_for(server, address, tmp_path, str(bundle))
         with pytest.raises(requests.exceptions.SSLError):
             requests.get(f"{address}/health", timeout=10)
         with pytest.raises(requests.ConnectionError):

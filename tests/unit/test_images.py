@@ -125,12 +125,10 @@ def imports(tree: ast.AST) -> tuple[set[str], set[str]]:
     return own, {name.split(".")[0] for name in names - own} - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("step", command_line.steps())
-def test_an_image_holds_what_its_steps_may_import(step: str) -> None:
-    """Followed from the step's function through every module that it may reach."""
+def reached(step: str) -> tuple[set[str], set[str]]:
+    """(own modules, other packages) that a step may import, by whatever it imports."""
     folder = f"spectraqlora.steps.{step.replace('-', '_')}"
-    waiting, needed = {f"{folder}.component", f"{folder}.step"}, set[str]()
-    seen: set[str] = set()
+    waiting, seen, needed = {f"{folder}.component", f"{folder}.step"}, set[str](), set[str]()
     while waiting:
         name = waiting.pop()
         path = PACKAGE.parent.joinpath(*name.split("."))
@@ -140,6 +138,13 @@ def test_an_image_holds_what_its_steps_may_import(step: str) -> None:
             own, others = imports(ast.parse(module.read_text()))
             waiting |= own
             needed |= others
+    return seen, needed
+
+
+@pytest.mark.parametrize("step", command_line.steps())
+def test_an_image_holds_what_its_steps_may_import(step: str) -> None:
+    """Followed from the step's function through every module that it may reach."""
+    _, needed = reached(step)
     (image,) = [name for name, steps in images().items() if step in steps]
     held = pins(*locks_of(image)).keys()
     missing = {name for name in needed if DISTRIBUTIONS.get(name, name.replace("_", "-")) not in held}

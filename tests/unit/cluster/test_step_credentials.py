@@ -1,6 +1,5 @@
 """Each step is given the credentials that it needs, and no others: on Kubeflow Pipelines and on Argo Workflows."""
 
-import ast
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from spectraqlora_pipelines.cluster.values import ClusterValues, read_values
 from spectraqlora_pipelines.dags.argo import template_for
 from spectraqlora_pipelines.dags.catalogue import compile_dag
 
-from tests.unit.test_images import PACKAGE, imports
+from tests.unit.test_images import reached
 
 VALUES = """
 defaults:
@@ -124,15 +123,7 @@ def test_the_table_says_what_a_steps_code_reaches(step: str) -> None:
     A step may import more of `places` and `storage` than it asks, so for those what it needs must be reached, and not
     the other way round.
     """
-    waiting = {f"spectraqlora.steps.{step.replace('-', '_')}.{part}" for part in ("component", "step")}
-    seen: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        path = PACKAGE.parent.joinpath(*name.split("."))
-        module = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
-        if name not in seen and module.exists():
-            seen.add(name)
-            waiting |= imports(ast.parse(module.read_text()))[0]
+    seen, _ = reached(step)
     assert (Credential.MLFLOW in NEEDED[step]) == ("spectraqlora.tracking.server" in seen)
     if {Credential.HUB, Credential.S3} & NEEDED[step].keys():
         assert {"spectraqlora.places", "spectraqlora.storage"} & seen
