@@ -124,6 +124,11 @@ def check_fits(snapshot: Snapshot, own: Snapshot, shapes: Sequence[torch.Size]) 
                 raise ValueError(f"{part}{name} is {kinds[0]}, where this training has {kinds[1]}")
             if found[name].is_floating_point() and not torch.isfinite(found[name]).all():
                 raise ValueError(f"{part}{name} is not finite")
+    for name, state in _below("random.cpu.", snapshot.tensors).items():
+        try:
+            torch.Generator().set_state(state)
+        except RuntimeError as fault:
+            raise ValueError(f"random.cpu.{name} is no state of torch's generator: {fault}") from None
     for name, tensor in _below("optimizer.", snapshot.tensors).items():
         index, _, key = name.partition(".")
         if not index.isdecimal() or int(index) >= len(shapes):
@@ -139,13 +144,18 @@ def check_fits(snapshot: Snapshot, own: Snapshot, shapes: Sequence[torch.Size]) 
 
 
 def _check_facts(facts: dict[str, Any], own: dict[str, Any], losses: torch.Tensor) -> None:
-    groups = [[(sorted(g), g["params"]) for g in f["optimizer"]["groups"]] for f in (facts, own)]
+    groups = [[(_kinds(g), g["params"]) for g in f["optimizer"]["groups"]] for f in (facts, own)]
     if groups[0] != groups[1]:
         raise ValueError("its parameter groups are another optimizer's")
-    if facts["schedule"].keys() != own["schedule"].keys():
+    if _kinds(facts["schedule"]) != _kinds(own["schedule"]):
         raise ValueError("its schedule is of another kind")
-    if not all(index.isdecimal() for index in facts["optimizer"]["scalars"]):
+    scalars = facts["optimizer"]["scalars"]
+    if not all(index.isdecimal() for index in scalars):
         raise ValueError("its optimizer's numbers are without a parameter")
+    if not all(
+        _kinds(value) in ("number", "truth") for entry in scalars.values() for value in entry.values()
+    ):
+        raise ValueError(f"its optimizer's numbers are {scalars}"[:200])
     numbers = facts["progress"]
     if numbers.keys() != own["progress"].keys():
         raise ValueError(f"its progress is {', '.join(sorted(numbers))}")
@@ -159,6 +169,19 @@ def _check_facts(facts: dict[str, Any], own: dict[str, Any], losses: torch.Tenso
         raise ValueError(
             f"it has {tuple(losses.shape)} finite losses, not one for each of {numbers['step']} steps"
         )
+
+
+def _kinds(value: Any) -> Any:
+    """What a value consists of, numbers and their kinds apart from their size: what JSON keeps of an optimizer's state."""
+    if isinstance(value, dict):
+        return {key: _kinds(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_kinds(entry) for entry in value]
+    if isinstance(value, bool) or value is None:
+        return "truth"
+    if isinstance(value, int | float):
+        return "number" if math.isfinite(value) else "no finite number"
+    return "text"
 
 
 def restore(snapshot: Snapshot, model: Any, optimizer: Any, schedule: Any) -> TrainingProgress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -174,6 +175,13 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, A
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def deep_json(folder: Path) -> None:
+    (folder / "state.json").write_text("[" * 100_000 + "]" * 100_000)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = file_digest(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def first(tensors: dict[str, torch.Tensor], prefix: str) -> str:
     return next(name for name in sorted(tensors) if name.startswith(prefix))
 
@@ -214,6 +222,20 @@ def longer(tensors: dict[str, torch.Tensor], prefix: str) -> None:
         (made_up(lambda tensors, facts: facts["progress"].update(evals=7)), "incomplete"),
         (made_up(lambda tensors, facts: facts["optimizer"].update(groups=[])), "parameter groups"),
         (made_up(lambda tensors, facts: facts.update(progress=[])), "incomplete"),
+        (made_up(lambda tensors, facts: facts["progress"].update(step="x")), "its step"),
+        (
+            made_up(lambda tensors, facts: facts["optimizer"]["groups"][0].update(lr="x")),
+            "parameter groups",
+        ),
+        (
+            made_up(lambda tensors, facts: facts["optimizer"]["groups"][0].update(lr=math.inf)),
+            "parameter groups",
+        ),
+        (made_up(lambda tensors, facts: facts["schedule"].update(_last_lr=7)), "schedule"),
+        (made_up(lambda tensors, facts: facts["optimizer"]["scalars"].update({"0": {"x": "y"}})), "numbers"),
+        (made_up(lambda tensors, facts: longer(tensors, "random.cpu.")), "random.cpu.0"),
+        (made_up(lambda tensors, facts: tensors["random.cpu.0"].fill_(255)), "no state of torch's generator"),
+        (deep_json, "recursion"),
     ],
 )
 def test_a_damaged_or_made_up_checkpoint_is_skipped_with_its_reason(
