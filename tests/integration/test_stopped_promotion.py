@@ -97,6 +97,7 @@ def test_a_stop_at_any_request_and_a_retry_leave_what_one_that_nobody_stopped_le
             assert (outcome.version, outcome.decision, outcome.against) == (champion, decision, 2), request
             assert state(folder) == expected, f"stopped after request {request}"
             completed += 1
+    print(f"{decision}: stopped at requests up to {request - 1}, {stride} apart")
     assert completed > 25 / stride
 
 

@@ -89,6 +89,7 @@ def test_a_stop_at_any_request_and_a_retry_leave_one_complete_version(
         for name, file in ((HELD_OUT, "rows.parquet"), (ADAPTER, "adapter_model.safetensors")):
             assert (registry.download(version, name, folder) / file).exists()
         assert (download_model(registry.settings, version, folder) / "MLmodel").exists()
+    print(f"a registration stopped at each of its {request - 1} requests")
     assert without > 10 and with_one > 2, "it was stopped before the version was there, and after"
     load_model(download_model(registry.settings, version, tmp_path))
 
