@@ -96,7 +96,9 @@ def measure(command: list[str]) -> dict[str, int]:
             for process in psutil.Process(command_line.pid).children(recursive=True):
                 if not steps.get(process):
                     steps[process] = _step(process)
-                peaks[process] = max(peaks[process], peak_resident(process))
+                # Until it starts its own program a new process counts what its parent has.
+                if steps[process]:
+                    peaks[process] = max(peaks[process], peak_resident(process))
             time.sleep(_INTERVAL_S)
         if command_line.returncode:
             said.seek(0)
