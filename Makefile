@@ -40,9 +40,9 @@ e2e: install
 	sh images/for-tests.sh
 	$(PYTEST) -m 'e2e and not soak' -rs
 
-# On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts.
+# On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts. CORE=1: what CI runs.
 cluster-test: install
-	$(BIN)/pytest tests/cluster -m "cluster and not soak" -rs --durations=10 -s
+	$(BIN)/pytest tests/cluster -m "cluster$(if $(CORE), and core)" -rs --durations=0 --durations-min=1 -s
 
 # Many more inputs of the kinds that the tests try, for hours.
 soak: install

@@ -7,10 +7,12 @@ unless told; the store of the controller's artifacts is in it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,30 +192,33 @@ def release(namespace: str, store: Store, tmp_path_factory: pytest.TempPathFacto
     core.delete_namespaced_secret(DATABASE, namespace)
 
 
-def workflows(namespace: str) -> list[str]:
+def workflows(namespace: str, release: str = RELEASE) -> list[str]:
     """Names of the tests' runs that are there."""
     found = client.CustomObjectsApi().list_namespaced_custom_object(
-        *GROUP, namespace, "workflows", label_selector=f"{RUN}={RELEASE}"
+        *GROUP, namespace, "workflows", label_selector=f"{RUN}={release}"
     )
     return [workflow["metadata"]["name"] for workflow in found["items"]]
 
 
-def forget(namespace: str) -> None:
+def forget(namespace: str, release: str = RELEASE) -> None:
     """Wait until Argo has deleted the tests' runs and their artifacts, for which it needs the release's account.
 
-    A run that has no artifact is never let go by Argo 4.0.5, which waits for the pod that would delete them.
+    A run that has no artifact is never let go by Argo 4.0.5, which waits for the pod that would delete them; and a store
+    that refuses is asked for minutes. `test_artifacts.py` is about what Argo deletes.
     """
-    objects = client.CustomObjectsApi()
+    objects, patient_until = client.CustomObjectsApi(), time.monotonic() + 45
 
     def left() -> list[str]:
-        names = workflows(namespace)
+        names = workflows(namespace, release)
         for name in names:
-            found = objects.get_namespaced_custom_object(*GROUP, namespace, "workflows", name)
-            nodes = found.get("status", {}).get("nodes", {}).values()
-            if not any(node.get("outputs", {}).get("artifacts") for node in nodes):
-                objects.patch_namespaced_custom_object(
-                    *GROUP, namespace, "workflows", name, {"metadata": {"finalizers": None}}
-                )
+            with contextlib.suppress(ApiException):  # It has just gone.
+                found = objects.get_namespaced_custom_object(*GROUP, namespace, "workflows", name)
+                nodes = found.get("status", {}).get("nodes", {}).values()
+                made = any(node.get("outputs", {}).get("artifacts") for node in nodes)
+                if not made or time.monotonic() > patient_until:
+                    objects.patch_namespaced_custom_object(
+                        *GROUP, namespace, "workflows", name, {"metadata": {"finalizers": None}}
+                    )
         return names
 
     eventually(lambda: not left(), 180, every=2)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kubernetes import client
+from kubernetes.stream import stream
 from spectraqlora_pipelines.cli import app
 from spectraqlora_pipelines.cluster.argo_client import Argo
 from spectraqlora_pipelines.cluster.argo_view import ArgoViewer
@@ -65,6 +67,26 @@ def pods_of(argo: Argo, step: str, method: str = "") -> list[Any]:
     """The pods of a step that are there, oldest first."""
     run = argo.workflow(RELEASE)["metadata"]["name"]
     return Pods(argo.namespace, RUN_OF_ARGO).of(run, step, method)
+
+
+KILL = """
+import os, pathlib
+for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    if path.read_bytes().split(b"\\0")[1:4] == [b"-m", b"spectraqlora", b"train"]:
+        os.kill(int(path.parent.name), 9)
+"""
+"""Run inside of a train step: kills its process, as a lost node does. It is told nothing, which a forced deletion of its pod
+does not promise: the kubelet may let a pod that is gone from the API end as any other."""
+
+
+def inside(namespace: str, pod: Any, code: str) -> str:
+    """What Python code prints in a step's container."""
+    return str(
+        stream(
+            client.CoreV1Api().connect_get_namespaced_pod_exec, pod.metadata.name, namespace,
+            container="main", command=["python3", "-c", code], stdin=False, stdout=True, stderr=True, tty=False,
+        )
+    )  # fmt: skip
 
 
 def log_of(argo: Argo, pod: Any) -> str:

@@ -1,4 +1,4 @@
-"""The ablation on Argo Workflows from the chart to a champion, with a training's pods deleted on the way: all numbers are a local run's."""
+"""The ablation on Argo Workflows from the chart to a champion, trainings drained and killed on the way: all numbers are a local run's."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import yaml
 from kubernetes import client
-from kubernetes.stream import stream
 from mlflow import MlflowClient
 from spectraqlora.artifacts import Evaluation
 from spectraqlora_pipelines.cluster.argo_client import Argo
 
 from tests.cluster.conftest import CLI, Release
-from tests.cluster.runs import artifact, ended, resumed, submit, training_at
+from tests.cluster.runs import KILL, artifact, ended, inside, resumed, submit, training_at
 from tests.cluster.services import Store
 from tests.unit.steps.train.test_checkpoints import same
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.core]
 STEPS, EVERY = 100, 20
 SETTINGS = (
     *("--set", "methods=qlora,hybrid", "--set", f"train.max_steps={STEPS}", "--set", "train.evaluations=2"),
-    *("--set", "evaluate.accuracy_rows=8", "--set", f"checkpoint.every_steps={EVERY}"),
+    *("--set", "evaluate.accuracy_rows=8", "--set", "checkpoint.every_minutes=0"),
+    *("--set", f"checkpoint.every_steps={EVERY}"),
 )
 LOOK = """
 import json, os, pathlib
@@ -40,17 +40,6 @@ told = {key: status[key].strip() for key in ("CapEff", "CapPrm", "CapBnd", "Secc
 print(json.dumps({**told, "uid": os.getuid(), "gid": os.getgid(), "root": root,
                   "account": os.path.exists("/var/run/secrets/kubernetes.io/serviceaccount/token")}))
 """
-
-
-def inside(namespace: str, pod: Any, code: str) -> dict[str, Any]:
-    """What Python code prints in a step's container, as YAML."""
-    command = ["python3", "-c", code]
-    said = stream(
-        client.CoreV1Api().connect_get_namespaced_pod_exec, pod.metadata.name, namespace,
-        container="main", command=command, stdout=True, stderr=True, stdin=False, tty=False,
-        _preload_content=True,
-    )  # fmt: skip
-    return dict(yaml.safe_load(said))
 
 
 def numbers(evaluation: Evaluation) -> dict[str, Any]:
@@ -68,7 +57,7 @@ def numbers(evaluation: Evaluation) -> dict[str, Any]:
     return dict(without(told))
 
 
-def test_two_trainings_lose_their_pods_and_the_run_ends_with_a_local_runs_numbers_and_a_champion(
+def test_of_two_trainings_one_is_drained_and_one_killed_and_the_run_ends_with_a_local_runs_numbers_and_a_champion(
     argo: Argo, release: Release, store: Store, sample: None, tmp_path: Path
 ) -> None:
     environment = {**os.environ, **store.variables, "OMP_NUM_THREADS": "1"}
@@ -80,18 +69,17 @@ def test_two_trainings_lose_their_pods_and_the_run_ends_with_a_local_runs_number
     (tmp_path / "local.yaml").write_text(yaml.safe_dump(settings))
     own = tmp_path / "local"
     local = subprocess.Popen(
-        [*CLI, "run", "--config", str(tmp_path / "local.yaml"), "--workdir", str(own), *SETTINGS[:-2]],
+        [*CLI, "run", "--config", str(tmp_path / "local.yaml"), "--workdir", str(own), *SETTINGS[:-4]],
         env=environment, stdout=open(tmp_path / "local.log", "w"), stderr=subprocess.STDOUT,  # noqa: SIM115
     )  # fmt: skip
     try:
-        core = client.CoreV1Api()
-        sandbox = inside(argo.namespace, training_at(argo, "qlora", 1, of=STEPS), LOOK)
+        sandbox = yaml.safe_load(inside(argo.namespace, training_at(argo, "qlora", 1, of=STEPS), LOOK))
         drained, seen_step = training_at(argo, "qlora", EVERY + 5, of=STEPS), EVERY + 5
         told = time.monotonic()
-        core.delete_namespaced_pod(drained.metadata.name, argo.namespace)
+        client.CoreV1Api().delete_namespaced_pod(drained.metadata.name, argo.namespace)
         lost = training_at(argo, "hybrid", EVERY + 5, of=STEPS)
         killed = time.monotonic()
-        core.delete_namespaced_pod(lost.metadata.name, argo.namespace, grace_period_seconds=0)
+        inside(argo.namespace, lost, KILL)
         last = resumed(argo, "qlora", drained, told)
         assert last >= seen_step, "it wrote a checkpoint when it was told to end"
         assert resumed(argo, "hybrid", lost, killed) % EVERY == 0, (

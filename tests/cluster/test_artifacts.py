@@ -22,7 +22,6 @@ from tests.s3 import ACCESS_KEY, BUCKET, SECRET_KEY
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.soak,
     pytest.mark.skipif(
         bool(missing_programs()), reason=f"needs {', '.join(missing_programs())}: tests/install_servers.sh"
     ),

@@ -49,8 +49,9 @@ def test_the_test_asks_mlflow_and_an_upgrade_changes_the_settings_until_it_is_ro
 
 @pytest.fixture
 def own_namespace(namespace: str) -> Iterator[str]:
-    core, name = client.CoreV1Api(), f"{RELEASE}-chart"
-    core.create_namespace({"metadata": {"name": name}})
+    core = client.CoreV1Api()
+    # One of its own each time: a deleted one takes a while to go.
+    name = core.create_namespace({"metadata": {"generateName": f"{RELEASE}-chart-"}}).metadata.name
     yield name
     core.delete_namespace(name)
 

@@ -16,7 +16,7 @@ from tests.cluster.conftest import RELEASE, Release, load_images, program, workf
 from tests.cluster.runs import ended, pods_of, resumed, sees, spectraqlora, submit, training_at
 from tests.cluster.services import eventually
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.usefixtures("sample")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("sample")]
 GPU = "nvidia.com/gpu"
 TAINT = "cluster-test"
 ONE_METHOD = ("--set", "methods=qlora", "--set", "evaluate.accuracy_rows=8", "--set", "train.evaluations=2")

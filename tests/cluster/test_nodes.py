@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,23 @@ import torch
 import yaml
 from kubernetes import client
 from kubernetes.client import ApiException
-from kubernetes.stream import stream
 from spectraqlora.artifacts import TrainingLog
 from spectraqlora.models import adapters
 from spectraqlora.settings import Settings, parse
 from spectraqlora.steps.train.train_job import API
+from spectraqlora_pipelines.cluster.argo_client import RUN
 from spectraqlora_pipelines.cluster.train_job import train_job
 from spectraqlora_pipelines.cluster.values import ClusterValues, read_values
 from spectraqlora_pipelines.dags.argo import template_for, text
 from spectraqlora_pipelines.reference import CHART
 
+from tests.cluster.conftest import GROUP, forget
+from tests.cluster.runs import KILL, inside
 from tests.cluster.services import BUCKET, S3_SECRET, Store, eventually
 from tests.helm import helm
 from tests.unit.models.test_adapters import DOWN, Q0, rank_map
 
 pytestmark = pytest.mark.cluster
-GROUP = ("argoproj.io", "v1alpha1")
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RELEASE = "nodes-test"
 TEMPLATE = "train-hybrid"
@@ -44,30 +46,27 @@ INPUTS = f"{PREFIX}/inputs"
 def release(namespace: str) -> Iterator[str]:
     """The chart's runtime, account and roles; the name that they have."""
     if program := os.environ.get("SPECTRAQLORA_TEST_CLUSTER"):
-        subprocess.run([program, "trainer"], check=True, stdout=subprocess.DEVNULL)
+        started = subprocess.run([program, "trainer"], check=False, capture_output=True, text=True)
+        if started.returncode:
+            pytest.skip(f"no Kubeflow Trainer: {(started.stderr.strip() or '-').splitlines()[-1]}")
     try:
         client.CustomObjectsApi().list_namespaced_custom_object(*API, namespace, "trainjobs")
     except ApiException as error:
         pytest.skip(f"no Kubeflow Trainer in the cluster: Kubernetes answered {error.status}")
-    given = ["nodes.enabled=true", "hook.enabled=false", f"fullnameOverride={RELEASE}"]
+    given = [
+        *("nodes.enabled=true", "hook.enabled=false", f"fullnameOverride={RELEASE}"),
+        "pipeline.values.steps.train.image.pull_policy=Never",
+    ]
     options = [part for each in given for part in ("--set", each)]
     subprocess.run(
         [helm(), "upgrade", "--install", RELEASE, str(CHART), "--namespace", namespace, *options],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     yield RELEASE
-    # Argo deletes a run's artifacts with the release's account.
-    eventually(lambda: not workflows_of(namespace), ENDS_WITHIN_S)
+    forget(namespace, RELEASE)
     subprocess.run(
         [helm(), "uninstall", RELEASE, "--namespace", namespace], check=True, stdout=subprocess.DEVNULL
     )
-
-
-def workflows_of(namespace: str) -> list[str]:
-    """Names of the tests' runs that are there."""
-    found = client.CustomObjectsApi().list_namespaced_custom_object(*GROUP, namespace, "workflows")
-    names = [workflow["metadata"]["name"] for workflow in found["items"]]
-    return [name for name in names if name.startswith(RELEASE)]
 
 
 def values_of(release: str, store: Store, folder: Path) -> ClusterValues:
@@ -89,15 +88,6 @@ def values_of(release: str, store: Store, folder: Path) -> ClusterValues:
     }
     (folder / "values.yaml").write_text(yaml.safe_dump(values))
     return read_values(folder / "values.yaml")
-
-
-KILL = """
-import os, pathlib
-for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-    words = path.read_bytes().split(b"\\0")
-    if words[:4] == [b"python3", b"-m", b"spectraqlora", b"train"] or words[1:4] == [b"-m", b"spectraqlora", b"train"]:
-        os.kill(int(path.parent.name), 9)
-"""
 
 
 class Training:
@@ -137,7 +127,10 @@ class Training:
         }
         client.CustomObjectsApi().create_namespaced_custom_object(
             *GROUP, self._namespace, "workflows",
-            {"apiVersion": "/".join(GROUP), "kind": "Workflow", "metadata": {"name": self._name}, "spec": spec},
+            {
+                "apiVersion": "/".join(GROUP), "kind": "Workflow",
+                "metadata": {"name": self._name, "labels": {RUN: RELEASE}}, "spec": spec,
+            },
         )  # fmt: skip
 
     @staticmethod
@@ -175,6 +168,11 @@ class Training:
         found = client.CoreV1Api().list_namespaced_pod(self._namespace, label_selector=selector).items
         return sorted(found, key=lambda pod: pod.metadata.labels["batch.kubernetes.io/job-completion-index"])
 
+    def has_checkpoint(self) -> bool:
+        """Whether it can be resumed."""
+        keys = self._store.keys(self.checkpoints)
+        return any(key.endswith("_manifest.json") and "/step-" in key for key in keys)
+
     def phase(self) -> str:
         """Succeeded, Failed or Error when it has ended."""
         phase = self.workflow().get("status", {}).get("phase", "")
@@ -192,12 +190,13 @@ class Training:
         )  # fmt: skip
         return max(found.items, key=lambda pod: pod.metadata.creation_timestamp)
 
+    def end_waiting(self) -> None:
+        """Delete the step's pod as a drain does: the step is told, and has time to end."""
+        client.CoreV1Api().delete_namespaced_pod(self.waiting().metadata.name, self._namespace)
+
     def kill_waiting(self) -> None:
         """Kill the step's process as a lost node does: it is told nothing."""
-        stream(
-            client.CoreV1Api().connect_get_namespaced_pod_exec, self.waiting().metadata.name, self._namespace,
-            container="main", command=["python3", "-c", KILL], stdin=False, stdout=True, stderr=True, tty=False,
-        )  # fmt: skip
+        inside(self._namespace, self.waiting(), KILL)
 
     def attempts(self) -> list[dict[str, Any]]:
         """Argo's nodes of the step's pods, oldest first."""
@@ -279,16 +278,10 @@ def test_a_machine_or_the_step_that_is_lost_costs_no_number(
     struck, left = (Training(name, namespace, values, store) for name in ("struck", "left"))
     struck.start()
     try:
-        eventually(
-            lambda: [
-                key
-                for key in store.keys(struck.checkpoints)
-                if key.endswith("_manifest.json") and "/step-" in key
-            ],
-            ENDS_WITHIN_S,
-        )
+        eventually(struck.has_checkpoint, ENDS_WITHIN_S)
         first, second = struck.pods()
         assert first.spec.node_name and second.metadata.labels["spectraqlora/step"] == "train"
+        assert first.spec.containers[0].image_pull_policy == "Never", "as the chart's values say"
         client.CoreV1Api().delete_namespaced_pod(second.metadata.name, namespace, grace_period_seconds=0)
         resumed = struck.adapter(tmp_path)
         assert "resuming from the checkpoint of step" in struck.log()
@@ -311,6 +304,31 @@ def test_a_machine_or_the_step_that_is_lost_costs_no_number(
     finally:
         for training in (struck, left):
             training.remove()
+
+
+@pytest.mark.usefixtures("inputs")
+def test_a_waiting_step_that_is_told_to_end_deletes_its_job_and_the_next_one_resumes(
+    namespace: str, values: ClusterValues, store: Store, tmp_path: Path
+) -> None:
+    told = Training("told", namespace, values, store)
+    told.start()
+    try:
+        eventually(told.has_checkpoint, ENDS_WITHIN_S)
+        job = told.job()
+        assert job is not None
+        began = time.monotonic()
+        told.end_waiting()
+        eventually(
+            lambda: (told.job() or {"metadata": {}})["metadata"].get("uid") != job["metadata"]["uid"], 60
+        )
+        print(f"its job was deleted after {time.monotonic() - began:.0f} s")
+        told.adapter(tmp_path)
+        print(f"the next one trained to the end after {time.monotonic() - began:.0f} s")
+        log = told.log()
+        assert "created TrainJob" in log and "resuming from the checkpoint of step" in log
+        assert len(told.attempts()) == 2
+    finally:
+        told.remove()
 
 
 @pytest.mark.usefixtures("inputs")

@@ -879,3 +879,18 @@ def test_trainings_on_several_machines_get_a_runtime_that_their_values_file_name
     )
     named = yaml.safe_load(config["data"]["cluster-values.yaml"])["nodes"]["runtime"]
     assert named == kinds["TrainingRuntime"]["metadata"]["name"] == "tuning-nodes"
+
+
+def test_the_machines_of_a_training_pull_their_image_as_its_step_would() -> None:
+    def policy(*assignments: str) -> Any:
+        options = [part for each in ("nodes.enabled=true", *assignments) for part in ("--set", each)]
+        done = run_helm("template", "r", str(CHART), "--values", str(CASES["full"]), *options)
+        (runtime,) = (o for o in yaml.safe_load_all(done.stdout) if o and o["kind"] == "TrainingRuntime")
+        (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+        (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+        return container["imagePullPolicy"]
+
+    every, of_train = (f"pipeline.values.{part}.image.pull_policy=" for part in ("defaults", "steps.train"))
+    assert policy() == "Always"
+    assert policy(every + "IfNotPresent") == "IfNotPresent"
+    assert policy(every + "IfNotPresent", of_train + "Never") == "Never"

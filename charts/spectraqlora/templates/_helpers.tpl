@@ -178,6 +178,12 @@ AWS_REGION: {{ . | quote }}
 {{- toYaml (mergeOverwrite $known $values) -}}
 {{- end -}}
 
+{{/* When the machines of a training pull their image: as its step would. */}}
+{{- define "spectraqlora.nodesPullPolicy" -}}
+{{- $values := fromYaml (include "spectraqlora.clusterValues" .) -}}
+{{- dig "steps" "train" "image" "pull_policy" $values.defaults.image.pull_policy $values -}}
+{{- end -}}
+
 {{- define "spectraqlora.podSecurity" -}}
 runAsNonRoot: true
 seccompProfile:
