@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.memory [--base-model DIR] [--shapes 4x128 8x192] [--set SECTION.KEY=VALUE …]
 
-Every shape is one `spectraqlora run` of qlora on rows of full length, with the environment as it is: no allocator and no
-thread count is chosen. Measured is the peak resident memory of a step's processes (`VmHWM` in /proc/PID/status), mapped
+Every shape is one `spectraqlora run` of qlora on rows of full length, with the environment as it is: no thread count is
+chosen, and no allocator. With GLIBC_TUNABLES=glibc.malloc.perturb=0, a choice that changes nothing, steps leave glibc's as
+it is. Measured is the peak resident memory of a step's processes (`VmHWM` in /proc/PID/status), mapped
 libraries and weights among it, as Linux, `ps` and `/usr/bin/time` count it; planned is the same, in main memory, without a
-GPU. Without --base-model it is a random model of the shapes of SmolLM2-135M.
+GPU. Seconds are those of processors. Without --base-model it is a random model of the shapes of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -86,9 +87,22 @@ def peak_resident(process: psutil.Process) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def measure(command: list[str]) -> dict[str, int]:
-    """The peak of every step's processes while a command runs, bytes, by the step's name."""
-    peaks: dict[psutil.Process, int] = defaultdict(int)
+@dataclass
+class Use:
+    """What a step's processes took.
+
+    Args:
+        peak: most that was resident, bytes.
+        seconds: of processors.
+    """
+
+    peak: int = 0
+    seconds: float = 0.0
+
+
+def measure(command: list[str]) -> dict[str, Use]:
+    """What every step's processes take while a command runs, by the step's name."""
+    uses: dict[psutil.Process, Use] = defaultdict(Use)
     steps: dict[psutil.Process, str] = {}
     with tempfile.TemporaryFile() as said:
         command_line = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
@@ -98,14 +112,18 @@ def measure(command: list[str]) -> dict[str, int]:
                     steps[process] = _step(process)
                 # Until it starts its own program a new process counts what its parent has.
                 if steps[process]:
-                    peaks[process] = max(peaks[process], peak_resident(process))
+                    use = uses[process]
+                    use.peak = max(use.peak, peak_resident(process))
+                    with contextlib.suppress(psutil.Error):
+                        use.seconds = sum(process.cpu_times()[:2])
             time.sleep(_INTERVAL_S)
         if command_line.returncode:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{said.read().decode(errors='replace')}")
-    found: dict[str, int] = defaultdict(int)
-    for process, peak in peaks.items():
-        found[steps[process]] += peak
+    found: dict[str, Use] = defaultdict(Use)
+    for process, use in uses.items():
+        found[steps[process]].peak += use.peak
+        found[steps[process]].seconds += use.seconds
     return found
 
 
@@ -119,8 +137,8 @@ def _step(process: psutil.Process) -> str:
     return ""
 
 
-def compare(base_model: Path, shape: Shape, folder: Path, more: list[str]) -> dict[str, tuple[int, int]]:
-    """Planned and measured bytes of every step of a run.
+def compare(base_model: Path, shape: Shape, folder: Path, more: list[str]) -> dict[str, tuple[int, Use]]:
+    """Planned bytes and what was taken, of every step of a run.
 
     Args:
         base_model: folder of the model.
@@ -164,12 +182,13 @@ def main() -> None:
         if base_model is None:
             base_model = Path(scratch, "model")
             make_model(base_model)
-        print("| step | rows x tokens | planned, MiB | measured, MiB | planned / measured |")
-        print("| --- | --- | --- | --- | --- |")
+        print("| step | rows x tokens | planned, MiB | measured, MiB | planned / measured | seconds |")
+        print("| --- | --- | --- | --- | --- | --- |")
         for text in options.shapes:
             found = compare(base_model.resolve(), Shape.of(text), Path(scratch, text), options.more)
             for step, (planned, measured) in found.items():
-                figures = f"{planned / MIB:.0f} | {measured / MIB:.0f} | {planned / measured:.2f}"
+                figures = f"{planned / MIB:.0f} | {measured.peak / MIB:.0f} | {planned / measured.peak:.2f}"
+                figures += f" | {measured.seconds:.0f}"
                 print(f"| {step} | {text.replace('x', ' x ')} | {figures} |", flush=True)
 
 

@@ -26,9 +26,9 @@ GPU_RESERVE_BYTES = 600 * 2**20
 """CUDA context and libraries on the device."""
 GPU_RESERVE_SHARE = 0.05
 """Of the device, for fragmentation of its memory."""
-PROCESS_BYTES = (920 if torch.version.cuda else 650) * 2**20
+PROCESS_BYTES = (950 if torch.version.cuda else 680) * 2**20
 """Resident memory of a step's libraries: once they are imported, MLflow, PEFT and Trainer among them, 574 MiB, or 860 where
-torch is built for CUDA; and 30 of their code that is read from the disk when it computes."""
+torch is built for CUDA; 30 of their code that is read from the disk when it computes; the rest is for other versions."""
 CUDA_PROCESS_BYTES = 3 * GIB
 """The same where CUDA's libraries are loaded."""
 _SCAN_BYTES = 600 * 2**20
@@ -81,7 +81,7 @@ class _Run:
         return CUDA_PROCESS_BYTES if self.cuda else 0
 
     def with_holes(self, size: int) -> int:
-        """Memory of tensors that come and go, with what a heap loses between those that stay; a GPU's is without.
+        """Memory of tensors that come and go, with what the allocator loses between them; a GPU's is without.
 
         Half as many holes as blocks, none larger than those: Knuth's fifty-percent rule (The Art of Computer
         Programming, 2.5).

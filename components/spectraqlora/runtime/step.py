@@ -1,4 +1,4 @@
-"""What surrounds a step's work: its threads, its end with the launcher, its errors in one line, its output folders.
+"""What surrounds a step's work: its threads and memory, its end with the launcher, its errors in one line, its output folders.
 
 An `InputError` ends a step with its one line and exit code 2; every other error keeps its traceback.
 """
@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from spectraqlora.errors import InputError, Stopped
 from spectraqlora.files import write_text
+from spectraqlora.runtime.allocator import keep_tensors_out_of_heaps
 from spectraqlora.runtime.console import fail, say
 from spectraqlora.runtime.disk import full
 from spectraqlora.runtime.logs import silence_libraries
@@ -63,6 +64,7 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
             kwargs[name] = int(kwargs[name])  # type: ignore[call-overload]
         silence_libraries()
         bound_threads()
+        keep_tensors_out_of_heaps()
         _end_with_launcher()
         _made.clear()
         try:

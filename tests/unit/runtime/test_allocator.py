@@ -1,4 +1,4 @@
-"""Weights that a step frees are the system's again, unless its user chose how memory is allocated."""
+"""Tensors that a step frees are the system's again, unless its user chose how memory is allocated."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import pytest
 from spectraqlora.runtime.allocator import OWN
 
 FREES = """
-import contextlib, sys
+import sys
 from pathlib import Path
-from spectraqlora.runtime.allocator import outside_of_heaps
+from spectraqlora.runtime.allocator import keep_tensors_out_of_heaps
 
 def resident():
     return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 
 bytearray(16 << 20)  # Freed at once: blocks up to this size go to the heap from here on, as glibc is by itself.
 before = resident()
-with outside_of_heaps() if "outside" in sys.argv else contextlib.nullcontext():
-    weights = [bytearray(4 << 20) for _ in range(20)]
+if "outside" in sys.argv:
+    keep_tensors_out_of_heaps()
+tensors = [bytearray(4 << 20) for _ in range(20)]
 small = [bytearray(100_000) for _ in range(100)]  # In the heap, above what is freed then.
-del weights
+del tensors
 print(resident() - before - sum(map(len, small)))
 """
 
@@ -41,7 +42,7 @@ def left_after_freeing(*arguments: str, **environment: str) -> int:
 @pytest.mark.skipif(
     "glibc" not in str(os.confstr("CS_GNU_LIBC_VERSION")), reason="glibc's allocator alone is set"
 )
-def test_freed_weights_go_back_at_once_unless_the_user_chose_otherwise() -> None:
+def test_freed_tensors_go_back_at_once_unless_the_user_chose_otherwise() -> None:
     taken = 80 << 20
     assert left_after_freeing() > taken / 2, "what glibc does by itself"
     assert left_after_freeing("outside") < taken / 10

@@ -24,7 +24,6 @@ from spectraqlora.models.loading import (
     stored_bytes,
 )
 from spectraqlora.places import kind_of
-from spectraqlora.runtime.allocator import outside_of_heaps
 from spectraqlora.runtime.console import say, warn
 from spectraqlora.runtime.disk import ask
 from spectraqlora.runtime.step import MADE_FROM
@@ -87,10 +86,9 @@ def merge_export(
     adapters.settle_scaling(output / "adapter")
     for name in FOLDERS:
         apply_umask(output / name)
-    with outside_of_heaps():
-        exported = load_plain(
-            output / "merged", getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
-        )
+    exported = load_plain(
+        output / "merged", getattr(torch, manifest.compute_dtype), manifest.trust_remote_code
+    )
     warning = merge_warning(evaluation, losses[into])
     if warning:
         warn(warning)
@@ -194,7 +192,6 @@ def _parameters_to_round(model: Any, dtype: torch.dtype) -> Iterator[torch.nn.Pa
             yield parameter
 
 
-@outside_of_heaps()
 def _merged(into: str, inputs: Inputs, manifest: FourBitModel) -> Any:
     """The base with the adapter merged into its `quantized` or `original` weights.
 
@@ -235,9 +232,8 @@ def _write_better_merge(
         model = None
         model = _merged(better, inputs, manifest)
     exported = getattr(torch, _exported_dtype(manifest))
-    with outside_of_heaps():
-        for parameter in _parameters_to_round(model, exported):
-            parameter.data = parameter.data.to(exported)
+    for parameter in _parameters_to_round(model, exported):
+        parameter.data = parameter.data.to(exported)
     model.config.dtype = exported
     tokenizer = load_tokenizer(inputs.four_bit / "model", manifest.trust_remote_code)
     end_turns(model, tokenizer, PreparedRows.read(inputs.rows))
