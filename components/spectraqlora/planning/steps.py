@@ -26,7 +26,7 @@ GPU_RESERVE_BYTES = 600 * 2**20
 """CUDA context and libraries on the device."""
 GPU_RESERVE_SHARE = 0.05
 """Of the device, for fragmentation of its memory."""
-PROCESS_BYTES = (950 if torch.version.cuda else 680) * 2**20
+PROCESS_BYTES = (940 if torch.version.cuda else 670) * 2**20
 """Resident memory of a step's libraries: once they are imported, MLflow, PEFT and Trainer among them, 574 MiB, or 860 where
 torch is built for CUDA; 30 of their code that is read from the disk when it computes; the rest is for other versions."""
 CUDA_PROCESS_BYTES = 3 * GIB
