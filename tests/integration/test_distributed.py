@@ -16,10 +16,12 @@ from spectraqlora.artifacts import TrainingLog
 from spectraqlora.errors import InputError
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
-from spectraqlora.settings import EvaluateSettings, TrackingSettings, TrainSettings
+from spectraqlora.settings import EvaluateSettings, ModelSettings, TrackingSettings, TrainSettings
+from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.train import distributed
 from spectraqlora.steps.train.step import run as run_train
 
+from tests.architectures import ARCHITECTURES, written
 from tests.unit.models.test_adapters import DOWN, Q0, Q1, logits, randomize, rank_map
 
 
@@ -199,3 +201,30 @@ def test_rows_that_do_not_divide_are_refused() -> None:
         distributed.split_batch(TrainSettings(batch_size=3), 2)
     with pytest.raises(InputError, match=r"train\.batch_size"):
         distributed.split_batch(TrainSettings(batch_size=2), 8)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_packed_experts_are_sharded_and_give_the_same_gradients(tmp_path: Path) -> None:
+    from torch.distributed.tensor import DTensor
+
+    base = written(ARCHITECTURES["mixtral"], tmp_path / "base")
+    quantize(ModelSettings(base_model=str(base)), tmp_path / "four_bit", tmp_path / "outline")
+    found = []
+    for sharded in (False, True):
+        model, _ = load_four_bit(tmp_path / "four_bit")
+        torch.manual_seed(3)
+        wrapped = adapters.attach(model, rank_map(tmp_path / "four_bit", {Q0: 2}))
+        randomize(wrapped)
+        if sharded:
+            distributed.shard_base(wrapped)
+            experts = [p for name, p in wrapped.named_parameters() if ".experts." in name]
+            assert experts
+            assert all(isinstance(p, DTensor) for p in experts)
+        wrapped.train()
+        ids = torch.arange(9, 29)[None]
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+        assert bool(gradient.abs().max() > 0)

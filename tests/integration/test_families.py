@@ -257,12 +257,12 @@ def test_falcon_computes_the_same_from_plain_linear_layers(tmp_path: Path) -> No
     assert torch.equal(own(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
-def test_experts_are_counted_and_measured_one_by_one(tmp_path: Path) -> None:
+def test_experts_are_packed_and_counted_and_measured_one_by_one(tmp_path: Path) -> None:
     base = write_family("qwen3-moe", tmp_path / "base")
     (tmp_path / "quantized").mkdir()
     manifest = quantize(ModelSettings(base_model=str(base)), tmp_path / "quantized", tmp_path / "outline")
-    assert manifest.four_bit_parameters < manifest.parameters
-    assert any("experts" in name for name in manifest.unquantized)
+    assert manifest.four_bit_parameters > 4 * 4 * 3 * 64 * 64
+    assert not any("experts" in name for name in manifest.unquantized)
     analyze(Inputs(tmp_path / "outline"), SnrSettings(), tmp_path / "table")
     table = read_table(tmp_path / "table")
     experts = table[table["type"].str.contains("experts")]

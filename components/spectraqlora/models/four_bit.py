@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectraqlora.models.experts import packed_experts
 from spectraqlora.models.families import auto_class, fused_experts, plain_linears, quantizable_t5, stays_plain
 from spectraqlora.models.hardware import device
 from spectraqlora.models.inspection import check_loaded
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """A model whose linear layers are quantized while it loads, on the best device.
+    """A model whose linear layers and fused experts are quantized while it loads, on the best device.
 
     One that bitsandbytes has already in 4 bits keeps its own codes; other packed weights are unpacked before.
 
@@ -34,12 +35,15 @@ def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool =
     """
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    from spectraqlora.models.expert_loading import experts_in_four_bit
+
     own = own_four_bit(source)
     with (
         contextlib.nullcontext(source) if own else plain_folder(source) as folder,
         plain_linears(),
         quantizable_t5(),
         fused_experts(),
+        experts_in_four_bit(),
     ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if own:
@@ -67,8 +71,7 @@ def load_in_four_bit(source: Path, dtype: torch.dtype, trust_remote_code: bool =
             **quantize,
         )
     check_loaded(info, type(model).__name__, source)
-    if own:
-        _forget_unpacking(model)
+    _forget_conversions(model)
     without_cpu_packing(model)
     return model
 
@@ -85,18 +88,22 @@ def _left_plain(config: Any, trust_remote_code: bool) -> list[str] | None:
     return [*get_keys_to_not_convert(model), *sorted(kept)] if kept else None
 
 
-def _forget_unpacking(model: Any) -> None:
-    """Let a model that was loaded in 4 bits be saved again: transformers cannot undo the step that read its states.
+def _forget_conversions(model: Any) -> None:
+    """Let a 4-bit model be saved as it is in memory, where transformers would undo what it did to load it.
 
-    There is nothing to undo: bitsandbytes writes the states itself.
+    What read packed states has no way back, and needs none: bitsandbytes writes the states itself. What fused experts
+    would cut their codes up again.
     """
+    packed = [name for name, _ in packed_experts(model)]
     kept = []
     for conversion in getattr(model, "_weight_conversions", None) or ():
         try:
-            conversion.reverse_transform()
+            back = conversion.reverse_transform()
         except NotImplementedError:  # How transformers says that a step has no way back.
             continue
-        kept.append(conversion)
+        renames = not hasattr(conversion, "operations")
+        if renames or not any(back.rename_source_key(name)[1] for name in packed):
+            kept.append(conversion)
     model._weight_conversions = kept
 
 
@@ -119,6 +126,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     import bitsandbytes as bnb
 
     four_bit = sum(layer.out_features * layer.in_features for layer in four_bit_layers(model).values())
+    four_bit += sum(tensor.numel() for _, tensor in packed_experts(model))
     plain = sum(p.numel() for p in model.parameters() if not isinstance(p, bnb.nn.Params4bit))
     return plain + four_bit, four_bit
 
@@ -131,7 +139,7 @@ def unquantized(model: torch.nn.Module) -> list[str]:
 
 
 def copy_dequantized(four_bit: torch.nn.Module, plain: torch.nn.Module, transposed: set[str]) -> None:
-    """Give a plain model the weights of its 4-bit form, layer by layer.
+    """Give a plain model the weights of its 4-bit form, one layer or fused tensor after the other.
 
     Args:
         four_bit: the 4-bit model.
@@ -145,3 +153,5 @@ def copy_dequantized(four_bit: torch.nn.Module, plain: torch.nn.Module, transpos
         for name, layer in four_bit_layers(four_bit).items():
             weight = dequantized_weight(layer)
             layers[name].weight.copy_(weight.T if name in transposed else weight)
+        for name, tensor in packed_experts(four_bit):
+            plain.get_parameter(name).copy_(tensor.dequantized())

@@ -70,9 +70,11 @@ def load_four_bit(folder: str | Path, on: str = "") -> tuple[Any, FourBitModel]:
     import torch
     from transformers import AutoConfig
 
+    from spectraqlora.models.expert_loading import experts_in_four_bit
+
     manifest = FourBitModel.read(folder)
     path, trust = Path(folder) / "model", manifest.trust_remote_code
-    with plain_linears(), quantizable_t5(), fused_experts():
+    with plain_linears(), quantizable_t5(), fused_experts(), experts_in_four_bit():
         model, info = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=trust)).from_pretrained(
             path,
             dtype=getattr(torch, manifest.compute_dtype),

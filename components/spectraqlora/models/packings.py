@@ -19,6 +19,8 @@ from spectraqlora.models.headers import Entry
 if TYPE_CHECKING:
     import torch
 
+    from spectraqlora.models.experts import FourBitTensor
+
 Raw = Callable[[str], "torch.Tensor"]
 """A stored tensor by name, as it is in the file."""
 _STATE = ".quant_state.bitsandbytes__"
@@ -49,6 +51,10 @@ class Packing(ABC):
     @abstractmethod
     def unpack(self, raw: Raw) -> torch.Tensor:
         """The matrix, in float32 or in the type that the checkpoint names."""
+
+    def unpack_slice(self, raw: Raw, index: int) -> torch.Tensor:
+        """One slice of the first axis of a stack."""
+        return self.unpack(raw)[index]
 
 
 def packings(
@@ -105,7 +111,10 @@ def _check_codes(entries: Mapping[str, Entry], packed: Mapping[str, Packing], wh
 
 
 class _FourBit(Packing):
-    """bitsandbytes' nf4 or fp4: two codes a byte, a scale for each block, the scales perhaps quantized as well."""
+    """bitsandbytes' nf4 or fp4: two codes a byte, a scale for each block, the scales perhaps quantized as well.
+
+    A layer's matrix, or fused experts as quantize-load packs them.
+    """
 
     def __init__(self, name: str, state: Mapping[str, Any], parts: list[str]) -> None:
         super().__init__(name, tuple(state["shape"]), parts, _FLOATS[state["dtype"]])
@@ -134,7 +143,7 @@ class _FourBit(Packing):
             whole = all(isinstance(size, int) and size > 0 for size in sizes)
             right = (
                 whole
-                and len(shape) == 2
+                and len(shape) in (2, 3)
                 and state["dtype"] in _FLOATS
                 and state["blocksize"] in _BLOCK_SIZES
                 and state["quant_type"] == stored.partition(_STATE)[2]
@@ -187,12 +196,19 @@ class _FourBit(Packing):
                 )  # fmt: skip
 
     def unpack(self, raw: Raw) -> torch.Tensor:
-        import torch
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        return self._packed(raw).dequantized()
 
-        codes = raw(self.name)
+    def unpack_slice(self, raw: Raw, index: int) -> torch.Tensor:
+        return self._packed(raw).select(0, index).dequantized()  # type: ignore[attr-defined]
+
+    def _packed(self, raw: Raw) -> FourBitTensor:
+        import torch
+        from bitsandbytes.functional import QuantState
+
+        from spectraqlora.models.experts import FourBitTensor
+
         parts = {part: raw(part) for part in self.parts if part != self.name}
-        return dequantize_4bit(codes, QuantState.from_dict(parts, device=torch.device("cpu")))
+        return FourBitTensor(raw(self.name), QuantState.from_dict(parts, device=torch.device("cpu")))
 
 
 class _Int8(Packing):

@@ -102,8 +102,8 @@ class Tensors(ABC):
     def load(self, name: str, index: int | None = None) -> torch.Tensor:
         """One tensor, or one slice of its first axis; packed ones unpacked."""
         if name in self.packings:
-            whole = self.packings[name].unpack(self._raw)
-            return whole if index is None else whole[index]
+            packing = self.packings[name]
+            return packing.unpack(self._raw) if index is None else packing.unpack_slice(self._raw, index)
         return self._raw(name, index)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.errors import InputError
+from spectraqlora.models.experts import is_fused
 from spectraqlora.models.families import auto_class, context_length
 from spectraqlora.models.modules import candidates, linear_modules
 from spectraqlora.settings import Settings
@@ -88,9 +89,11 @@ class ModelShape:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.largest_tensor = max(p.numel() for p in model.parameters())
         linear = linear_modules(model)
-        self.four_bit = sum(m.out_features * m.in_features for m in linear)
+        fused = [p.numel() for name, p in model.named_parameters() if is_fused(name, p.shape)]
+        self.four_bit = sum(m.out_features * m.in_features for m in linear) + sum(fused)
         self.modules: list[LinearModule] = candidates(model, config.model_type)
         self.largest = max(m.out_features * m.in_features for m in linear)
+        self.dequantized = max(self.largest, *fused, 0)
         self.widest = max(max(m.out_features, m.in_features) for m in linear)
         embeddings = model.get_input_embeddings().weight
         self.vocabulary, self.hidden = (int(side) for side in embeddings.shape)
@@ -128,8 +131,8 @@ class ModelShape:
         return self.dtype_bytes * self.parameters
 
     def working(self, positions: int) -> int:
-        """The largest weight, dequantized, and the widest tensors of a block's forward or backward pass."""
-        return self.dtype_bytes * (self.largest + _WORKING_TENSORS * positions * self.widest)
+        """The largest weight, or fused tensor of experts, dequantized, and the widest tensors of a block's pass."""
+        return self.dtype_bytes * (self.dequantized + _WORKING_TENSORS * positions * self.widest)
 
     def loss(self, positions: int) -> int:
         """Hidden states, their gradient, and one chunk of logits with its softmax and gradient."""

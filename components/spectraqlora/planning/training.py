@@ -7,7 +7,8 @@ A 4-bit model with LoRA adapters takes, with b bytes per number of the compute t
     adapters     4 each (float32); their gradients 4 each; AdamW's two moments 8 each (8-bit: 2)
     activations  what the forward pass keeps for the backward pass, counted (see activations). With gradient
                  checkpointing one input per block, and all tensors of the block that runs again
-    working set  the largest dequantized weight and the gradients of one block's widest tensors
+    working set  the largest dequantized weight (of experts a whole fused tensor) and the gradients of one block's
+                 widest tensors
     loss         hidden states that count, and one chunk of logits (see scoring.head_loss)
 
 The sum is compared with measured peaks by a test.

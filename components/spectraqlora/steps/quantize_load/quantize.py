@@ -10,6 +10,7 @@ from typing import Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
+from spectraqlora.models.experts import packed_experts
 from spectraqlora.models.families import check_computes, settle_tie
 from spectraqlora.models.finite import check_finite
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, own_four_bit, unquantized
@@ -127,7 +128,7 @@ def _write_four_bit(settings: ModelSettings, base: _Base, output: Path) -> FourB
 
 
 def _say_what_is_four_bit(manifest: FourBitModel, model: Any) -> None:
-    """The share of 4-bit parameters, a warning where it is low, and expert tensors that stay as they are."""
+    """The share of 4-bit parameters, a warning where it is low, and what becomes of fused experts."""
     share = manifest.four_bit_parameters / manifest.parameters
     shown = {
         "parameters": manifest.parameters,
@@ -143,11 +144,16 @@ def _say_what_is_four_bit(manifest: FourBitModel, model: Any) -> None:
             f"{packed / max(linear, 1):.0%} of the decoder's linear weights are, the rest is "
             "embeddings, norms or layers that bitsandbytes does not know"
         )
-    experts = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
-    if experts:
+    if packed := sum(len(tensor) for _, tensor in packed_experts(model)):
         say(
-            f"{experts} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: bitsandbytes "
-            "packs, and the rank map adapts, layers; their SNR is measured"
+            f"{packed} expert matrices in fused tensors are 4-bit and frozen: the rank map adapts layers; their SNR is "
+            "measured"
+        )
+    plain = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
+    if plain:
+        say(
+            f"{plain} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: the base's own 4-bit "
+            "form has them so, or their numbers do not fill blocks of 64"
         )
 
 
