@@ -58,6 +58,18 @@ _WRONG_REGION = {
     "IllegalLocationConstraintException",
     "301",
 }
+_ALWAYS_SAID = {
+    "list_objects_v2": "Name",
+    "list_multipart_uploads": "Bucket",
+    "list_parts": "Bucket",
+    "create_multipart_upload": "UploadId",
+    "complete_multipart_upload": "ETag",
+    "upload_part": "ETag",
+    "get_object": "ContentLength",
+    "head_object": "ContentLength",
+}
+"""What every store answers. An answer that a broken connection cut within its head, or that lost its body, says nothing:
+botocore takes it for an empty list."""
 _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestLimitExceeded"}
 
 
@@ -232,6 +244,10 @@ class Connection:
                 f"an endpoint that answers itself (AWS_ENDPOINT_URL, http or https, AWS_REGION); "
                 f"{self.endpoint} redirects every request (301)",
             ) from None
+        except ValueError:  # Of a number that was cut.
+            reply = {}
+        if _ALWAYS_SAID.get(operation, "ResponseMetadata") not in reply:
+            raise faults.ConnectionClosedError(endpoint_url=self.endpoint)
         self._answered.set()
         return reply
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def connect(settings: TrackingSettings) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _refuse_empty_answers()
     follow_move(settings.uri)
     with explain_errors(settings):
         try:
@@ -59,6 +61,23 @@ def connect(settings: TrackingSettings) -> Any:
             raise InputError("tracking.uri", settings.uri, f"an address of an MLflow ({first})") from None
 
 
+@functools.cache
+def _refuse_empty_answers() -> None:
+    """MLflow's servers answer `{}` at least; its client reads the same from an answer whose body was lost."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+    from mlflow.utils import rest_utils
+
+    verify = rest_utils.verify_rest_response
+
+    def verified(response: Any, endpoint: str, *given: Any, **named: Any) -> Any:
+        if response.status_code == 200 and not response.content.strip():
+            raise MlflowException(f"an empty answer to {endpoint}", error_code=TEMPORARILY_UNAVAILABLE)
+        return verify(response, endpoint, *given, **named)
+
+    rest_utils.verify_rest_response = verified
+
+
 @contextlib.contextmanager
 def explain_errors(settings: TrackingSettings) -> Iterator[None]:
     """Inside, MLflow's refusals become one line, and a server that does not answer `ServerAway`.
@@ -67,10 +86,13 @@ def explain_errors(settings: TrackingSettings) -> Iterator[None]:
         InputError: the server refuses the credentials, the address that it is asked by, or the user.
         ServerAway: it does not answer, or answers that it cannot now.
     """
+    from google.protobuf.json_format import ParseError
     from mlflow.exceptions import MlflowException
 
     try:
         yield
+    except ParseError:
+        raise InputError("tracking.uri", settings.uri, "an MLflow; what answers there is none") from None
     except MlflowException as error:
         first = (str(error).splitlines() or [""])[0]
         status = error.get_http_status_code()

@@ -50,18 +50,18 @@ class Argo:
                 found = self._objects.get_namespaced_custom_object(
                     *self._place(kind), name, _request_timeout=TIMEOUT_S
                 )
+                return {"metadata": found["metadata"], **found}
             except ApiException as error:
                 if error.status == 404:
                     return None
                 raise
-        return dict(found)
 
     def _list(self, kind: str, selector: str = "") -> list[dict[str, Any]]:
         with asking(self.namespace):
             found = self._objects.list_namespaced_custom_object(
                 *self._place(kind), label_selector=selector, _request_timeout=TIMEOUT_S
             )
-        return list(found["items"])
+            return list(found["items"])
 
     def apply(self, document: dict[str, Any]) -> Done:
         """Create an object, or change it to what is given; runs under way keep what they began with."""
@@ -87,7 +87,7 @@ class Argo:
             made = self._objects.create_namespaced_custom_object(
                 *self._place(document["kind"]), document, _request_timeout=TIMEOUT_S
             )
-        return str(made["metadata"]["name"])
+            return str(made["metadata"]["name"])
 
     def workflow(self, wanted: str) -> dict[str, Any]:
         """A workflow by its own name, or the newest of a run's or a schedule's name.

@@ -20,6 +20,8 @@ from spectraqlora.errors import InputError, holds_secret
 _PAGE = 100
 _OWNED = "Kept by "
 """Before the owner's name in a recurring run's description: KFP has no labels for recurring runs."""
+_OTHER_SHAPE = (AttributeError, TypeError, ValueError, RecursionError)
+"""What KFP's client raises where an answer is not shaped as KFP's are."""
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -103,10 +105,26 @@ class Kubeflow:
                     cookies=connection.cookie or None,
                     ssl_ca_cert=connection.ca_file or None,
                 )
-            except (AttributeError, TypeError, ValueError):  # It reads the answer before it looks at it.
-                raise InputError(
-                    "--host", self.host, "a Kubeflow Pipelines API; what answers there is none"
-                ) from None
+            except _OTHER_SHAPE:  # It reads the answer before it looks at it.
+                raise self._no_kubeflow() from None
+        self._check_answers(self._client._run_api.api_client)
+
+    def _no_kubeflow(self) -> InputError:
+        return InputError("--host", self.host, "a Kubeflow Pipelines API; what answers there is none")
+
+    def _check_answers(self, client: Any) -> None:
+        """Of what is no JSON object, such as an answer whose body was lost, KFP's client makes an empty message."""
+        read = client.deserialize
+
+        def checked(response: Any, response_type: Any) -> Any:
+            try:
+                if not isinstance(json.loads(response.data), dict):
+                    raise TypeError
+                return read(response, response_type)
+            except _OTHER_SHAPE:
+                raise self._no_kubeflow() from None
+
+        client.deserialize = checked
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -192,11 +210,14 @@ class Kubeflow:
                     raise InputError("RUN", wanted, expected)
                 wanted = runs[0].run_id
             try:
-                return self._client.get_run(wanted)
+                found = self._client.get_run(wanted)
             except ApiException as error:
                 if error.status == 404:
                     raise InputError("RUN", wanted, expected) from None
                 raise
+        if not found.run_id:
+            raise self._no_kubeflow()
+        return found
 
     def pipeline_of(self, run: Any) -> dict[str, Any]:
         """The compiled pipeline of a run."""

@@ -13,6 +13,8 @@ from typing import Any
 from spectraqlora.errors import InputError
 
 TIMEOUT_S = 15
+OTHER_SHAPE = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
+"""What reading an answer raises that is not shaped as Kubernetes' are, such as one whose body was lost."""
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -52,7 +54,7 @@ def _message(error: Any) -> str:
 
 @contextlib.contextmanager
 def asking(namespace: str) -> Iterator[None]:
-    """Refusals and silence as one line.
+    """Refusals, silence and answers that are none as one line; what is wanted of an answer is read inside.
 
     Raises:
         NoAccess: instead of the client's own errors.
@@ -75,3 +77,6 @@ def asking(namespace: str) -> Iterator[None]:
         raise NoAccess("kubeconfig", namespace, f"another answer; {answered}{_message(error)}") from None
     except (HTTPError, OSError) as error:
         raise NoAccess("kubeconfig", namespace, f"a cluster that answers ({error})") from None
+    except OTHER_SHAPE:
+        expected = "a Kubernetes API; what answers there is none, or its answer was cut"
+        raise NoAccess("kubeconfig", namespace, expected) from None

@@ -58,10 +58,8 @@ class Pods:
                 label_selector=f"{self._run_label}={run_id}",
                 _request_timeout=TIMEOUT_S,
             )
-        if not found["items"]:
-            return None
-        workflow: dict[str, Any] = found["items"][0]
-        return unpacked(workflow)
+            items: list[dict[str, Any]] = found["items"]
+        return unpacked(items[0]) if items else None
 
     def of(self, run_id: str, step: str = "", method: str = "") -> list[Any]:
         """The pods of a run's steps that are still there, oldest first."""

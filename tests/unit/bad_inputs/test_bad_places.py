@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import socketserver
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from spectraqlora_pipelines.local.preflight import claim_workdir
 
 from tests.bad_inputs import check_refused, command, written
 from tests.s3 import environment
+from tests.wrong_server import HTML, Wrong, answer
 
 WORKDIRS: list[tuple[str, str]] = [
     ("/proc/run", "--workdir"), ("/proc/1/run", "--workdir"), ("/sys/run", "--workdir"), ("/dev/null", "--workdir"), ("/dev/null/run", "--workdir"), ("FILE", "--workdir"), ("FILE/run", "--workdir"), ("FILE/a/b", "--workdir"), ("FOREIGN", "--workdir"), ("LOOP", "--workdir"), ("LOOP/run", "--workdir"),
@@ -61,43 +60,11 @@ def test_an_output_that_cannot_be_written(
 
 # --- servers -------------------------------------------------------------------------------------------------
 
-HTML = b"<html><body>Sign in</body></html>"
-
-
-def answer(status: str, body: bytes, kind: str = "text/html", length: int | None = None) -> bytes:
-    size = len(body) if length is None else length
-    return (
-        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n".encode()
-        + body
-    )
-
-
 ANSWERS: dict[str, bytes] = {
     "a page": answer("200 OK", HTML), "a page of errors": answer("500 Internal Server Error", HTML), "unavailable": answer("503 Service Unavailable", b""), "no gateway": answer("502 Bad Gateway", HTML), "forbidden": answer("403 Forbidden", HTML), "unknown user": answer("401 Unauthorized", b"{}", "application/json"), "not found": answer("404 Not Found", b"no"),
     "half an answer": answer("200 OK", b'{"a', "application/json", 5000), "other JSON": answer("200 OK", b"[1, 2]", "application/json"), "no JSON": answer("200 OK", b"{", "application/json"), "null": answer("200 OK", b"null", "application/json"), "nothing": b"", "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n", "bytes": bytes(range(256)),
     "a loop": b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "elsewhere": b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
 }  # fmt: skip
-
-
-class Wrong(socketserver.ThreadingTCPServer):
-    """A server that answers every request with the same bytes."""
-
-    daemon_threads = allow_reuse_address = True
-
-    def __init__(self, content: bytes) -> None:
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with contextlib.suppress(OSError):
-                    self.request.settimeout(5)
-                    self.request.recv(1 << 16)
-                    self.request.sendall(content)
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
 
 @pytest.fixture(params=ANSWERS, ids=str)

@@ -122,15 +122,16 @@ class TrainJob:
         from kubernetes.client import ApiException
 
         try:
-            return dict(
-                self._objects.get_namespaced_custom_object(
-                    *API, self.namespace, "trainjobs", self.name, _request_timeout=_TIMEOUT_SECONDS
-                )
+            found = self._objects.get_namespaced_custom_object(
+                *API, self.namespace, "trainjobs", self.name, _request_timeout=_TIMEOUT_SECONDS
             )
         except ApiException as error:
             if error.status == 404:
                 return None
             raise
+        if not isinstance(found, dict) or "metadata" not in found:
+            raise ValueError("no object of Kubernetes")
+        return found
 
     def _create(self, document: dict[str, Any]) -> None:
         with self._asking():
@@ -280,7 +281,7 @@ class TrainJob:
             raise InputError(
                 "train.nodes", self.name, f"{needs} in namespace {self.namespace}; {answered}"
             ) from None
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:  # The last where the answer's body was lost.
             raise _Away(
                 "train.nodes", self.name, f"a Kubernetes API that answers ({type(error).__name__})"
             ) from None
