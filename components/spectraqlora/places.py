@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spectraqlora.errors import InputError
 from spectraqlora.files import file_digest, folder_digest, name_fault
+from spectraqlora.runtime.disk import full
 from spectraqlora.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ class Place:
         Of a base model only the files count that it is loaded from.
 
         Args:
-            offline: of a hub id whose hub does not answer, take the commit of this machine's newest copy, or
-                nothing where it has none.
+            offline: of a hub id whose hub does not answer, take the commit of this machine's newest copy, where
+                it has one.
 
         Raises:
             InputError: nothing there, a store or hub that refuses or does not answer.
@@ -132,8 +133,8 @@ class Place:
             try:
                 return str(self._ask().sha)
             except HubAway:
-                if offline:
-                    return self._cached_commit()
+                if offline and (commit := self._cached_commit()):
+                    return commit
                 raise
         if self.kind == "s3":
             from spectraqlora import storage
@@ -198,7 +199,10 @@ class Place:
         Raises:
             InputError: the hub has none, or does not answer.
         """
-        return self._fetched([*DESCRIPTION_FILES, *(["*.py"] if self.trusted else [])], content)
+        from spectraqlora.hub import without_bars
+
+        with without_bars():
+            return self._fetched([*DESCRIPTION_FILES, *(["*.py"] if self.trusted else [])], content)
 
     def cached_copy(self, content: str = "") -> Path | None:
         """The complete copy of a hub's model in the hub's cache; None where there is none. Nothing is asked of the hub."""
@@ -243,13 +247,17 @@ class Place:
 
     def _fetched(self, patterns: list[str], commit: str = "") -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+        from spectraqlora.hub import limit_requests
+
+        limit_requests()
         try:
             return Path(
                 snapshot_download(self.text, revision=commit or self.revision, allow_patterns=patterns)
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        except Exception as error:  # The hub's client lets those of its HTTP library through.
+            if full(error) or getattr(error, "filename", None):  # Not the hub's fault, but the cache's.
+                raise
             raise self._away(error) from None
 
     def _ask(self, commit: str = "") -> Any:
@@ -262,9 +270,15 @@ class Place:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+        from spectraqlora.hub import COMMIT, limit_requests
+
+        limit_requests()
         ask = HfApi().model_info if self.holds == "model" else HfApi().dataset_info
         try:
-            return ask(self.text, revision=commit or self.revision, timeout=_HUB_TIMEOUT_S)
+            found = ask(self.text, revision=commit or self.revision, timeout=_HUB_TIMEOUT_S)
+            if not COMMIT.fullmatch(str(found.sha)):
+                raise ValueError(f"its answer names the commit {found.sha!r}")
+            return found
         except RevisionNotFoundError:
             expected = f"a {self._hub_kind} with a revision {self.revision!r}; the hub has none"
             raise InputError(self.field, self.text, expected) from None
@@ -313,9 +327,11 @@ class Place:
         return "model" if self.holds == "model" else "data set"
 
     def _away(self, error: Exception) -> HubAway:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        from spectraqlora.hub import explained
+
         local = "a folder" if self.holds == "model" else "an existing file or folder"
-        return HubAway(self.field, self.text, f"{local} or a reachable hub {self._hub_kind} ({first})")
+        expected = explained(f"{local} or a reachable hub {self._hub_kind}", error)
+        return HubAway(self.field, self.text, expected)
 
 
 def base_place(

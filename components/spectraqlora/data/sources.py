@@ -17,7 +17,7 @@ from spectraqlora.data.layouts import Layout, Layouts, check_label, known_column
 from spectraqlora.data.rows import Origin, Row, RowRefused
 from spectraqlora.data.splits import Split
 from spectraqlora.errors import InputError
-from spectraqlora.places import Place, data_places, parted_contents
+from spectraqlora.places import HubAway, Place, data_places, parted_contents
 from spectraqlora.settings import DataSettings
 from spectraqlora.storage import open_files
 
@@ -169,15 +169,20 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _hub_source(place: Place, settings: DataSettings, content: str) -> Source:
     from huggingface_hub import HfApi, snapshot_download
 
-    name, revision = place.with_owner(), content or place.revision
+    from spectraqlora.hub import limit_requests
+
+    limit_requests()
+    revision = content or place.revision
     try:
+        place.digest()  # One request that is not tried again says whether the hub answers.
+        name = place.with_owner()
         names = HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
         chosen = _hub_choice(place, name, revision, names, settings)
         read = ["README.md", *(glob.escape(file.name) for files in chosen.values() for file in files)]
         folder = Path(snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=read))
-    except InputError:
-        raise
     except Exception as error:  # The hub's client lets those of its HTTP library through.
+        if isinstance(error, InputError) and not isinstance(error, HubAway):
+            raise
         cached = place.partial_copy(content)
         if cached is None:
             raise _no_hub_data(place, error) from None
@@ -202,12 +207,20 @@ def _hub_preview(place: Place, settings: DataSettings) -> Source | None:
     """A hub data set whose files are read where they are, in parts."""
     from huggingface_hub import HfApi
 
-    name = place.with_owner()
     try:
+        place.digest()
+        name = place.with_owner()
         names = HfApi().list_repo_files(name, repo_type="dataset")
-    except Exception:  # It was asked for its commit before; what this machine has of it does.
+    except Exception as error:  # What this machine has of it does.
+        if place.partial_copy() is None:
+            raise _no_hub_data(place, error) from None
         return None
-    chosen = _hub_choice(place, name, place.revision, names, settings)
+    try:
+        chosen = _hub_choice(place, name, place.revision, names, settings)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _no_hub_data(place, error) from None
     return Source(
         {
             split: [
@@ -225,32 +238,17 @@ def _hub_preview(place: Place, settings: DataSettings) -> Source | None:
 
 
 def _open_on_hub(place: Place, name: str, file: str) -> BinaryIO:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    from spectraqlora.hub import HubFile, limit_requests
+
+    limit_requests()
+    url = hf_hub_url(name, file, repo_type="dataset")
     try:
-        return _ranged(_HubReader(name, file))
+        size = int(get_hf_file_metadata(url).size or 0)
     except Exception as error:  # The hub's client lets those of its HTTP library through.
         raise _no_hub_data(place, error) from None
-
-
-class _HubReader:
-    """Parts of a file of a data set on the hub."""
-
-    def __init__(self, name: str, file: str) -> None:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        self._url = hf_hub_url(name, file, repo_type="dataset")
-        self.size = int(get_hf_file_metadata(self._url).size or 0)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes from an offset."""
-        from huggingface_hub import get_session
-        from huggingface_hub.utils._headers import build_hf_headers
-
-        headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + length - 1}"}
-        answer = get_session().get(self._url, headers=headers, follow_redirects=True)
-        answer.raise_for_status()
-        content = bytes(answer.content)
-        # 206: a part, as asked for.
-        return content if answer.status_code == 206 else content[offset : offset + length]
+    return _ranged(HubFile(url, size, functools.partial(_no_hub_data, place)))
 
 
 def _not_here(name: str) -> BinaryIO:
@@ -258,8 +256,11 @@ def _not_here(name: str) -> BinaryIO:
 
 
 def _no_hub_data(place: Place, error: Exception) -> InputError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError("data.source", place, f"a hub data set that loads ({first})")
+    from spectraqlora.hub import explained
+
+    if isinstance(error, InputError):
+        return error
+    return InputError("data.source", place, explained("a hub data set that loads", error))
 
 
 class _Ranged(io.RawIOBase):

@@ -110,37 +110,24 @@ class HubTensors(_RemoteTensors):
     """
 
     def __init__(self, name: str, commit: str, where: object) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, hf_hub_url
         from huggingface_hub.hf_api import RepoFile
 
+        from spectraqlora.hub import HubFile, explained, limit_requests
+
+        def fault(error: Exception) -> InputError:
+            return InputError(
+                "model.base_model", where, explained("a hub model whose files can be read", error)
+            )
+
+        limit_requests()
         # Not HfFileSystem: it refuses names of one part, such as gpt2.
         listed = HfApi().list_repo_tree(name, revision=commit)
         sizes = {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
-        readers = {file: _HubReader(name, commit, file, int(size)) for file, size in sizes.items()}
+        readers = {
+            file: HubFile(hf_hub_url(name, file, revision=commit), int(size), fault)
+            for file, size in sizes.items()
+        }
         super().__init__(
             readers, dict.fromkeys(readers, commit), where, {file: f"{where}/{file}" for file in readers}
-        )
-
-
-class _HubReader:
-    def __init__(self, name: str, commit: str, file: str, size: int) -> None:
-        from huggingface_hub import hf_hub_url
-
-        self._url, self.size = hf_hub_url(name, file, revision=commit), size
-
-    def read(self, offset: int, length: int) -> bytearray:
-        from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
-            build_hf_headers,
-            get_session,
-            hf_raise_for_status,
-        )
-
-        if not length:
-            return bytearray()
-        headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + length - 1}"}
-        response = get_session().get(self._url, headers=headers, follow_redirects=True)
-        hf_raise_for_status(response)
-        # A server that knows no ranges answers with all of the file.
-        return bytearray(
-            response.content if response.status_code == 206 else response.content[offset : offset + length]
         )

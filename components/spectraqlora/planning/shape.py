@@ -11,6 +11,7 @@ from spectraqlora.errors import InputError
 from spectraqlora.models.experts import is_fused
 from spectraqlora.models.families import auto_class, context_length
 from spectraqlora.models.modules import candidates, linear_modules
+from spectraqlora.places import base_place, kind_of
 from spectraqlora.settings import Settings
 
 FLOAT32 = 4
@@ -59,14 +60,21 @@ def config_of(source: str, revision: str = "main", trust_remote_code: bool = Fal
 
     if source.lower() in SHAPES:
         return LlamaConfig(vocab_size=32_000, tie_word_embeddings=False, **SHAPES[source.lower()])
+    shapes = f"or for the command plan {', '.join(name.upper() for name in SHAPES)}"
+    folder = source
+    if kind_of(source) == "hub":
+        place = base_place(source, revision, trust_remote_code)
+        try:
+            folder = str(place.hub_description(place.digest(offline=True)))
+        except InputError as error:
+            expected = str(error).partition(": expected ")[2]
+            raise InputError("model.base_model", source, f"{expected}, {shapes}") from None
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            "model.base_model",
-            source,
-            f"a model folder or a reachable hub id ({str(error).splitlines()[0]}), "
-            f"or for the command plan {', '.join(name.upper() for name in SHAPES)}",
+            "model.base_model", source, f"a model folder or a hub id ({first}), {shapes}"
         ) from None
 
 
