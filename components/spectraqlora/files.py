@@ -2,28 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from spectraqlora.errors import InputError
 
+PARTIAL = ".partial"
+"""After the name of a file that is still written."""
 BOOKKEEPING = ".cache"
 """Folder of download records and the like; never part of a model or a data set."""
 
 
 def write_text(path: Path, text: str) -> None:
     """Write completely or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
+    with complete(path) as partial, open(partial, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write at: what is there becomes `path` at the end, and is removed where the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with naming(path):
+            yield partial
+            os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, a write that fails names its file, as opening one does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_output(path: Path, field: str, folder: bool = False) -> None:
+    """Refuse, before the work that it is for, a place where no file can be written; nothing of this stays there.
+
+    Args:
+        path: where a file, or a folder, is to be.
+        field: the option or setting that names it.
+        folder: whether it is a folder of files.
+
+    Raises:
+        InputError: another kind of thing is there, or above it; a name that is too long or has a NUL; a folder or disk that
+            cannot be written.
+    """
+    wanted = "folder" if folder else "file"
+    try:
+        _check_kind(path, field, folder)
+        new: list[str] = []
+        home = path if folder else path.parent
+        while not home.exists():
+            new, home = [home.name, *new], home.parent
+        for name in new if folder else [*new, path.name + PARTIAL]:
+            (home / name).exists()  # Too long for a file system is what it says to any question.
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise InputError(field, path, f"a {wanted} that can be written ({error.strerror})") from None
+
+
+def _check_kind(path: Path, field: str, folder: bool) -> None:
+    wanted = "folder" if folder else "file"
+    if "\0" in str(path):
+        raise InputError(field, path, f"the path of a {wanted}, without NUL characters")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode) != folder or not (folder or stat.S_ISREG(mode)):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "no regular file"
+        raise InputError(field, path, f"a {wanted}; this is {kind}")
 
 
 def file_digest(path: Path) -> str:

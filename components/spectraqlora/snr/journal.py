@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spectraqlora.files import naming
+
 Row = dict[str, Any]
 
 
@@ -31,7 +33,7 @@ class ScanJournal:
         """Append one row; it is in the file when this returns."""
         self.rows[row["module"]] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as stream:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as stream:
             # The line break comes first: after a line that was cut short, this one is still a line of its own.
             stream.write("\n" + json.dumps({"source": self.source, "row": row}))
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from spectraqlora.errors import InputError
+from spectraqlora.files import check_output, write_text
 
 from spectraqlora_pipelines.cli.argo import ARGO, read_for_argo
 from spectraqlora_pipelines.cli.options import Config, Methods, Preset, Set, load_settings
@@ -56,8 +57,10 @@ def compile_(
         raise InputError("--values", values, expected)
     settings = load_settings(config, {"methods": methods, "rounds": rounds}, set_, preset)
     output = output or (Path() if values else COMPILED) / f"{kind}.yaml"
+    check_output(output, "--output")
     if target == ARGO:
-        _write(output, manifest([template_for(kind, settings, read_for_argo(values))]))
+        write_text(output, manifest([template_for(kind, settings, read_for_argo(values))]))
+        line(f"Wrote {output}")
         return
     placed = read_values(values) if values else None
     for text in placed.short_windows() if placed else []:
@@ -66,12 +69,4 @@ def compile_(
         compile_dag(output, kind, settings, placed)
     except ValueError as error:
         raise InputError("--output", output, str(error).splitlines()[0]) from None
-    line(f"Wrote {output}")
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError("--output", output, f"a file that can be written ({error.strerror})") from None
     line(f"Wrote {output}")

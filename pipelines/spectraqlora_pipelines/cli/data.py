@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from spectraqlora.files import write_text
+from spectraqlora.files import check_output, write_text
 from spectraqlora.places import base_place, data_places
 
 from spectraqlora_pipelines.cli.options import Config, Set, given_data, load_settings
@@ -35,6 +35,8 @@ def data(
     Example: spectraqlora data my.jsonl --base-model Qwen/Qwen3-0.6B --html data.html
     """
     settings = load_settings(config, {"model.base_model": base_model, **given_data(source)}, set_)
+    if html:
+        check_output(html, "--html")
     from spectraqlora.data.checks import check_sources
     from spectraqlora.data.for_model import description_of, row_model
     from spectraqlora.report.page import render_data_page

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from spectraqlora.artifacts import PreparedRows
 from spectraqlora.errors import InputError
+from spectraqlora.files import check_output
 from spectraqlora.places import Place, base_place, data_places, file_place
 from spectraqlora.runtime.cache import plainly_named
 from spectraqlora.settings import Settings
@@ -83,8 +84,9 @@ def run(
     _check_runner(runner, network)
     kind = catalogue.checked(pipeline)
     network = _checked_network(network) if runner == "docker" else None
-    base, sources = _local_inputs(settings)
     workdir = workdir.expanduser().absolute()
+    check_output(workdir, "--workdir", folder=True)
+    base, sources = _local_inputs(settings)
     # Held until this process ends: one run works in a workdir.
     contents, lock = _check(settings, base, sources, workdir, kind, fresh)
     data_section = settings.data.at([place.text for place in sources])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from spectraqlora.errors import InputError
-from spectraqlora.files import write_text
+from spectraqlora.files import check_output, complete, write_text
 from spectraqlora.places import base_place
 
 from spectraqlora_pipelines.cli.screen import bars, console
@@ -60,6 +60,10 @@ def snr(
         raise InputError("--percent", percent, "a number above 0 and at most 100")
     if norms and unfrozen_yaml is None:
         raise InputError("--norms", "", "--unfrozen-yaml FILE beside it, which it is about")
+    outputs = {"--output": output, "--spectrum-json": spectrum_json, "--unfrozen-yaml": unfrozen_yaml}
+    for option, path in outputs.items():
+        if path:
+            check_output(path, option)
     from spectraqlora.snr.journal import ScanJournal
     from spectraqlora.snr.spectrum_format import norm_modules
     from spectraqlora.snr.spectrum_format import spectrum_json as to_json
@@ -73,8 +77,8 @@ def snr(
     table = _scan(checkpoint, journal)
     console.print(snr_table(table, top_modules(table, percent), percent, console))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(output)
+        with complete(output) as partial:
+            table.to_parquet(partial)
     if journal:
         journal.remove()
     if spectrum_json:

@@ -6,12 +6,14 @@ import functools
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import yaml
 from spectraqlora.errors import InputError
+from spectraqlora.files import write_text
 from spectraqlora.methods.catalogue import check_methods
 from spectraqlora.places import Place, base_place, data_place, file_place, joined_contents, kind_of
 from spectraqlora.runtime.console import warn
@@ -263,13 +265,15 @@ def write_yaml(pipeline: Any, path: Path) -> None:
     """
     from kfp import compiler
 
-    compiler.Compiler().compile(pipeline, str(path))
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = Path(scratch) / path.name
+        compiler.Compiler().compile(pipeline, str(compiled))
+        lines = compiled.read_text(encoding="utf-8").splitlines(keepends=True)
     text, separator, platform = "".join(line for line in lines if not line.startswith("#")).partition(_NEXT)
     if separator:
         labelled = _label_methods(yaml.load(text, Loader=_LOADER), yaml.load(platform, Loader=_LOADER))
         platform = yaml.safe_dump(labelled, sort_keys=True)
-    path.write_text(text + separator + platform, encoding="utf-8")
+    write_text(path, text + separator + platform)
 
 
 def _label_methods(pipeline: dict[str, Any], platform: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from spectraqlora import __version__
 from spectraqlora.artifacts import SCHEMA_VERSION
 from spectraqlora.errors import InputError
-from spectraqlora.files import write_text
+from spectraqlora.files import check_output, write_text
 from spectraqlora.places import Place, file_place, joined_contents, parted_contents
 from spectraqlora.runtime.console import quiet
 from spectraqlora.runtime.disk import ask, shown
@@ -202,6 +202,8 @@ def _size(source: Place) -> int:
 def _check_destinations(settings: Settings) -> None:
     from spectraqlora.storage import check_writable, parse_address
 
+    if settings.checkpoint.folder:
+        check_output(Path(settings.checkpoint.folder).expanduser(), "checkpoint.folder", folder=True)
     for section in ("checkpoint", "export"):
         destination = getattr(settings, section).destination
         if destination:
@@ -340,8 +342,7 @@ def claim_workdir(
     Raises:
         InputError: it holds a run of another version, another run works there, or it is a file or a foreign folder.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError("--workdir", workdir, "a folder")
+    check_output(workdir, "--workdir", folder=True)
     identity: dict[str, object] = {
         "version": __version__,
         "artifacts": SCHEMA_VERSION,
