@@ -17,7 +17,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 def holds_secret(address: str) -> bool:
     """Whether an address has a user, a password, or a query or fragment with something that lets somebody in."""
-    rest = address.partition("://")[2]
+    scheme, _, rest = address.partition("://")
+    if scheme == "s3":  # A key may have @ in it, a bucket not.
+        bucket = rest.partition("/")[0]
+        rest = bucket.replace(":", "@")
     # What begins with a slash is a path: sqlite:////home/me@work/mlflow.db.
     signed_in = "@" in rest and not rest.startswith("/")
     return signed_in or _SECRET.search(unquote(unquote(address))) is not None

@@ -39,6 +39,16 @@ MethodName = Annotated[str, AfterValidator(_method_name)]
 """Which names there are is known to methods/catalogue.py, which is above this module."""
 
 
+def _without_secret(value: str) -> str:
+    if "://" in value and holds_secret(value):
+        raise ValueError("a name, a path or an address without user, password or token")
+    return value
+
+
+Where = Annotated[str, AfterValidator(_without_secret)]
+"""Where something is read: it gets into compiled pipelines, manifests and MLflow, and so is no place for a secret."""
+
+
 def _switch(value: object) -> object:
     """YAML reads on and off as booleans."""
     return ("on" if value else "off") if isinstance(value, bool) else value
@@ -67,7 +77,7 @@ class _Section(BaseModel):
 
 
 class ModelSettings(_Section):
-    base_model: str = Field(
+    base_model: Where = Field(
         "sample", description="Hub id, folder, s3:// address, or `sample` for the built-in model"
     )
     revision: str = Field("main", description="Hub revision of the base model")
@@ -83,7 +93,7 @@ class ModelSettings(_Section):
 class DataPart(_Section):
     """One of several data sources."""
 
-    source: str = Field(description="As data.source", min_length=1)
+    source: Where = Field(description="As data.source", min_length=1)
     weight: float | None = Field(
         None,
         gt=0,
@@ -93,7 +103,7 @@ class DataPart(_Section):
 
 
 class DataSettings(_Section):
-    source: str = Field(
+    source: Where = Field(
         "sample",
         description="Hub id, folder, s3:// address, `sample`, or a file: .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md "
         "(each also as .gz, .zst, .xz), .parquet, .arrow",
@@ -256,7 +266,7 @@ class SnrSettings(_Section):
         description="How matrices without noise, whose SNR is infinite, are ordered: as Spectrum's program does, "
         "which takes their noise for 1, or before all others by the calibrated value",
     )
-    table: str = Field(
+    table: Where = Field(
         "",
         description="Take this table instead of measuring: Spectrum's JSON, or Parquet as `snr` writes it; "
         "a path or an s3:// address",
@@ -288,7 +298,7 @@ class SelectSettings(_Section):
     sketch_size: int = Field(128, ge=4, description="Side of the two-sided gradient sketch")
     rank: int = Field(16, ge=1, description="LoRA rank r (qlora, hybrid, sgm, random; qlora_half about half)")
     alpha_over_rank: float = Field(
-        2.0, gt=0, description="LoRA alpha divided by rank, the same for every module"
+        2.0, gt=0, le=1000, description="LoRA alpha divided by rank, the same for every module"
     )
     variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="Plain LoRA, rank-stabilised LoRA (alpha / sqrt(r)), or weight-decomposed LoRA"
@@ -300,6 +310,7 @@ class SelectSettings(_Section):
     high_lr: float = Field(
         1.5,
         gt=0,
+        le=1000,
         description="alors: learning rate of the trained module with the strongest signal over that of the weakest",
     )
     similarity_of: Literal["subspace", "gradient"] = Field(
@@ -349,7 +360,7 @@ class TrainSettings(_Section):
     max_steps: int = Field(200, ge=1, description="Optimizer steps per round")
     batch_size: int = Field(8, ge=1, description="Rows per forward pass, of all processes together")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step")
-    learning_rate: float = Field(2e-3, gt=0, description="Base learning rate")
+    learning_rate: float = Field(2e-3, gt=0, le=10, description="Base learning rate")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps spent warming up")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule after warm-up"
@@ -358,9 +369,9 @@ class TrainSettings(_Section):
         "adamw", description="AdamW, or bitsandbytes' 8-bit AdamW, paged or not (CUDA only)"
     )
     lora_plus_ratio: float = Field(
-        1.0, gt=0, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354)"
+        1.0, gt=0, le=1000, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354)"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input")
     evaluations: int = Field(5, ge=1, description="Evaluations during training; the best adapter is kept")
@@ -400,7 +411,7 @@ class EvaluateSettings(_Section):
 def _address(value: str) -> str:
     if value and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", value):
         raise ValueError("an address such as s3://bucket/prefix, or nothing")
-    return value
+    return _without_secret(value)
 
 
 AddressOrNothing = Annotated[str, AfterValidator(_address)]
@@ -491,7 +502,7 @@ class PromoteSettings(_Section):
     guards: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="Metrics that may get worse by at most this share of the champion's value"
     )
-    guard_data: str = Field(
+    guard_data: Where = Field(
         "",
         description="General text (.txt, or data as in data.source) on which both models' perplexity is "
         "measured; empty turns this guard off",

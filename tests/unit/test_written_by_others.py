@@ -489,6 +489,7 @@ WITH_SECRETS = [
 WITHOUT = [
     "", "http://h:5000", "https://h/mlflow?x=1", "sqlite:////home/me@work/mlflow.db", "sqlite:///mlflow.db?timeout=5",
     "postgresql://h/d?sslmode=require&passfile=/run/p", "/home/me@work/mlruns", "databricks", "http://h/a/tokens?keyboard=1",
+    "s3://bucket/me@work/a:b.jsonl",
 ]  # fmt: skip
 
 
@@ -500,6 +501,37 @@ def test_a_tracking_address_with_a_secret_is_refused_and_the_secret_is_not_repea
     assert str(refused.value).startswith("tracking.uri: ")
     if "%" not in address:
         assert "hunter2" not in masked(f"asked {address} twice")
+
+
+PLACES: list[Callable[[str], dict[str, Any]]] = [
+    lambda address: {"model": {"base_model": address}},
+    lambda address: {"data": {"source": address}},
+    lambda address: {"data": {"sources": [{"source": address}]}},
+    lambda address: {"snr": {"table": address}},
+    lambda address: {"promote": {"guard_data": address}},
+    lambda address: {"export": {"destination": address}},
+    lambda address: {"checkpoint": {"destination": address}},
+]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("https://u:hunter2@host/x.jsonl", "https://u:hun/hunter2@host/x.jsonl", "s3://u:hunter2@bucket/x"),
+        *(
+            "s3://u:hun/hunter2@bucket/x",
+            "s3://bucket/x?X-Amz-Signature=hunter2",
+            "https://h/x.csv?sig=hunter2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", PLACES, ids=range(len(PLACES)))
+def test_a_place_with_a_secret_in_it_is_refused_and_the_secret_is_not_repeated(
+    place: Callable[[str], dict[str, Any]], address: str
+) -> None:
+    with pytest.raises(InputError, match=r"^(model|data|snr|promote|export|checkpoint)[^ ]*: ") as refused:
+        parse(place(address))
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.parametrize("address", WITHOUT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from spectraqlora.errors import InputError, masked
+from spectraqlora.errors import InputError, holds_secret, masked
 
 SCHEME = "s3://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -46,6 +46,8 @@ def parse_address(text: str, field: str = "s3 address") -> Address:
         raise InputError(
             field, shown, "s3://bucket/prefix with a bucket of 3 to 63 lower-case letters, digits, . and -"
         )
+    if holds_secret(text):
+        raise InputError(field, shown, "an address without keys, token or signature in it")
     key = key.rstrip("/")
     parts = key.split("/")
     if key and (any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\x00-\x1f\x7f]", key)):

@@ -30,7 +30,8 @@ CONFIGS: list[tuple[str | bytes, str]] = [
 
 ASSIGNMENTS = [
     ("", "--set"), ("=", "--set"), ("=5", "--set"), ("seed", "--set"), ("seed=x", "seed"), ("nope=1", "nope"), ("train=1", "train"), ("train.=1", "--set"), (".seed=1", "--set"), ("train.max_steps.x=1", "max_steps"), ("seed.x=1", "seed"), ("train.max_steps=[", "max_steps"), ("train.max_steps=!!python/name:os.system", "max_steps"), ("train.max_steps=2024-01-01", "max_steps"),
-    ("train..max_steps=1", "--set"), ("methods=[hybrid", "methods"), ("methods=nope", "methods"), ("methods={a: 1}", "methods"), ("data.columns={prompt: [a]}", "columns"), ("seed=nan", "seed"), ("train.learning_rate=1e999", "learning_rate"), ("tracking.uri=http://h/?token=x", "uri"), ("seed=" + "9" * 5000, "seed"), ("a" * 5000 + "=1", "known"), ("seed=\x1b[31m", "seed"), ("seed=null", "seed"),
+    ("train..max_steps=1", "--set"), ("methods=[hybrid", "methods"), ("methods=nope", "methods"), ("methods={a: 1}", "methods"), ("data.columns={prompt: [a]}", "columns"), ("seed=nan", "seed"), ("train.learning_rate=1e999", "learning_rate"), ("train.learning_rate=inf", "train.learning_rate"), ("train.learning_rate=nan", "train.learning_rate"), ("train.learning_rate=1e30", "train.learning_rate.*10"), ("train.learning_rate=-1e-4", "train.learning_rate"), ("train.learning_rate=0", "train.learning_rate"),
+    ("train.lora_plus_ratio=1e30", "lora_plus_ratio"), ("train.weight_decay=1e30", "weight_decay"), ("select.alpha_over_rank=1e30", "alpha_over_rank"), ("select.high_lr=1e30", "high_lr"), ("tracking.uri=http://h/?token=x", "uri"), ("seed=" + "9" * 5000, "seed"), ("a" * 5000 + "=1", "known"), ("seed=\x1b[31m", "seed"), ("seed=null", "seed"),
 ]  # fmt: skip
 
 VALUES: list[tuple[str | bytes, str]] = [
