@@ -122,6 +122,8 @@ def _client() -> Any:
 @functools.cache
 def limit_requests() -> None:
     """From here on every request to the hub has its limits, those of transformers too."""
+    # One more question to the hub, whose answer, whatever it is, it keeps for a day and fails on.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     set_client_factory(_client)
 
 
@@ -146,6 +148,8 @@ def explained(expected: str, error: BaseException) -> str:
         if getattr(getattr(cause, "response", None), "status_code", 0) in (401, 403):
             return f"{expected}{at} that you, or HF_TOKEN, may read"
         cause = cause.__cause__
+    if isinstance(error, (AttributeError, LookupError, TypeError, RecursionError)):
+        return f"{expected}{at} (what answers is no hub)"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{expected}{at} ({lines[0].strip()})"
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "components" / "spectraqlora"
 DEVELOPMENT = sorted((ROOT / "pipelines" / "requirements").glob("*.lock"))
 LOCKS = sorted(IMAGES.glob("*/*.lock"))
 _PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
-DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", "botocore": "boto3", "google": "protobuf"}
 """Import names that are not the name of the package."""
 SERVERS = {"mlflow"}
 """Images that run no step."""

@@ -112,6 +112,7 @@ for state in ("full", "read-only"):
 """
 
 
+@pytest.mark.e2e
 def test_a_disk_that_is_full_or_read_only(
     tiny_model: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

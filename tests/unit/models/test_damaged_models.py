@@ -11,15 +11,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import struct
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from spectraqlora.errors import InputError
 from spectraqlora.models.inspection import open_tensors
 from spectraqlora.places import base_digest, base_place, data_place
 from spectraqlora.settings import ModelSettings, parse
@@ -28,11 +25,11 @@ from spectraqlora_pipelines.cli.plan import planned_for
 from spectraqlora_pipelines.cli.snr import snr
 from spectraqlora_pipelines.local.preflight import check
 
+from tests.damage import damaged_bytes, damaged_json, outcome
 from tests.models import WEIGHTS, header_of
 
 FOLDERS, MORE_FOLDERS = 100, int(os.environ.get("SPECTRAQLORA_DAMAGED", "2000"))
 """In every test run, and under the mark `soak`."""
-LIMIT_S = 60
 KINDS = (
     "config", "config", "config", "header", "header", "names", "weights", "tokenizer", "tokenizer", "bytes", "file",
     "index", "quantization", "template",
@@ -47,51 +44,6 @@ TEMPLATES = [
     "",
     "{% for i in range(10**9) %}x{% endfor %}",
 ]
-JUNK: list[Any] = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, -(10**30), 1.5, 1e308, float("nan"), "", "x", "../../etc/passwd",
-    "\x1b[31m\n", "é" * 300, [], [None], [[[]]], {}, {"a": {"b": 1}}, [1] * 50, "float16", "llama", "bert", "mamba",
-]  # fmt: skip
-
-
-@contextlib.contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Inside, work that takes longer fails."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def damaged_json(document: Any, chance: random.Random) -> Any:
-    """A document with one value, somewhere in it, gone, doubled or replaced."""
-    if isinstance(document, dict) and document:
-        key = chance.choice(sorted(document))
-        if isinstance(document[key], (dict, list)) and document[key] and chance.random() < 0.6:
-            return {**document, key: damaged_json(document[key], chance)}
-        if chance.random() < 0.2:
-            return {name: value for name, value in document.items() if name != key}
-        return {**document, key: chance.choice(JUNK)}
-    if isinstance(document, list) and document:
-        place = chance.randrange(len(document))
-        return [*document[:place], damaged_json(document[place], chance), *document[place + 1 :]]
-    return chance.choice(JUNK)
-
-
-def damaged_bytes(content: bytes, chance: random.Random) -> bytes:
-    """Content that is cut, or has some bytes changed."""
-    if chance.random() < 0.3:
-        return content[: chance.randrange(len(content) + 1)]
-    changed = bytearray(content)
-    for _ in range(chance.choice([1, 3, 30])):
-        changed[chance.randrange(min(len(changed), 4000))] = chance.randrange(256)
-    return bytes(changed)
 
 
 def damage(folder: Path, chance: random.Random) -> str:
@@ -159,20 +111,6 @@ def renamed(header: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     return {
         (one.replace("layers", "blocks") + ".x" if name == one else name): at for name, at in header.items()
     }
-
-
-def outcome(action: Any, what: str) -> str:
-    """`taken`, or `refused` where one line says why; all else is a failure of the test."""
-    try:
-        with limited(LIMIT_S):
-            action()
-    except InputError as refusal:
-        message = str(refusal)
-        assert "\n" not in message and len(message) < 1200 and ": expected " in message, (what, message)
-        return "refused"
-    except BaseException as error:
-        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    return "taken"
 
 
 def try_folders(seeds: range, model: Path, rows: Path, work: Path) -> None:
