@@ -32,7 +32,7 @@ PLACES = [
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
     """A path by its name in the tables."""
     folder = tmp_path / "places"
     written(folder / "FILE", "x")
@@ -40,7 +40,7 @@ def place(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     os.mkfifo(folder / "FIFO")
     (folder / "TO_FIFO").symlink_to("FIFO")
     (folder / "LOOP").symlink_to("LOOP")
-    os.chdir(folder)  # A socket's name must be short.
+    monkeypatch.chdir(folder)  # A socket's name must be short.
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("SOCKET")
         yield lambda name: name if name.startswith("/") else str(folder / name)
