@@ -206,7 +206,7 @@ def forget(namespace: str, release: str = RELEASE) -> None:
     A run that has no artifact is never let go by Argo 4.0.5, which waits for the pod that would delete them; and a store
     that refuses is asked for minutes. `test_artifacts.py` is about what Argo deletes.
     """
-    objects, patient_until = client.CustomObjectsApi(), time.monotonic() + 45
+    objects, patient_until = client.CustomObjectsApi(), time.monotonic() + 20
 
     def left() -> list[str]:
         names = workflows(namespace, release)

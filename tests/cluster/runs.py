@@ -94,15 +94,20 @@ def log_of(argo: Argo, pod: Any) -> str:
     return Pods(argo.namespace, RUN_OF_ARGO).log(pod.metadata.name)
 
 
+def training_now(argo: Argo, method: str, of: int) -> tuple[Any, int]:
+    """A training's pod and the step, of so many, that it has come to; none and 0 before its first."""
+    for pod in pods_of(argo, "train", method):
+        if done := re.findall(rf"(\d+)/{of} .*training step", log_of(argo, pod)):
+            return pod, int(done[-1])
+    return None, 0
+
+
 def training_at(argo: Argo, method: str, step: int, of: int) -> Any:
     """The pod of a training that has come to a step of so many."""
 
     def look() -> Any:
-        for pod in pods_of(argo, "train", method):
-            done = re.findall(rf"(\d+)/{of} .*training step", log_of(argo, pod))
-            if done and int(done[-1]) >= step:
-                return pod
-        return None
+        pod, done = training_now(argo, method, of)
+        return pod if done >= step else None
 
     return eventually(look, 400, every=0.3)
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from spectraqlora.artifacts import Evaluation
 from spectraqlora_pipelines.cluster.argo_client import Argo
 
 from tests.cluster.conftest import CLI, Release
-from tests.cluster.runs import KILL, artifact, ended, inside, resumed, submit, training_at
-from tests.cluster.services import Store
+from tests.cluster.runs import KILL, artifact, ended, inside, resumed, submit, training_at, training_now
+from tests.cluster.services import Store, eventually
 from tests.unit.steps.train.test_checkpoints import same
 
-pytestmark = [pytest.mark.cluster, pytest.mark.core]
-STEPS, EVERY = 100, 20
+pytestmark = pytest.mark.cluster
+STEPS, EVERY = 120, 20
 SETTINGS = (
     *("--set", "methods=qlora,hybrid", "--set", f"train.max_steps={STEPS}", "--set", "train.evaluations=2"),
     *("--set", "evaluate.accuracy_rows=8", "--set", "checkpoint.every_minutes=0"),
@@ -57,6 +58,22 @@ def numbers(evaluation: Evaluation) -> dict[str, Any]:
     return dict(without(told))
 
 
+def strike(argo: Argo, how: dict[str, Callable[[Any], Any]]) -> dict[str, tuple[Any, int, float]]:
+    """Stop each training once it has checkpoints, whichever comes first; its pod, its step, and when that was."""
+    struck: dict[str, tuple[Any, int, float]] = {}
+
+    def look() -> bool:
+        for method in how.keys() - struck.keys():
+            pod, step = training_now(argo, method, of=STEPS)
+            if step >= 2 * EVERY + 5:
+                struck[method] = pod, step, time.monotonic()
+                how[method](pod)
+        return len(struck) == len(how)
+
+    eventually(look, 400, every=0.3)
+    return struck
+
+
 def test_of_two_trainings_one_is_drained_and_one_killed_and_the_run_ends_with_a_local_runs_numbers_and_a_champion(
     argo: Argo, release: Release, store: Store, sample: None, tmp_path: Path
 ) -> None:
@@ -72,19 +89,21 @@ def test_of_two_trainings_one_is_drained_and_one_killed_and_the_run_ends_with_a_
         [*CLI, "run", "--config", str(tmp_path / "local.yaml"), "--workdir", str(own), *SETTINGS[:-4]],
         env=environment, stdout=open(tmp_path / "local.log", "w"), stderr=subprocess.STDOUT,  # noqa: SIM115
     )  # fmt: skip
+    core = client.CoreV1Api()
     try:
         sandbox = yaml.safe_load(inside(argo.namespace, training_at(argo, "qlora", 1, of=STEPS), LOOK))
-        drained, seen_step = training_at(argo, "qlora", EVERY + 5, of=STEPS), EVERY + 5
-        told = time.monotonic()
-        client.CoreV1Api().delete_namespaced_pod(drained.metadata.name, argo.namespace)
-        lost = training_at(argo, "hybrid", EVERY + 5, of=STEPS)
-        killed = time.monotonic()
-        inside(argo.namespace, lost, KILL)
-        last = resumed(argo, "qlora", drained, told)
-        assert last >= seen_step, "it wrote a checkpoint when it was told to end"
-        assert resumed(argo, "hybrid", lost, killed) % EVERY == 0, (
-            "it was not told, and goes on from the last one"
+        struck = strike(
+            argo,
+            {
+                "qlora": lambda pod: core.delete_namespaced_pod(pod.metadata.name, argo.namespace),
+                "hybrid": lambda pod: inside(argo.namespace, pod, KILL),
+            },
         )
+        pod, seen_step, began = struck["qlora"]
+        last = resumed(argo, "qlora", pod, began)
+        assert last >= seen_step, "it wrote a checkpoint when it was told to end"
+        pod, _, began = struck["hybrid"]
+        assert resumed(argo, "hybrid", pod, began) % EVERY == 0, "it was not told: from the last one"
         state, _ = ended(argo, 600)
         assert local.wait(600) == 0, (tmp_path / "local.log").read_text()
     finally:

@@ -18,7 +18,7 @@ from spectraqlora_pipelines.dags.argo import template_for
 from tests.cluster.conftest import ACCOUNT, GROUP, Release
 from tests.cluster.runs import SEES_WITHIN_S, ended, sees, spectraqlora, submit
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.core]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SETTINGS = (
     *("--set", "model.base_model=/nowhere/model", "--set", "data.source=/nowhere/data.jsonl"),

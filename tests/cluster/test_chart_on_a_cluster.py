@@ -18,7 +18,7 @@ from tests.cluster.conftest import ACCOUNT, RELEASE, Release
 from tests.cluster.services import eventually
 from tests.helm import helm
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.core]
 
 
 def run_helm(*arguments: str, namespace: str) -> str:
@@ -68,7 +68,7 @@ def test_every_object_is_taken_by_the_api_server_and_goes_with_the_release_but_t
     ]
     kinds = {part["kind"] for part in objects}
     always = {"ConfigMap", "ServiceAccount", "Role", "RoleBinding", "NetworkPolicy"}
-    more = {"Deployment", "Service", "PersistentVolumeClaim", "ResourceQuota", "LimitRange"}
+    more = {"Deployment", "Service", "Ingress", "PersistentVolumeClaim", "ResourceQuota", "LimitRange"}
     assert kinds == (always | more if case == "full" else always)
     assert policies.list_namespaced_network_policy(own_namespace).items
     run_helm("upgrade", "r", str(CHART), "--values", str(file), "--no-hooks",
