@@ -12,7 +12,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from spectraqlora.models.experts import hold, is_fused, pack
+from spectraqlora.models.experts import can_pack, hold, pack
 from spectraqlora.models.families import replaced
 
 
@@ -69,7 +69,7 @@ class _Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc, unused-ignore]
         if not self.pre_quantized:
             return conversions
         (parts,) = self.serialized_names.values()
-        fused = [name for name, p in model.named_parameters() if is_fused(name, p.shape)]
+        fused = [name for name, p in model.named_parameters() if can_pack(name, p.shape)]
         return [
             WeightConverter([name + part.removeprefix("weight") for part in parts], name, [_Read(self)])
             for name in fused
@@ -79,7 +79,7 @@ class _Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc, unused-ignore]
 def _fused(model: Any, name: str) -> bool:
     module, _, parameter = name.rpartition(".")
     own = model.get_submodule(module)._parameters.get(parameter)
-    return own is not None and is_fused(name, own.shape)
+    return own is not None and can_pack(name, own.shape)
 
 
 def _hold(model: Any, name: str, packed: Any) -> None:

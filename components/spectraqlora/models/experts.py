@@ -36,8 +36,13 @@ View = tuple[Callable[..., torch.Tensor], tuple[Any, ...]]
 
 
 def is_fused(name: str, shape: torch.Size) -> bool:
-    """Whether a parameter is a tensor of experts that is packed: of three axes, its numbers in whole blocks of 64."""
-    return len(shape) == 3 and bool(_NAMES.search(name)) and not shape.numel() % _BLOCK
+    """Whether a parameter is a fused tensor of experts."""
+    return len(shape) == 3 and bool(_NAMES.search(name))
+
+
+def can_pack(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is a fused tensor of experts whose numbers are whole blocks of 64."""
+    return is_fused(name, shape) and not shape.numel() % _BLOCK
 
 
 class FourBitTensor(torch.Tensor):

@@ -8,7 +8,7 @@ from typing import Any
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.errors import InputError
-from spectraqlora.models.experts import is_fused
+from spectraqlora.models.experts import can_pack
 from spectraqlora.models.families import auto_class, context_length
 from spectraqlora.models.modules import candidates, linear_modules
 from spectraqlora.places import base_place, kind_of
@@ -97,7 +97,7 @@ class ModelShape:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.largest_tensor = max(p.numel() for p in model.parameters())
         linear = linear_modules(model)
-        fused = [p.numel() for name, p in model.named_parameters() if is_fused(name, p.shape)]
+        fused = [p.numel() for name, p in model.named_parameters() if can_pack(name, p.shape)]
         self.four_bit = sum(m.out_features * m.in_features for m in linear) + sum(fused)
         self.modules: list[LinearModule] = candidates(model, config.model_type)
         self.largest = max(m.out_features * m.in_features for m in linear)

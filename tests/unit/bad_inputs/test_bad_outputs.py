@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ RUN = ["run", "--base-model", "MODEL", "--data", "ROWS", "--workdir"]
 FOLDERS = {
     "sample FOLDER": ["sample", "PATH"], "run --workdir": [*RUN, "PATH"], "run checkpoint.folder": [*RUN, "WORKDIR", "--set", "checkpoint.folder=PATH"],
 }  # fmt: skip
+OPTIONS = {**FILES, **FOLDERS}
 PLACES = [
     "/proc/x", "/proc/1/x/y", "/sys/x", "/dev/null", "/dev/full", "/dev/null/x", "FILE/x", "FILE/a/b", "FIFO", "FIFO/x", "SOCKET", "SOCKET/x", "LOOP", "LOOP/x", "TO_FIFO",
     "n" * 300, "new/" + "n" * 300 + "/x", "d/" * 3000 + "x",
@@ -58,23 +60,18 @@ def tree(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*"))
 
 
-@pytest.mark.parametrize("name", [*PLACES, "FOLDER"], ids=range(len(PLACES) + 1))
-@pytest.mark.parametrize("option", FILES)
-def test_a_file_that_cannot_be_written(
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        *itertools.product(FILES, [*PLACES, "FOLDER"]),
+        *itertools.product(FOLDERS, [*PLACES, "FILE"]),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_place_that_cannot_be_written(
     option: str, name: str, place: Callable[[str], str], tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
-    given = arguments(FILES[option], place(name), tiny_model, tiny_rows, tmp_path)
-    before = tree(tmp_path)
-    check_refused(command(*given), f"error: {option.split()[-1]}: ")
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", [*PLACES, "FILE"], ids=range(len(PLACES) + 1))
-@pytest.mark.parametrize("option", FOLDERS)
-def test_a_folder_that_cannot_be_written(
-    option: str, name: str, place: Callable[[str], str], tiny_model: Path, tiny_rows: Path, tmp_path: Path
-) -> None:
-    given = arguments(FOLDERS[option], place(name), tiny_model, tiny_rows, tmp_path)
+    given = arguments(OPTIONS[option], place(name), tiny_model, tiny_rows, tmp_path)
     before = tree(tmp_path)
     check_refused(command(*given), f"error: {option.split()[-1]}: ")
     assert tree(tmp_path) == before
@@ -82,8 +79,7 @@ def test_a_folder_that_cannot_be_written(
 
 @pytest.mark.parametrize("option", [*FILES, "sample FOLDER", "run --workdir"])
 def test_a_path_with_a_nul(option: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
-    form = {**FILES, **FOLDERS}[option]
-    given = arguments(form, f"{tmp_path}/a\0b", tiny_model, tiny_rows, tmp_path)
+    given = arguments(OPTIONS[option], f"{tmp_path}/a\0b", tiny_model, tiny_rows, tmp_path)
     check_refused(command(*given), f"(?i)error: {option.split()[-1]}: .*(NUL|null) ")
 
 
@@ -124,7 +120,7 @@ def test_a_disk_that_is_full_or_read_only(
     disk = tmp_path / "disk"
     forms = {
         option: arguments(form, str(disk / "out" / "x.yaml"), tiny_model, tiny_rows, tmp_path)
-        for option, form in {**FILES, **FOLDERS}.items()
+        for option, form in OPTIONS.items()
     }
     done = on_a_small_disk(
         disk, "64k", sys.executable, "-W", "ignore", "-c", FULL_THEN_READ_ONLY, str(disk), json.dumps(forms)

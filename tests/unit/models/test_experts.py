@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file
-from spectraqlora.models.experts import FourBitTensor, hold, is_fused, pack, packed_experts
+from spectraqlora.models.experts import FourBitTensor, can_pack, hold, pack, packed_experts
 from spectraqlora.models.four_bit import copy_dequantized, count_parameters, load_in_four_bit
 from spectraqlora.models.loading import load_four_bit, load_plain, stored_bytes
 from spectraqlora.models.tensors import LocalTensors
@@ -221,7 +221,7 @@ def test_a_module_of_packed_experts_is_still_of_its_class_and_may_be_copied() ->
     ],
 )
 def test_which_tensors_are_experts_that_are_packed(name: str, shape: tuple[int, ...], packs: bool) -> None:
-    assert is_fused(name, torch.Size(shape)) is packs
+    assert can_pack(name, torch.Size(shape)) is packs
 
 
 def test_experts_that_fill_no_blocks_stay_plain_and_are_told(

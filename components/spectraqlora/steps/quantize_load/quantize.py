@@ -10,7 +10,7 @@ from typing import Any
 
 from spectraqlora.artifacts import FourBitModel, ModelOutline
 from spectraqlora.errors import InputError
-from spectraqlora.models.experts import packed_experts
+from spectraqlora.models.experts import is_fused, packed_experts
 from spectraqlora.models.families import check_computes, settle_tie
 from spectraqlora.models.finite import check_finite
 from spectraqlora.models.four_bit import count_parameters, load_in_four_bit, own_four_bit, unquantized
@@ -149,7 +149,7 @@ def _say_what_is_four_bit(manifest: FourBitModel, model: Any) -> None:
             f"{packed} expert matrices in fused tensors are 4-bit and frozen: the rank map adapts layers; their SNR is "
             "measured"
         )
-    plain = sum(len(p) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
+    plain = sum(len(p) for name, p in model.named_parameters() if is_fused(name, p.shape))
     if plain:
         say(
             f"{plain} expert matrices in fused tensors stay in {manifest.compute_dtype} and frozen: the base's own 4-bit "
