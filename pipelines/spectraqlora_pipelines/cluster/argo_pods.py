@@ -35,6 +35,8 @@ from spectraqlora_pipelines.cluster.values import (
     StepValues,
 )
 
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+"""Where Kubernetes puts a service account's token in every container that has nothing there: Argo's own needs it."""
 INPUTS, OUTPUTS = "/inputs", "/outputs"
 """Folders of a step's artifacts in its container, each below by its name."""
 RUN_UID = "{{workflow.uid}}"
@@ -81,8 +83,12 @@ def pod_of(
     volumes, mounts = volumes_and_mounts(placed)
     volumes.append({"name": "outputs", "emptyDir": {}})
     mounts.append({"name": "outputs", "mountPath": OUTPUTS})
+    asks_kubernetes = trains_on_nodes(step, nodes)
+    if not asks_kubernetes:
+        volumes.append({"name": "no-token", "emptyDir": {}})
+        mounts.append({"name": "no-token", "mountPath": ACCOUNT, "readOnly": True})
     container = _container(step, arguments, placed, mounts)
-    if trains_on_nodes(step, nodes):
+    if asks_kubernetes:
         own_name = {"valueFrom": {"fieldRef": {"fieldPath": POD_NAME}}}
         container["env"] += [{"name": TEMPLATE, "value": train_job(values)}, {"name": POD, **own_name}]
     return without_nothing(

@@ -14,7 +14,7 @@ from hera.workflows import models
 from spectraqlora.errors import InputError
 from spectraqlora.runtime import command_line
 from spectraqlora.settings import parse
-from spectraqlora_pipelines.cluster.argo_pods import FINAL, STOP, not_argos
+from spectraqlora_pipelines.cluster.argo_pods import ACCOUNT, FINAL, STOP, not_argos, pod_of
 from spectraqlora_pipelines.cluster.values import ArgoValues, ClusterValues, read_values
 from spectraqlora_pipelines.dags.argo import manifest, read_template, template_for, text, workflow_template
 from spectraqlora_pipelines.dags.argo_runs import cron_workflow, workflow
@@ -272,7 +272,8 @@ defaults:
 """
     step = one_step(values, "train", tmp_path)
     mounts = {mount["mountPath"]: mount for mount in step["container"]["volumeMounts"]}
-    assert sorted(mounts) == ["/cache", "/dev/shm", "/etc/ca", "/etc/s3", "/outputs", "/scratch", "/tmp"]
+    named = ["/cache", "/dev/shm", "/etc/ca", "/etc/s3", "/outputs", "/scratch", "/tmp", ACCOUNT]
+    assert sorted(mounts) == named
     volumes = {volume["name"]: volume for volume in step["volumes"]}
     assert len(volumes) == len(step["volumes"]) == len(mounts)
     assert volumes[mounts["/etc/s3"]["name"]]["secret"] == {"secretName": "outputs", "optional": False}
@@ -320,6 +321,18 @@ def test_no_step_runs_as_root_or_writes_elsewhere_than_in_its_volumes(tmp_path: 
         "containers": [{"name": "wait", **same}],
     }
     assert pod["runAsUser"] == 1000650000 and "fsGroup" not in pod
+
+
+def test_only_the_step_that_asks_kubernetes_for_machines_is_given_its_accounts_token() -> None:
+    """That a step sees none is looked at on a cluster: `tests/cluster/test_ablation_on_argo.py`."""
+    steps = [t for t in templates(made("retraining")).values() if "container" in t]
+    assert steps
+    for step in steps:
+        (mount,) = (each for each in step["container"]["volumeMounts"] if each["mountPath"] == ACCOUNT)
+        assert mount["readOnly"] and {"name": mount["name"], "emptyDir": {}} in step["volumes"]
+    values = read_values(GOLDEN / "values-full.yaml")
+    waiting = pod_of("train", "hybrid", [], values, nodes=2)["container"]
+    assert ACCOUNT not in {mount["mountPath"] for mount in waiting["volumeMounts"]}
 
 
 def test_a_step_is_tried_again_but_not_where_it_would_fail_again(tmp_path: Path) -> None:
