@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubernetes import client
 from mlflow import MlflowClient
-from spectraqlora.artifacts import Evaluation
+from spectraqlora.artifacts import Evaluation, TrainingLog
 from spectraqlora_pipelines.cluster.argo_client import Argo
 
 from tests.cluster.conftest import CLI, Release
@@ -117,11 +117,13 @@ def test_of_two_trainings_one_is_drained_and_one_killed_and_the_run_ends_with_a_
     }, sandbox  # fmt: skip
     assert state == "SUCCEEDED"
     for method in ("qlora", "hybrid"):
-        (adapter,) = own.glob(f"artifacts/train-{method}-*/adapter")
+        adapters = own.glob("artifacts/*/train*/adapter")
+        (adapter,) = (path for path in adapters if TrainingLog.read(path).method == method)
         same(artifact(argo, store, f"train-{method}", "adapter", tmp_path), adapter)
-        (evaluation,) = own.glob(f"artifacts/re-evaluate-{method}-*/evaluation")
+        evaluations = map(Evaluation.read, own.glob("artifacts/*/re-evaluate*/evaluation"))
+        (here,) = (each for each in evaluations if each.method == method)
         there = Evaluation.read(artifact(argo, store, f"re-evaluate-{method}", "evaluation", tmp_path))
-        assert numbers(there) == numbers(Evaluation.read(evaluation))
+        assert numbers(there) == numbers(here)
     champions = [
         MlflowClient(uri).get_model_version_by_alias("spectraqlora", "champion")
         for uri in (release.mlflow, f"sqlite:///{own}/mlflow.db")
