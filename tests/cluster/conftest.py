@@ -67,10 +67,10 @@ def namespace() -> str:
     return name
 
 
-def load_images(namespace: str, again: bool = False) -> None:
+def load_images(namespace: str) -> None:
     """Hand the Docker engine's images to the program's nodes, as far as they have not got them yet.
 
-    A ConfigMap of the namespace says which they have; a new node has none of them, and is given all again.
+    A ConfigMap of the namespace says which they have; where a node is new, all are given to all nodes.
     """
     wanted = [image_reference(name) for name in (*images(), "mlflow")]
     asked = ["docker", "image", "inspect", "--format", "{{.Id}}", *wanted]
@@ -81,12 +81,14 @@ def load_images(namespace: str, again: bool = False) -> None:
         zip((name.replace("/", "_").replace(":", "-") for name in wanted), told.stdout.split(), strict=True)
     )
     core, meta = client.CoreV1Api(), {"name": "spectraqlora-test-images"}
+    nodes = " ".join(sorted(node.metadata.uid for node in core.list_node().items))
     try:
         known = core.read_namespaced_config_map(meta["name"], namespace).data or {}
     except ApiException as error:
         assert error.status == 404, error
         known = core.create_namespaced_config_map(namespace, {"metadata": meta}).data or {}
-    new = [name for name, key in zip(wanted, ids, strict=True) if again or known.get(key) != ids[key]]
+    same_nodes = known.get("nodes") == nodes
+    new = [n for n, key in zip(wanted, ids, strict=True) if not same_nodes or known.get(key) != ids[key]]
     if new:
         with subprocess.Popen(["docker", "save", *new], stdout=subprocess.PIPE) as saved:
             loaded = subprocess.run(
@@ -94,7 +96,7 @@ def load_images(namespace: str, again: bool = False) -> None:
             )
         if loaded.returncode:
             pytest.skip(f"the cluster does not take the images: {loaded.stderr.strip().splitlines()[-1:]}")
-        core.patch_namespaced_config_map(meta["name"], namespace, {"data": ids})
+        core.patch_namespaced_config_map(meta["name"], namespace, {"data": {**ids, "nodes": nodes}})
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def second_node(namespace: str) -> Iterator[str]:
     core = client.CoreV1Api()
     if program():
         subprocess.run([program(), "node2"], check=True)
-        load_images(namespace, again=True)
+        load_images(namespace)
     names = [node.metadata.name for node in core.list_node().items]
     if len(names) < 2:
         pytest.skip("one node alone")

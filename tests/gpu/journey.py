@@ -50,7 +50,7 @@ class Journey:
             rank=8, rank_high=8, rank_low=4, calibration_batches=2 if small else 4, calibration_rows=4
         )
         self.train_settings = TrainSettings(
-            max_steps=4 if small else 30, batch_size=4 if small else 8, evaluations=1
+            max_steps=4 if small else 20, batch_size=4 if small else 8, evaluations=1
         )
         self.questions_of = 12 if small else 60
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ def planned(shape: ModelShape, side: str, batch: int, chosen: Sizes, cuda: bool)
     own = settings(chosen, side, batch)
     memory = training(shape, surrogate_map(SIDES[side][0], shape, own), own, cuda)
     return {**vars(memory), "total": memory.total}
+
+
+def wait_for(name: str, given: Part) -> None:
+    """Until a stage's checkpoint and rank maps are there.
+
+    Raises:
+        SystemExit: they never will be, or not in time.
+    """
+    while not (given.work / name / READY).exists():
+        if given.left() < 0 or (given.work / FAILED).exists():
+            raise SystemExit(f"the checkpoint of the model {name} was not prepared; see prepare.log")
+        time.sleep(0.2)
 
 
 def run(given: Part) -> None:

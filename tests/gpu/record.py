@@ -82,14 +82,15 @@ def part(description: str | None) -> Iterator[Part]:
     if not said:
         raise SystemExit("ended before it began")
     deadline = time.monotonic() + float(said)
-    threading.Thread(target=_end_with_the_check, daemon=True).start()
+    # Of its own: pytest puts another file in the place of standard input.
+    threading.Thread(target=_end_with_the_check, args=[os.dup(sys.stdin.fileno())], daemon=True).start()
     yield Part(options.work, options.small, deadline, Record(options.record))
     check_imports()
 
 
-def _end_with_the_check() -> None:
+def _end_with_the_check(stdin: int) -> None:
     # Unbuffered: a lock of sys.stdin's would be held when the interpreter ends.
-    while os.read(0, 1):
+    while os.read(stdin, 1):
         pass
     os._exit(1)
 

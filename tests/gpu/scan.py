@@ -2,7 +2,7 @@
 
 The weights are random, in bfloat16, and made on the card; the scan is the project's own, as snr-analyze calls it.
 The reference is what Spectrum calls, in float32, once per shape and counted as often as the shape occurs, upright
-or across.
+or across. Where they differ, it is the reference that float32 makes inexact: correctness compares with float64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from spectraqlora.models.tensors import Tensors
 from spectraqlora.snr.marchenko_pastur import from_singular_values
 from spectraqlora.snr.scan import scan
 
+from tests.gpu.prepare import wait_for
 from tests.gpu.record import Part, part, timed
 from tests.gpu.shapes import Shape, sizes
 
@@ -51,6 +52,8 @@ class RandomTensors(Tensors):
 
 def run(given: Part) -> None:
     chosen = sizes(given.small)
+    for stage in chosen.stages:  # Nothing is timed while gigabytes of checkpoints are written.
+        wait_for(stage, given)
     tensors = RandomTensors(chosen.model, chosen.scan_layers)
     # Libraries load and handles are made on small matrices.
     scan(RandomTensors(Shape(256, 512, 1, 4, 2, 8), 1))

@@ -25,16 +25,18 @@ from spectraqlora.artifacts import (
 from spectraqlora.errors import InputError
 from spectraqlora.methods.catalogue import METHODS
 from spectraqlora.models import adapters
+from spectraqlora.models.experts import packed_experts
 from spectraqlora.models.four_bit import copy_dequantized
 from spectraqlora.models.hardware import device
 from spectraqlora.models.loading import load_four_bit, load_plain, original_folder
 from spectraqlora.models.tensors import LocalTensors
 from spectraqlora.scoring.batches import Collator, load_rows
 from spectraqlora.scoring.loss import score
-from spectraqlora.settings import CheckpointSettings
+from spectraqlora.settings import CheckpointSettings, ModelSettings
 from spectraqlora.signals.gradients import read_sketches
 from spectraqlora.snr.marchenko_pastur import from_singular_values
 from spectraqlora.snr.scan import scan
+from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.train import distributed
 
 from tests.gpu.correctness import SMALL, WORK
@@ -187,6 +189,29 @@ def loss_and_gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[floa
     loss.backward()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return float(loss.detach()), {name: p.grad for name, p in named.items() if p.grad is not None}
+
+
+def mixture(folder: Path, width: int, chosen: int) -> Path:
+    """A random mixture of four experts, `chosen` of them for each token, in a folder."""
+    from spectraqlora.sample import make, world
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = make._tokenizer(world.corpus(world.people(0, 12), 0, 300))
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        moe_intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        num_experts=4,
+        num_experts_per_tok=chosen,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -377,3 +402,38 @@ def test_the_snr_scan_is_that_of_float64(twins: Twins, measured: Measured) -> No
             assert row.above == expected.above
         measured(f"{name}, off by", worst)
         assert len(table) >= 7 and worst < SNR
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "bound"),
+    [("float32", 2, 1e-3), ("bfloat16", 4, 5e-2)],
+    ids=["float32", "bfloat16"],
+)
+def test_experts_in_4_bits_compute_what_their_weights_do_in_float64(
+    dtype: Any, chosen: int, bound: float, tmp_path: Path, measured: Measured
+) -> None:
+    """In bfloat16 every token goes to all experts: rounding would choose others than float64 does."""
+    width = 64 if small else 512
+    base = mixture(tmp_path / "base", width, chosen)
+    settings = ModelSettings(base_model=str(base), compute_dtype=dtype)
+    quantize(settings, tmp_path / "four_bit", tmp_path / "outline")
+    model, manifest = load_four_bit(tmp_path / "four_bit")
+    assert len(list(packed_experts(model))) == 4
+    plain = load_plain(original_folder(manifest), torch.float64).cpu()
+    plain.set_experts_implementation("eager")  # Grouped products are not there in float64.
+    copy_dequantized(model, plain, set())
+    ids = torch.arange(9, 9 + 4 * 24).view(4, 24)
+    results = []
+    for each in (model, plain):
+        each.requires_grad_(False)
+        place = next(each.parameters()).device
+        inputs = each.get_input_embeddings()(ids.to(place)).detach().requires_grad_()
+        with metered() as meter:
+            logits = each(inputs_embeds=inputs).logits
+            logits.double().square().mean().backward()
+        measured(f"MiB, {'4 bits' if each is model else 'float64'}", meter.peak / 2**20)
+        results.append({"logits": logits.detach(), "gradients": inputs.grad})
+    for name in ("logits", "gradients"):
+        off = distance({name: results[0][name]}, {name: results[1][name]})
+        measured(f"{name} off by", off)
+        assert off < bound

@@ -31,7 +31,7 @@ from spectraqlora.steps.quantize_load.quantize import quantize
 from spectraqlora.steps.train.request import Inputs, TrainRequest
 from spectraqlora.steps.train.training import fit
 
-from tests.gpu.prepare import FAILED, READY, SIDES
+from tests.gpu.prepare import SIDES, wait_for
 from tests.gpu.record import Meter, Part, metered, part, timed
 from tests.gpu.shapes import Sizes, sizes
 from tests.random_rows import write_manifest
@@ -123,18 +123,6 @@ def run_peer(wrapped: Any, rows: Path, batch: int, steps: int, on_step: OnStep) 
         )
         trainer.train()
     return adapters.trainable_parameters(wrapped)
-
-
-def wait_for(name: str, given: Part) -> None:
-    """Until a stage's checkpoint and rank maps are there.
-
-    Raises:
-        SystemExit: they never will be, or not in time.
-    """
-    while not (given.work / name / READY).exists():
-        if given.left() < 0 or (given.work / FAILED).exists():
-            raise SystemExit(f"the checkpoint of the model {name} was not prepared; see prepare.log")
-        time.sleep(0.2)
 
 
 class Stage:

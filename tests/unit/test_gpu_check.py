@@ -61,7 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> check.Check:
     monkeypatch.setattr(check, "PARTS", tuple(made[1:]))
     for name in ("scratch", "results"):
         (tmp_path / name).mkdir()
-    options = argparse.Namespace(device="cpu", small=False, carried=tmp_path / "none")
+    options = argparse.Namespace(device="cpu", small=False, seconds=check.TOTAL, carried=tmp_path / "none")
     return check.Check(options, tmp_path / "scratch", tmp_path / "site", tmp_path / "results")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from spectraqlora.artifacts import LinearModule, ModuleRank, RankMap
-from spectraqlora.models.sharing import share_factors
+from spectraqlora.models.hardware import device
+from spectraqlora.models.sharing import keep_input_types, share_factors
 from spectraqlora.runtime.console import warn
 
 WEIGHTS = "adapter_model.safetensors"
@@ -82,8 +83,11 @@ def attach(
     dropout: float = 0.0,
     start: dict[str, torch.Tensor] | None = None,
     gradient_init: dict[str, torch.Tensor] | None = None,
+    cuda: bool | None = None,
 ) -> Any:
     """Wrap `model` with the map's adapters; groups use one A, one B, or one pair; `frozen` ones do not train.
+
+    Adapters are float32. Their products are, too, but for a GPU that computes in bfloat16: there they are made in it.
 
     Args:
         model: the frozen base model.
@@ -92,6 +96,7 @@ def attach(
         start: weights from an earlier round, `module.lora_A` (rank x in) and `module.lora_B` (out x rank).
         gradient_init: the first A (rank x in) of a module, or of a group by its first module; `module.lora_B` is the
             first B (out x rank) of a group that shares B.
+        cuda: whether the model is for a GPU; None asks this machine.
     """
     from peft import get_peft_model
 
@@ -100,6 +105,9 @@ def attach(
     layers = lora_layers(wrapped)
     with torch.no_grad():
         share_factors(wrapped, layers, rank_map)
+        half = model.get_input_embeddings().weight.dtype == torch.bfloat16
+        if half and (device() == "cuda" if cuda is None else cuda):
+            keep_input_types(layers)
         for entry in rank_map.active():
             weights = _weights(layers[entry.module])
             a, b = (

@@ -142,11 +142,11 @@ class ModelShape:
         """The largest weight, or fused tensor of experts, dequantized, and the widest tensors of a block's pass."""
         return self.dtype_bytes * (self.dequantized + _WORKING_TENSORS * positions * self.widest)
 
-    def loss(self, positions: int) -> int:
+    def loss(self, positions: int, cuda: bool) -> int:
         """Hidden states, their gradient, and one chunk of logits with its softmax and gradient."""
-        from spectraqlora.scoring.head_loss import CHUNK_BYTES
+        from spectraqlora.scoring.head_loss import chunk_bytes
 
-        chunk = min(max(1, CHUNK_BYTES // (FLOAT32 * self.vocabulary)), positions) * self.vocabulary
+        chunk = min(max(1, chunk_bytes(cuda) // (FLOAT32 * self.vocabulary)), positions) * self.vocabulary
         return 3 * positions * self.hidden * self.dtype_bytes + 3 * FLOAT32 * chunk
 
     def past(self, rows: int, tokens: int) -> int:

@@ -18,7 +18,7 @@ from spectraqlora.methods.catalogue import method as method_of
 from spectraqlora.models.modules import residual_width
 from spectraqlora.planning.activations import kept_activations
 from spectraqlora.planning.shape import FLOAT32, ModelShape, config_of
-from spectraqlora.planning.training import surrogate_map, training
+from spectraqlora.planning.training import WORKSPACES, surrogate_map, training
 from spectraqlora.settings import Settings
 
 GIB = 2**30
@@ -90,7 +90,7 @@ class _Run:
 
     def peak(self, step: str, method: str, parts: Mapping[str, int], host: int = 0) -> StepMemory:
         """A step that computes: the sum of its parts on the GPU and `host` in main memory, or all in one memory."""
-        idle = 0 if self.cuda else PROCESS_BYTES
+        idle = WORKSPACES if self.cuda else PROCESS_BYTES
         return StepMemory(
             step,
             method,
@@ -174,7 +174,7 @@ def _snr_analyze(run: _Run, method: str) -> StepMemory:
 
 def _measure_base(run: _Run, method: str) -> StepMemory:
     # One after the other: the score, and the gradients where a method needs them.
-    turns = {"evaluation": run.with_holes(scoring(run.shape, run.settings))}
+    turns = {"evaluation": run.with_holes(scoring(run.shape, run.settings, run.cuda))}
     if any(method_of(name).measures_gradients(run.settings.select) for name in run.settings.methods):
         turns["gradients"] = run.with_holes(sum(calibration(run.shape, run.settings, run.cuda).values()))
     return run.peak("measure-base", method, {"4-bit weights": run.shape.weight_bytes, **_largest(turns)})
@@ -196,7 +196,8 @@ def _select_layers(run: _Run, method: str) -> StepMemory:
 
 def _train(run: _Run, method: str) -> StepMemory:
     memory = training(run.shape, surrogate_map(method, run.shape, run.settings), run.settings, run.cuda)
-    fixed, scored = memory.weights + memory.trained, run.with_holes(scoring(run.shape, run.settings))
+    fixed = memory.weights + memory.trained + memory.workspaces
+    scored = run.with_holes(scoring(run.shape, run.settings, run.cuda))
     passing = run.with_holes(memory.total - fixed)
     parts = {"4-bit weights": memory.weights, "adapters, gradients, optimizer": memory.trained}
     if passing >= scored:
@@ -210,7 +211,7 @@ def _re_evaluate(run: _Run, method: str) -> StepMemory:
     shape, settings = run.shape, run.settings
     # One after the other: scoring, the updated weights in float32, gradients where they move the next round's ranks.
     updated = (FLOAT32 + shape.dtype_bytes) * shape.largest
-    turns = {"evaluation": run.with_holes(max(scoring(shape, settings), updated))}
+    turns = {"evaluation": run.with_holes(max(scoring(shape, settings, run.cuda), updated))}
     if method_of(method).moves and settings.select.needs_gradients and settings.rounds > 1:
         turns["gradients"] = run.with_holes(sum(calibration(shape, settings, run.cuda).values()))
     sides = {m.module: m.in_features + m.out_features for m in shape.modules}
@@ -228,7 +229,7 @@ def _merge_export(run: _Run, method: str) -> StepMemory:
     parts = {"merged weights": shape.plain_bytes}
     # Beside the plain model, one after the other: the original's mapped file with the tensor that is being converted
     # to the compute type, and the 4-bit weights that are copied into it with what scoring takes.
-    scored = run.with_holes(scoring(shape, run.settings))
+    scored = run.with_holes(scoring(shape, run.settings, run.cuda))
     four_bit = {"4-bit weights": shape.weight_bytes, "evaluation": scored}
     mapped = 0 if run.cuda else shape.stored_bytes * (shape.parameters + shape.largest_tensor)
     parts |= four_bit if sum(four_bit.values()) >= mapped else {"original weights": mapped}
@@ -253,12 +254,12 @@ def _largest(turns: dict[str, int]) -> dict[str, int]:
     return {name: turns[name]}
 
 
-def scoring(shape: ModelShape, settings: Settings) -> int:
+def scoring(shape: ModelShape, settings: Settings, cuda: bool) -> int:
     """Working memory of scoring rows or generating answers; both keep every layer's keys and values."""
     rows, longest = settings.evaluate.batch_size, shape.row_tokens(settings)
     tokens = longest + (settings.evaluate.max_new_tokens if settings.evaluate.accuracy_rows else 0)
     positions = rows * longest
-    return shape.working(positions) + shape.loss(positions) + shape.past(rows, tokens)
+    return shape.working(positions) + shape.loss(positions, cuda) + shape.past(rows, tokens)
 
 
 def _sketched_sides(modules: list[LinearModule], size: int) -> int:

@@ -10,6 +10,7 @@ A 4-bit model with LoRA adapters takes, with b bytes per number of the compute t
     working set  the largest dequantized weight (of experts a whole fused tensor) and the gradients of one block's
                  widest tensors
     loss         hidden states that count, and one chunk of logits (see scoring.head_loss)
+    workspaces   on a GPU, what its matrix products keep
 
 The sum is compared with measured peaks by a test.
 """
@@ -26,6 +27,8 @@ from spectraqlora.planning.shape import FLOAT32, ModelShape
 from spectraqlora.settings import Settings
 from spectraqlora.signals.scores import Scores
 
+WORKSPACES = 64 * 2**20
+"""Bytes that cuBLAS and cuBLASLt keep on a GPU once they have run: 32 MiB each on Hopper, less on older ones."""
 _LOGITS = 2 * FLOAT32
 """Per logit of a loss without gradient: itself and its logarithm after softmax."""
 
@@ -46,6 +49,8 @@ class TrainingMemory:
     loss: int
     probe: int
     """Logits of one row, made once before the first step, to compare the model's own loss with ours."""
+    workspaces: int
+    """Of matrix products on a GPU."""
 
     @property
     def trained(self) -> int:
@@ -56,7 +61,7 @@ class TrainingMemory:
     def total(self) -> int:
         """The peak: the first step's probe, the loss, or a block's backward pass, which never meet."""
         step = self.weights + self.trained + self.activations + max(self.block + self.working, self.loss)
-        return max(step, self.weights + self.adapters + self.probe)
+        return self.workspaces + max(step, self.weights + self.adapters + self.probe)
 
     @property
     def above_weights(self) -> int:
@@ -97,7 +102,7 @@ def training(shape: ModelShape, rank_map: RankMap, settings: Settings, cuda: boo
     from spectraqlora.models import adapters
     from spectraqlora.models.activations import every_nth
 
-    model = adapters.attach(shape.build(), rank_map, settings.train.lora_dropout)
+    model = adapters.attach(shape.build(), rank_map, settings.train.lora_dropout, cuda=cuda)
     rows, tokens = settings.train.batch_size, shape.row_tokens(settings)
     kept = kept_activations(model, rows, tokens, padded=not settings.data.pack, cuda=cuda)
     count = adapters.trainable_parameters(model)
@@ -114,6 +119,7 @@ def training(shape: ModelShape, rank_map: RankMap, settings: Settings, cuda: boo
         activations=activations,
         block=block,
         working=shape.working(rows * tokens),
-        loss=shape.loss(rows * tokens),
-        probe=tokens * shape.vocabulary * (_LOGITS + copy),
+        loss=shape.loss(rows * tokens, cuda),
+        probe=tokens * (shape.vocabulary * (_LOGITS + copy) + 2 * shape.hidden * shape.dtype_bytes),
+        workspaces=WORKSPACES if cuda else 0,
     )

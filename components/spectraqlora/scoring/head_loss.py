@@ -1,7 +1,7 @@
 """Loss from hidden states: logits are made only for the positions that count, a chunk at a time.
 
 With a vocabulary of V a plain loss holds rows x tokens x V float32 numbers several times over. Here the
-head sees only labelled positions (completions), and no more than `CHUNK_BYTES` of logits exist at once.
+head sees only labelled positions (completions), and no more than `chunk_bytes` of logits exist at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from spectraqlora.artifacts import IGNORED
 
-CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES, _CHUNK_BYTES_OF_GPU = 16 * 2**20, 256 * 2**20
 _TOLERANCE = 1e-3
+
+
+def chunk_bytes(cuda: bool) -> int:
+    """Logits in float32 that exist at once: what a CPU's caches hold; a GPU reads the whole head for each chunk."""
+    return _CHUNK_BYTES_OF_GPU if cuda else _CHUNK_BYTES
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -99,7 +104,7 @@ class HeadLoss:
 
     def losses(self, kept: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of every position that counts (nats)."""
-        size = max(1, CHUNK_BYTES // (4 * int(self.head.weight.shape[0])))
+        size = max(1, chunk_bytes(kept.is_cuda) // (4 * int(self.head.weight.shape[0])))
         if self.from_hidden:
             losses: torch.Tensor = _FrozenHead.apply(kept, labels, self.head.weight, self.head.bias, size)
             return losses

@@ -8,7 +8,6 @@ signal = sum of s_i > tau,  noise = sum of s_i <= tau,  snr = signal / noise / s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,8 +20,8 @@ IQR_OF_NORMAL = 1.349
 TOLERANCE = 8e-5
 """Bound of an snr's relative error up to which it is taken from the eigenvalues of the Gram matrix."""
 _EPS = torch.finfo(torch.float64).eps
-_STD_BLOCK = 2**17
-"""Entries that fit in a core's cache in float64."""
+_STD_BLOCK, _STD_BLOCK_OF_GPU = 2**17, 2**24
+"""Entries that fit in a core's cache in float64, and those that keep a GPU busy."""
 _REFERENCE_SIDE = 512
 
 
@@ -46,62 +45,43 @@ def statistics(weight: torch.Tensor) -> SnrStatistics:
 
     Zeros, vectors (one row or column), constant matrices and any NaN or infinite entry have no
     meaningful spectrum: their snr is NaN, and NaN is never selected.
-    """
-    return batch_statistics([weight])[0]
-
-
-def batch_statistics(weights: Sequence[torch.Tensor]) -> list[SnrStatistics]:
-    """SNR statistics of matrices of equal shape on one device, in one call of the eigenvalue routine.
 
     Squared singular values are the eigenvalues of the smaller Gram matrix, of which LAPACK needs a quarter
     of the memory traffic of a singular value decomposition. Squaring costs digits of the small ones, and
-    summing in float32, a few times as fast, some of all. `_settled` decides from an error bound whether that
-    can matter: where it can, the Gram matrix is summed in float64, and if need be the exact routine runs.
+    summing in float32, on a CPU a few times as fast, some of all. `_settled` decides from an error bound whether
+    that can matter: where it can, the Gram matrix is summed in float64, and if need be the exact routine runs.
     """
-    results = [_DEGENERATE] * len(weights)
-    left = {index: weight for index, weight in enumerate(weights) if _has_spectrum(weight)}
+    if not _has_spectrum(weight):
+        return _DEGENERATE
     for precision in (torch.float32, torch.float64):
-        for index, result in _from_grams(left, precision).items():
-            results[index] = result
-            del left[index]
-    for index, weight in left.items():
-        results[index] = from_singular_values(_exact_values(weight).cpu(), shape_of(weight))
-    return results
+        if result := _from_gram(weight, precision):
+            return result
+    return from_singular_values(_exact_values(weight).cpu(), shape_of(weight))
 
 
-def _from_grams(weights: dict[int, torch.Tensor], precision: torch.dtype) -> dict[int, SnrStatistics]:
-    """Statistics by Gram matrices summed in `precision`, of those weights of which that is exact enough."""
-    if fast := precision == torch.float32:
-        weights = {index: weight for index, weight in weights.items() if fast_pays(weight)}
-    if not weights:
-        return {}
-    first = next(iter(weights.values()))
-    shape, side = shape_of(first), min(first.shape)
-    grams = torch.empty(len(weights), side, side, dtype=torch.float64, device=first.device)
-    errors: dict[int, ErrorBounds] = {}
-    for index, weight in weights.items():
-        gram = grams[len(errors)]
-        fill_gram(gram, weight, precision)
-        error = measured_error(gram, weight) if fast else ErrorBounds(0.0, 0.0)
-        # Where the error reaches a tenth of the mean distance of eigenvalues, one of them is too likely to
-        # be within reach of the threshold.
-        if error.spectral < 0.1 * float(gram.trace()) / side**2 < math.inf:
-            errors[index] = error
-    roots = torch.linalg.eigvalsh(grams[: len(errors)]).cpu().flip(-1).clamp_min(0).sqrt()
-    results = {
-        index: from_singular_values(values, shape) for index, values in zip(errors, roots, strict=True)
-    }
-    return {
-        index: results[index]
-        for (index, error), values in zip(errors.items(), roots, strict=True)
-        if _settled(values, results[index], shape, error)
-    }
+def _from_gram(weight: torch.Tensor, precision: torch.dtype) -> SnrStatistics | None:
+    """Statistics by a Gram matrix summed in `precision`; None where that does not pay or is not exact enough."""
+    fast = precision == torch.float32
+    if fast and not fast_pays(weight):
+        return None
+    side, shape = min(weight.shape), shape_of(weight)
+    gram = torch.empty(side, side, dtype=torch.float64, device=weight.device)
+    fill_gram(gram, weight, precision)
+    error = measured_error(gram, weight) if fast else ErrorBounds(0.0, 0.0)
+    # Where the error reaches a tenth of the mean distance of eigenvalues, one of them is too likely to be within
+    # reach of the threshold.
+    if not error.spectral < 0.1 * float(gram.trace()) / side**2 < math.inf:
+        return None
+    values = torch.linalg.eigvalsh(gram).cpu().flip(-1).clamp_min(0).sqrt()
+    result = from_singular_values(values, shape)
+    return result if _settled(values, result, shape, error) else None
 
 
 def entry_std(weight: torch.Tensor) -> float:
     """Standard deviation of the entries of an (n, m) matrix, in float64, some rows at a time."""
     count, mean, squares = 0, 0.0, 0.0
-    for rows in weight.split(max(1, _STD_BLOCK // weight.shape[1])):
+    block = _STD_BLOCK_OF_GPU if weight.is_cuda else _STD_BLOCK
+    for rows in weight.split(max(1, block // weight.shape[1])):
         entries = rows.double().reshape(-1)
         size, own_mean = len(entries), float(entries.mean())
         entries = entries - own_mean

@@ -1,7 +1,8 @@
-"""Measuring a stream of matrices on the step's cores, or in batches on the GPU, within a budget of memory."""
+"""Measuring a stream of matrices on the step's cores, or several at a time on the GPU, within a budget of memory."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ import torch
 
 from spectraqlora.runtime.threads import bound_threads
 from spectraqlora.snr.gram import CHUNK
-from spectraqlora.snr.marchenko_pastur import SnrStatistics, batch_statistics, entry_std, shape_of, statistics
+from spectraqlora.snr.marchenko_pastur import SnrStatistics, entry_std, shape_of, statistics
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 """(module, n x m weight) pairs."""
 DEFAULT_BUDGET = 2**30
-_GPU_BATCH = 8
+_GPU_STREAMS = 4
+"""Matrices at a time on a GPU: the eigenvalue routine is many small operations, which one after the other leave it idle."""
 _KEPT_BY_THREAD = 40 * 2**20
 """Bytes, as measured with glibc and MKL."""
 
@@ -31,7 +33,7 @@ class Measured:
 
 
 def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measured]:
-    """Statistics of every matrix, in the order in which they get done.
+    """Statistics of every matrix, in the order in which they get done; on the GPU where there is one.
 
     Args:
         weights: taken one after the other, as room becomes free.
@@ -39,12 +41,12 @@ def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measure
             matrix is always in work.
     """
     if torch.cuda.is_available():
-        return in_batches(weights, torch.device("cuda"))
+        return in_threads(weights, torch.cuda.mem_get_info()[0] // 2, _GPU_STREAMS)
     return in_threads(weights, budget, bound_threads())
 
 
 def working_bytes(weight: torch.Tensor) -> int:
-    """Host memory while one matrix is measured: itself, its Gram matrix twice and a chunk in float64.
+    """Memory while one matrix is measured: itself, its Gram matrix twice and a chunk in float64.
 
     To that comes what LAPACK and the allocator keep for each thread.
     """
@@ -59,6 +61,7 @@ def in_threads(weights: Weights, budget: int, cores: int) -> Iterator[Measured]:
     keep all cores busy.
     """
     running: dict[Future[Measured], int] = {}
+    before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(cores) as pool:
             for module, weight in weights:
@@ -74,27 +77,23 @@ def in_threads(weights: Weights, budget: int, cores: int) -> Iterator[Measured]:
                 yield future.result()
     finally:
         # Threads started later would take over the number that a worker set last.
-        torch.set_num_threads(cores)
+        torch.set_num_threads(before)
+
+
+_OF_THREAD = threading.local()
 
 
 def _measure(module: str, weight: torch.Tensor, threads: int) -> Measured:
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        return _measured(module, weight)
+    if not hasattr(_OF_THREAD, "stream"):
+        _OF_THREAD.stream = torch.cuda.Stream()
+    # A weight may have been made on the GPU, in the stream that everything else runs in.
+    _OF_THREAD.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(_OF_THREAD.stream):
+        return _measured(module, weight.cuda())
+
+
+def _measured(module: str, weight: torch.Tensor) -> Measured:
     return Measured(module, shape_of(weight), entry_std(weight), statistics(weight))
-
-
-def in_batches(weights: Weights, device: torch.device) -> Iterator[Measured]:
-    """Up to `_GPU_BATCH` matrices of equal shape in one call on `device`."""
-    waiting: dict[tuple[int, int], list[tuple[str, torch.Tensor]]] = {}
-    for module, weight in weights:
-        batch = waiting.setdefault(shape_of(weight), [])
-        batch.append((module, weight.to(device)))
-        if len(batch) == _GPU_BATCH:
-            yield from _batch(waiting.pop(shape_of(weight)))
-    for batch in waiting.values():
-        yield from _batch(batch)
-
-
-def _batch(batch: list[tuple[str, torch.Tensor]]) -> Iterator[Measured]:
-    results = batch_statistics([weight for _, weight in batch])
-    for (module, weight), result in zip(batch, results, strict=True):
-        yield Measured(module, shape_of(weight), entry_std(weight), result)

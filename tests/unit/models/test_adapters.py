@@ -12,6 +12,8 @@ from spectraqlora.errors import InputError
 from spectraqlora.methods.carry_over import carry_over
 from spectraqlora.models import adapters
 from spectraqlora.models.loading import load_four_bit
+from spectraqlora.settings import ModelSettings
+from spectraqlora.steps.quantize_load.quantize import quantize
 
 
 def rank_map(
@@ -223,3 +225,34 @@ def test_saving_an_adapter_of_a_base_on_the_hub_asks_no_hub(
     assert asked == []
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "owner/base"
+
+
+@pytest.mark.parametrize("groups", [{}, {Q0: 0, Q1: 0}])
+def test_on_a_gpu_adapters_multiply_in_bfloat16_as_under_autocast_and_stay_float32(
+    tiny_model: Path, tmp_path: Path, groups: dict[str, int]
+) -> None:
+    settings = ModelSettings(base_model=str(tiny_model), compute_dtype="bfloat16")
+    quantize(settings, tmp_path / "four_bit", tmp_path / "outline")
+    ranks = rank_map(
+        tmp_path / "four_bit", {Q0: 4, Q1: 4, DOWN: 3}, groups, dict.fromkeys(groups.values(), "A")
+    )
+    results = []
+    for cuda in (False, True):
+        torch.manual_seed(4)
+        model = adapters.attach(load_four_bit(tmp_path / "four_bit")[0], ranks, cuda=cuda)
+        randomize(model)
+        layer = adapters.lora_layers(model)[Q0]
+        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(2)).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cuda):
+            output = layer(x)
+        output.float().square().sum().backward()
+        gradients = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+        results.append([output, *gradients])
+        assert output.dtype == torch.bfloat16
+        assert all(g.dtype == torch.float32 for g in gradients)
+        adapters.save(model, tmp_path / f"saved-{cuda}", "base")
+    for ours, autocast in zip(*results[::-1], strict=True):
+        assert torch.equal(ours, autocast)
+    one, other = (adapters.read_adapter_weights(tmp_path / f"saved-{cuda}") for cuda in (False, True))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

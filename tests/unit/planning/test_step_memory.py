@@ -10,6 +10,7 @@ from spectraqlora.places import base_place
 from spectraqlora.planning.advice import changes
 from spectraqlora.planning.shape import ModelShape, config_of
 from spectraqlora.planning.steps import PROCESS_BYTES, Plan, StepMemory, calibration, plan, scoring
+from spectraqlora.planning.training import WORKSPACES
 from spectraqlora.settings import parse, with_overrides
 from spectraqlora_pipelines.local.preflight import memory_warning
 
@@ -48,8 +49,9 @@ def test_every_step_and_method_is_planned_and_the_advice_fits(tiny_model: Path) 
         ("select-layers", "sgm"), ("train", "sgm"), ("re-evaluate", "sgm"), ("merge-export", ""),
     ]  # fmt: skip
     train = step(planned, "train", "qlora")
-    change, then = changes(planned, train, train.device // 2)
-    assert then <= train.device // 2 and "--set" in change
+    half = WORKSPACES + (train.device - WORKSPACES) // 2
+    change, then = changes(planned, train, half)
+    assert then <= half and "--set" in change
     assignments = [part for part in change.split() if "=" in part]
     changed = parse(with_overrides(small(methods="qlora,sgm").model_dump(mode="json"), assignments))
     assert step(plan(shape, changed, cuda=True), "train", "qlora").device == then
@@ -67,13 +69,18 @@ def test_measure_base_holds_the_4_bit_base_and_the_larger_of_its_score_and_its_g
         settings = small(select={"calibration_rows": rows, "rank": 8}, methods="qlora,sgm")
         gradients = sum(calibration(shape, settings, cuda=True).values())
         memory = step(plan(shape, settings, cuda=True), "measure-base")
-        assert memory.device == shape.weight_bytes + max(gradients, scoring(shape, settings))
+        assert (
+            memory.device
+            == shape.weight_bytes + max(gradients, scoring(shape, settings, cuda=True)) + WORKSPACES
+        )
         assert memory.largest == largest
     weights_alone = small(
         select={"calibration_rows": 64, "rank": 8, "signal": "spectrum"}, methods="qlora,hybrid"
     )
     memory = step(plan(shape, weights_alone, cuda=True), "measure-base")
-    assert memory.device == shape.weight_bytes + scoring(shape, weights_alone), "no method asks for gradients"
+    assert memory.device == shape.weight_bytes + scoring(shape, weights_alone, cuda=True) + WORKSPACES, (
+        "no method asks for gradients"
+    )
     planned = plan(shape, small(select={"calibration_rows": 64, "rank": 8}, methods="sgm"), cuda=True)
     change, then = changes(planned, step(planned, "measure-base"), step(planned, "measure-base").device - 1)
     assert "select.calibration_rows=" in change and then < step(planned, "measure-base").device

@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_the_models_own_chunk_by_chunk(
     own.backward()
     expected = gradients(model)
     vocabulary = model.config.vocab_size
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 4 * vocabulary * 7)
+    monkeypatch.setattr(head_loss, "_CHUNK_BYTES", 4 * vocabulary * 7)
     head = HeadLoss(model, inputs)
     assert head.from_hidden
     kept: list[tuple[int, ...]] = []

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectraqlora.snr.gram import ErrorBounds, bfloat16_units, fill_gram, measured_error
 from spectraqlora.snr.marchenko_pastur import (
-    _from_grams,
+    _from_gram,
     _settled,
-    batch_statistics,
     calibrated,
     entry_std,
     from_singular_values,
@@ -172,11 +171,12 @@ def test_a_gram_matrix_in_float32_is_enough_unless_the_spectrum_is_steep(units: 
         2: matrix_of("random", 1024, 1536, 9, torch.float32),
         3: few_strong_directions(1024, 1536) * 2.0**100,  # its products overflow
     }
-    found = _from_grams(weights, torch.float32)
-    assert found.keys() == {0}
-    precise = _from_grams({0: weights[0]}, torch.float64)[0]
-    assert found[0].snr == pytest.approx(precise.snr, rel=1e-6)
-    assert found[0].snr != precise.snr
+    found = {index: _from_gram(weight, torch.float32) for index, weight in weights.items()}
+    assert [index for index, result in found.items() if result] == [0]
+    fast, precise = found[0], _from_gram(weights[0], torch.float64)
+    assert fast and precise
+    assert fast.snr == pytest.approx(precise.snr, rel=1e-6)
+    assert fast.snr != precise.snr
     assert statistics(weights[3]).above == precise.above
 
 
@@ -201,15 +201,6 @@ def test_other_products_have_their_precision_again_after_bfloat16_units() -> Non
         torch.set_float32_matmul_precision("medium")
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
-
-
-def test_a_batch_of_equal_shape_equals_its_matrices_one_by_one() -> None:
-    weights = [matrix_of(kind, 40, 90, 1, torch.float32) for kind in KINDS]
-    weights[2:2] = [torch.zeros(40, 90), torch.full((40, 90), math.nan)]
-    alone = [statistics(weight) for weight in weights]
-    for one, other in zip(batch_statistics(weights), alone, strict=True):
-        assert one.snr == pytest.approx(other.snr, rel=1e-9, nan_ok=True)
-        assert one.above == other.above
 
 
 def test_entry_std_is_that_of_the_entries() -> None:

@@ -27,7 +27,7 @@ from spectraqlora.snr.journal import ScanJournal
 from spectraqlora.snr.marchenko_pastur import SnrStatistics, from_singular_values, statistics
 from spectraqlora.snr.scan import scan, scan_tensors
 from spectraqlora.snr.table import order, read_table, top_modules, write_table
-from spectraqlora.snr.workers import in_batches, in_threads, working_bytes
+from spectraqlora.snr.workers import in_threads, measured, working_bytes
 from spectraqlora.steps.snr_analyze.analyze import Inputs, analyze
 from spectraqlora_pipelines.cli.snr import snr_table
 
@@ -114,22 +114,11 @@ def test_a_table_without_one_finite_value_is_written_and_drawn(tmp_path: Path) -
     assert read_table(tmp_path)["snr"].isna().all() and (tmp_path / "heatmap.png").exists()
 
 
-def test_in_batches_gives_what_threads_give() -> None:
-    mixed = [*stream(11), ("model.layers.0.mlp.gate_proj", torch.zeros(60, 90)), *stream(3, 32, 16)]
-    named = [(f"{index}.{name}", weight) for index, (name, weight) in enumerate(mixed)]
-    threads = {result.module: result for result in in_threads(named, 2**30, 2)}
-    batches = {result.module: result for result in in_batches(named, torch.device("cpu"))}
-    assert threads.keys() == batches.keys() == {name for name, _ in named}
-    for name, one in threads.items():
-        assert batches[name].shape == one.shape
-        assert batches[name].statistics.snr == pytest.approx(one.statistics.snr, rel=1e-9, nan_ok=True)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_what_the_cpu_gives() -> None:
     named = list(stream(20, 512, 768))
     cpu = {result.module: result.statistics for result in in_threads(named, 2**30, 2)}
-    gpu = {result.module: result.statistics for result in in_batches(named, torch.device("cuda"))}
+    gpu = {result.module: result.statistics for result in measured(named)}
     for name, found in cpu.items():
         assert gpu[name].snr == pytest.approx(found.snr, rel=1e-6)
         assert gpu[name].above == found.above
