@@ -1,8 +1,7 @@
-"""Measuring a stream of matrices on the step's cores, or several at a time on the GPU, within a budget of memory."""
+"""Measuring a stream of matrices on the step's cores within a budget of memory, or one after the other on the GPU."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from spectraqlora.snr.marchenko_pastur import SnrStatistics, entry_std, shape_of
 Weights = Iterable[tuple[str, torch.Tensor]]
 """(module, n x m weight) pairs."""
 DEFAULT_BUDGET = 2**30
-_GPU_STREAMS = 4
-"""Matrices at a time on a GPU: the eigenvalue routine is many small operations, which one after the other leave it idle."""
 _KEPT_BY_THREAD = 40 * 2**20
 """Bytes, as measured with glibc and MKL."""
 
@@ -41,7 +38,7 @@ def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measure
             matrix is always in work.
     """
     if torch.cuda.is_available():
-        return in_threads(weights, torch.cuda.mem_get_info()[0] // 2, _GPU_STREAMS)
+        return (_measured(module, weight.cuda()) for module, weight in weights)
     return in_threads(weights, budget, bound_threads())
 
 
@@ -80,19 +77,9 @@ def in_threads(weights: Weights, budget: int, cores: int) -> Iterator[Measured]:
         torch.set_num_threads(before)
 
 
-_OF_THREAD = threading.local()
-
-
 def _measure(module: str, weight: torch.Tensor, threads: int) -> Measured:
     torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
-        return _measured(module, weight)
-    if not hasattr(_OF_THREAD, "stream"):
-        _OF_THREAD.stream = torch.cuda.Stream()
-    # A weight may have been made on the GPU, in the stream that everything else runs in.
-    _OF_THREAD.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(_OF_THREAD.stream):
-        return _measured(module, weight.cuda())
+    return _measured(module, weight)
 
 
 def _measured(module: str, weight: torch.Tensor) -> Measured:
