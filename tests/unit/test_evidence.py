@@ -125,6 +125,9 @@ def test_a_study_reports_test_rows_that_nothing_was_chosen_by(
         # One step moves it a little, from the base or from what PiSSA's residual in 4 bits and its adapter are.
         assert run["test_loss"] == pytest.approx(base["base_test_loss"], rel=0.1)
         assert run["trained_parameters"] > 0
+    rounds = [study.run(arm, 0.004, 1, "study") for arm in TABLES["rounds"].arms[:2]]
+    assert rounds[0]["trained_parameters"] >= rounds[1]["trained_parameters"] > 0
+    assert rounds[0]["test_loss"] != rounds[1]["test_loss"]
     tuned = study.run(by_name[QLORA], 0.004, 0, "tuning")
     assert "test_loss" not in tuned and tuned["held_out_loss"] > 0
 

@@ -25,6 +25,8 @@ class Arm:
         tuned_as: the arm whose learning rate it takes.
         select: the settings that differ from the study's.
         initialiser: PEFT's, of A and B; empty leaves them to the method.
+        lengths: how many times the study's steps it trains.
+        rounds: of as many steps each; between them the method re-evaluates, and moves what it moves.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Arm:
     tuned_as: str
     select: Mapping[str, Any] = field(default_factory=dict)
     initialiser: Initialiser | None = None
+    lengths: int = 1
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,22 @@ _SHARING = (
     Arm("sgm, savings spent on rank", "sgm", HYBRID, {"spend_savings": True}),
     Arm("sgm, cosine of whole gradients", "sgm", HYBRID, {"similarity_of": "gradient"}),
 )
+_ONE_ROUND = "alors, one round of twice the steps"
+_ROUNDS = (
+    Arm(_ONE_ROUND, "alors", HYBRID, lengths=2),
+    Arm("alors, two rounds", "alors", HYBRID, lengths=2, rounds=2),
+    Arm("hybrid-50, one round of twice the steps", "hybrid", HYBRID, lengths=2),
+    Arm("hybrid-50, two rounds", "hybrid", HYBRID, lengths=2, rounds=2),
+)
 _FEW = ("qlora, half the rank, gradient start", QLORA, HYBRID, "hybrid-50, weight SNR", SGM, RANDOM)
 TABLES = {
     "arms": Table(QLORA, _AT_RANK_16),
     "curve": Table(HYBRID, tuple(arm for curve in CURVES.values() for arm in curve)),
     "sharing": Table(HYBRID, _SHARING),
+    "rounds": Table(_ONE_ROUND, _ROUNDS),
     "few": Table(QLORA, tuple(arm for arm in _AT_RANK_16 if arm.name in _FEW)),
 }
-"""By name: methods, signals and starts at rank 16; loss over parameters; variants of sgm; and some of the first."""
+"""By name: methods, signals and starts at rank 16; loss over parameters; variants of sgm; rounds; some of the first."""
 
 
 def arms(tables: list[str]) -> dict[str, Arm]:

@@ -116,26 +116,33 @@ class Study:
 
         quantized, start = self.work / "quantized", None
         with tempfile.TemporaryDirectory() as scratch:
-            ranks, adapter = Path(scratch) / "ranks", Path(scratch) / "adapter"
+            ranks, adapter = Path(scratch) / "ranks", Path()
             ranks.mkdir()
             rank_map = self._rank_map(arm, seed, part, ranks)
             if arm.initialiser:
                 quantized, start = self._initialised(arm, rank_map, seed, part)
                 RankMap.read(start).write(ranks)
             train_settings = TrainSettings(
-                max_steps=self.steps,
+                max_steps=self.steps * arm.lengths // arm.rounds,
                 batch_size=self.batch_size,
                 learning_rate=rate,
                 evaluations=2 if part == STUDY else 1,
             )
-            request = TrainRequest(
-                Inputs(quantized, self.work / part, ranks, start),
-                adapter,
-                seed,
-                train=train_settings,
-                evaluate=EvaluateSettings(batch_size=_BATCH),
-            )
-            log = train(request)
+            seconds = 0.0
+            for turn in range(1, arm.rounds + 1):
+                if turn > 1:
+                    ranks, start = self._next_round(arm, turn - 1, seed, part, ranks, adapter)
+                adapter = Path(scratch) / f"adapter-{turn}"
+                request = TrainRequest(
+                    Inputs(quantized, self.work / part, ranks, start),
+                    adapter,
+                    seed,
+                    arm.rounds,
+                    train=train_settings,
+                    evaluate=EvaluateSettings(batch_size=_BATCH),
+                )
+                log = train(request)
+                seconds += log.train_seconds
             test = (
                 score_test_rows(with_adapter(load_four_bit(quantized)[0], adapter), self.work / part, _BATCH)
                 if part == STUDY
@@ -148,11 +155,35 @@ class Study:
             "part": part,
             "held_out_loss": round(log.best_eval_loss, 5),
             "trained_parameters": log.trainable_parameters,
-            "seconds": round(log.train_seconds, 1),
+            "seconds": round(seconds, 1),
         }
         if test:
             row |= {"test_loss": round(test.loss, 5), "row_losses": [round(loss, 1) for loss in test.losses]}
         return row
+
+    def _next_round(
+        self, arm: Arm, turn: int, seed: int, part: str, ranks: Path, adapter: Path
+    ) -> tuple[Path, Path]:
+        """Re-evaluate a round: the rank map and the adapter that the following one starts from, beside its own."""
+        from spectraqlora.settings import EvaluateSettings, SnrSettings
+        from spectraqlora.steps.re_evaluate.evaluate import Inputs, Outputs, Sections, re_evaluate
+
+        names = ("evaluation", "next-ranks", "next-adapter")
+        outputs = Outputs(*(adapter.with_name(f"{name}-{turn}") for name in names))
+        for folder in (outputs.evaluation, outputs.next_rank_map, outputs.next_adapter):
+            folder.mkdir()
+        settings = self._settings(arm)
+        inputs = Inputs(
+            self.work / "quantized",
+            self.work / part,
+            ranks,
+            adapter,
+            self.work / "table",
+            self._measurement(settings, seed, part),
+        )
+        sections = Sections(EvaluateSettings(batch_size=_BATCH, accuracy_rows=0), settings, SnrSettings())
+        re_evaluate(inputs, outputs, sections, turn, arm.rounds, seed)
+        return outputs.next_rank_map, outputs.next_adapter
 
     def base_scores(self) -> dict[str, Any]:
         """The base's mean loss of the test rows, and the counted tokens of each."""
@@ -163,13 +194,17 @@ class Study:
         assert scored is not None
         return {"base_test_loss": round(scored.loss, 5), "row_tokens": scored.tokens}
 
-    def _rank_map(self, arm: Arm, seed: int, part: str, output: Path) -> Any:
-        from spectraqlora.artifacts import FourBitModel
+    def _settings(self, arm: Arm) -> Any:
         from spectraqlora.settings import SelectSettings
-        from spectraqlora.steps.select_layers.select import Inputs, select
 
         of_rank = {"rank": RANK, "rank_high": RANK, "rank_low": RANK // 2}
-        settings = SelectSettings.model_validate(of_rank | dict(arm.select))
+        return SelectSettings.model_validate(of_rank | dict(arm.select))
+
+    def _rank_map(self, arm: Arm, seed: int, part: str, output: Path) -> Any:
+        from spectraqlora.artifacts import FourBitModel
+        from spectraqlora.steps.select_layers.select import Inputs, select
+
+        settings = self._settings(arm)
         if arm.method == CONDITION_NUMBER:
             manifest = FourBitModel.read(self.work / "quantized")
             rank_map = condition_number_map(Path(self.base), manifest.modules, settings)
