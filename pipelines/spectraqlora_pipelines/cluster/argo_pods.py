@@ -26,6 +26,7 @@ from spectraqlora_pipelines.cluster.pod_parts import (
     volumes_and_mounts,
     without_nothing,
 )
+from spectraqlora_pipelines.cluster.pods import TOO_MUCH_WRITTEN
 from spectraqlora_pipelines.cluster.train_job import POD_NAME, placed_step, train_job, trains_on_nodes
 from spectraqlora_pipelines.cluster.values import (
     CONTAINER,
@@ -42,8 +43,8 @@ INPUTS, OUTPUTS = "/inputs", "/outputs"
 RUN_UID = "{{workflow.uid}}"
 BACKOFF_CAP = "10m"
 """The longest wait between two attempts."""
-FINAL = "lastRetry.exitCode != '2' && !(lastRetry.message contains 'OOMKilled')"
-"""When a step is tried again: not where it refused its input, and not where it needs more memory than it may use."""
+FINAL = f"lastRetry.exitCode != '2' && !(lastRetry.message matches 'OOMKilled|{TOO_MUCH_WRITTEN}')"
+"""When a step is tried again: not where it refused its input, nor where it needs more memory or storage than it may use."""
 COMMAND = ["python3", "-m", "spectraqlora"]
 STOP = """
 import contextlib, os, signal, time

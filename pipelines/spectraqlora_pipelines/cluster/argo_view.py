@@ -16,6 +16,7 @@ from spectraqlora_pipelines.cluster.progress import (
     ENDED,
     Node,
     Step,
+    attempts_of,
     ended_steps,
     last_message,
     nodes_of_workflow,
@@ -112,7 +113,7 @@ class _Tree:
         """A step whose attempts' nodes are `path(0)` and so on, or its own where it is tried once."""
         labels = template["metadata"]["labels"]
         node = self._nodes.get(path)
-        tries = [known for name, known in self._nodes.items() if path and name.startswith(f"{path}(")]
+        tries = attempts_of(self._nodes, path)
         if node is None:
             return Step(label, labels[STEP], labels.get(METHOD, ""), "waiting")
         message = last_message([*tries, node])

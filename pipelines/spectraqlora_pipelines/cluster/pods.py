@@ -14,6 +14,8 @@ from spectraqlora_pipelines.cluster.values import CONTAINER, METHOD, STEP
 RUN_OF_KFP, RUN_OF_ARGO = "pipeline/runid", "workflows.argoproj.io/workflow"
 """Labels that say which run a pod belongs to: KFP's id of it, and the name of its workflow."""
 _STARTING = frozenset({"PodInitializing", "ContainerCreating"})
+TOO_MUCH_WRITTEN = "total limit of containers|local ephemeral storage limit|EmptyDir volume"
+"""Kubernetes' words, as a regular expression, for a pod that wrote more than its limits let it."""
 _DELETED = "its pod was deleted, as a drain or an autoscaler does"
 _MEANINGS = (
     (r"OOMKilled", "it needed more memory than memory.limit lets it have"),
@@ -22,8 +24,8 @@ _MEANINGS = (
     (r"Unschedulable|nodes are available", "no node has room for it, or fits its node_selector and tolerations"),
     (r"active on the node longer|DeadlineExceeded", "it took longer than its time_limit"),
     (r"Max duration limit exceeded", "retries.max_backoff was over since its first attempt began"),
-    (r"total limit of containers|local ephemeral storage limit|EmptyDir volume", "it wrote more than its ephemeral-storage limit, or a volume's size, lets it: limitRange, scratch, shm"),
-    (r"Evicted|low on resource", "its node ran out of memory or disk"),
+    (TOO_MUCH_WRITTEN, "it wrote more than its ephemeral-storage limit, or a volume's size, lets it: limitRange, scratch, shm"),
+    (r"Evicted|low on resource|The node had condition", "its node ran out of memory or disk"),
     (r"CreateContainerConfigError", "a Secret or ConfigMap that the values file names is missing, or has no such key"),
     (r"pod deleted|Terminated|NodeShutdown|Preempt|exit code 143", _DELETED),
 )  # fmt: skip

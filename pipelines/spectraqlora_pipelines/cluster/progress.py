@@ -142,7 +142,7 @@ class _Tree:
         step = arguments[arguments.index("--function_to_execute") + 1].replace("_", "-")
         node, executor = self._nodes.get(path), self._nodes.get(f"{path}.executor")
         driver = self._nodes.get(f"{path}-driver")
-        tries = [known for name, known in self._nodes.items() if name.startswith(f"{path}.executor(")]
+        tries = attempts_of(self._nodes, f"{path}.executor")
         if node is None:
             # Its driver runs before it, and where that fails it never begins.
             before: State = driver.state if driver and driver.state in ("running", "failed") else "waiting"
@@ -162,6 +162,17 @@ class _Tree:
         attempts = len(tries) or int(executor is not None and state != "cached")
         message = last_message([*tries, executor, node])
         return Step(label, step, method, state, node.started, node.finished, attempts, message)
+
+
+def attempts_of(nodes: dict[str, Node], path: str) -> list[Node]:
+    """A step's attempts, the first one first: a workflow keeps its nodes in no order.
+
+    Args:
+        nodes: of the workflow.
+        path: of the node that tries; its attempts have a number behind it.
+    """
+    tries = [known for name, known in nodes.items() if path and name.startswith(f"{path}(")]
+    return sorted(tries, key=lambda known: int(known.name.removeprefix(f"{path}(").partition(")")[0]))
 
 
 def last_message(nodes: list[Node | None]) -> str:

@@ -48,6 +48,24 @@ def test_a_failed_run_names_the_step_its_attempts_and_why() -> None:
     assert reasons == {"quantize-load": failed.message} and "permission denied" in failed.message
 
 
+def test_the_reason_is_the_newest_attempts_in_whatever_order_argo_keeps_them() -> None:
+    workflow = copy.deepcopy(RECORDED["first"])
+    said = {
+        "0": "Pod ephemeral local storage usage exceeds the total limit of containers 600Ki. ",
+        "1": "pod deleted",
+        "2": "Pod was rejected: The node had condition: [DiskPressure]. ",
+    }
+    nodes = workflow["status"]["nodes"].values()
+    for node in nodes:
+        if node["name"].endswith(")"):
+            node["message"] = said[node["name"][-2]]
+    for order in (False, True):
+        ordered = sorted(nodes, key=lambda node: str(node["name"]), reverse=order)
+        workflow["status"]["nodes"] = {node["id"]: node for node in ordered}
+        reasons = reasons_of(argo_steps_of(workflow), [], None, "")
+        assert reasons["quantize-load"].startswith("its node ran out of memory or disk (Pod was rejected")
+
+
 def test_a_run_under_way_waits_for_what_has_not_begun() -> None:
     workflow = copy.deepcopy(RECORDED["second"])
     status = workflow["status"]
