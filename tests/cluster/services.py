@@ -75,6 +75,7 @@ class Store:
 
     def get(self, prefix: str, folder: Path) -> Path:
         """Fetch what is below a prefix."""
+        prefix = prefix.rstrip("/")
         for key in self.keys(prefix):
             path = folder / key.removeprefix(f"{prefix}/")
             path.parent.mkdir(parents=True, exist_ok=True)

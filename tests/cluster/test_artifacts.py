@@ -79,5 +79,5 @@ def test_a_deleted_run_leaves_no_artifact(
     )
     eventually(lambda: argo.workflow(RELEASE)["status"].get("finishedAt"), 120)
     objects.delete_namespaced_custom_object(*GROUP, argo.namespace, "workflows", name)
-    eventually(lambda: not workflows(argo.namespace), 120)
+    eventually(lambda: name not in workflows(argo.namespace), 120)
     assert keys() == []

@@ -367,6 +367,11 @@ class ArtifactRepository(_Part):
     key: str | None = Field(
         None, description="Key inside; none is the one that the ConfigMap's annotation names"
     )
+    key_format: str = Field(
+        "{{workflow.name}}/{{pod.name}}",
+        min_length=1,
+        description="Where a step's artifacts are in it; its own keyFormat is not used",
+    )
 
 
 class ArgoValues(_Part):

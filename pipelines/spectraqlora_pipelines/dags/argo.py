@@ -217,13 +217,21 @@ class _Translation:
             ],
             "artifacts": [{"name": name, "path": f"{INPUTS}/{name}"} for name in given],
         }
+        # Argo deletes a folder of S3 only where its key ends with a slash, which none does that Argo makes itself. The
+        # rest of the location is the repository's, of whichever store.
+        place = self._values.argo.repository.key_format.strip("/")
         outputs = {
             "parameters": [
                 {"name": name, "valueFrom": {"path": f"{OUTPUTS}/{name}"}}
                 for name in written.get("parameters", {})
             ],
             "artifacts": [
-                {"name": name, "path": f"{OUTPUTS}/{name}", "archive": {"none": {}}}
+                {
+                    "name": name,
+                    "path": f"{OUTPUTS}/{name}",
+                    "archive": {"none": {}},
+                    "s3": {"key": f"{place}/{name}/"},
+                }
                 for name in written.get("artifacts", {})
             ],
         }

@@ -335,6 +335,18 @@ def test_only_the_step_that_asks_kubernetes_for_machines_is_given_its_accounts_t
     assert ACCOUNT not in {mount["mountPath"] for mount in waiting["volumeMounts"]}
 
 
+def test_artifacts_have_keys_of_folders_which_alone_argo_deletes(tmp_path: Path) -> None:
+    def keys(values: str) -> list[str]:
+        made = one_step(values, "quantize-load", tmp_path)["outputs"]["artifacts"]
+        assert all(artifact["archive"] == {"none": {}} for artifact in made)
+        return sorted(artifact["s3"]["key"] for artifact in made)
+
+    of_pod = "{{workflow.name}}/{{pod.name}}"
+    assert keys("{}") == [f"{of_pod}/four_bit/", f"{of_pod}/outline/"]
+    given = f"argo: {{repository: {{key_format: 'tuning/{of_pod}/'}}}}"
+    assert keys(given) == [f"tuning/{of_pod}/four_bit/", f"tuning/{of_pod}/outline/"]
+
+
 def test_a_step_is_tried_again_but_not_where_it_would_fail_again(tmp_path: Path) -> None:
     strategy = one_step("defaults: {retries: {attempts: 4, backoff: 2m}}", "compare", tmp_path)[
         "retryStrategy"
