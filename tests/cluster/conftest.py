@@ -135,11 +135,18 @@ def chart_values(store: Store) -> dict[str, Any]:
     """Values of a release on Argo Workflows with an MLflow of its own, for this cluster."""
     values = yaml.safe_load((CHART / "ci/argo-values.yaml").read_text())
     values["fullnameOverride"] = RELEASE
+    # Its database goes with its pod, and the last node is the one that tests drain.
+    last = client.CoreV1Api().list_node().items[-1].metadata.name
+    elsewhere = {
+        "matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": [last]}]
+    }
+    preferred = [{"weight": 100, "preference": elsewhere}]
     values["mlflow"]["server"] |= {
         "workers": 1,
         "resources": {"requests": {"cpu": "100m", "memory": "1Gi"}},
         "database": {"secret": DATABASE},
         "artifacts": f"s3://{BUCKET}/{PREFIX}/mlflow",
+        "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}},
         "allowedHosts": ["*"],  # Here it is called by the addresses that this machine has.
     }
     return values | {

@@ -39,16 +39,19 @@ def submit(argo: Argo, release: Release, *options: str, values: Path | None = No
 
 
 def sees(argo: Argo, label: str, expected: str, began: float) -> str:
-    """Wait until the reason that `status` shows of a step is the expected one; tell it and the seconds since `began`."""
+    """Wait until the reason that `status` shows of a step is the expected one; tell it and the seconds since `began`.
+
+    Without a label it is any step's. The answer is the step's label.
+    """
     viewer, seen = ArgoViewer(argo), set[str]()
     while time.monotonic() - began < SEES_WITHIN_S:
-        reason = viewer.look(RELEASE).reasons.get(label, "")
-        if re.search(expected, reason):
-            print(f"{label}: {reason} ({time.monotonic() - began:.0f} s)")
-            return reason
-        seen.add(reason)
+        for of, reason in viewer.look(RELEASE).reasons.items():
+            if label in ("", of) and re.search(expected, reason):
+                print(f"{of}: {reason} ({time.monotonic() - began:.0f} s)")
+                return of
+            seen.add(f"{of}: {reason}")
         time.sleep(0.5)
-    raise AssertionError(f"{expected!r} was not seen of {label}, but {seen}")
+    raise AssertionError(f"{expected!r} was not seen of {label or 'any step'}, but {seen}")
 
 
 def ended(argo: Argo, within_s: float) -> tuple[str, dict[str, int]]:
