@@ -93,7 +93,8 @@ class KubernetesServer(Serving):
             return self._list("PodList", self.pods, query)
         if found := _LOG.fullmatch(parts.path):
             if found[2] not in self.logs:
-                return self._status(400, "BadRequest")
+                there = any(known["metadata"]["name"] == found[2] for known in self.pods)
+                return self._status(400, "BadRequest") if there else self._status(404, "NotFound")
             lines = self.logs[found[2]].splitlines(keepends=True)
             assert query["container"] == "main"
             return 200, "text/plain", "".join(lines[-int(query.get("tailLines", 10**6)) :]).encode()

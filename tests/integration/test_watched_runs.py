@@ -10,6 +10,7 @@ import pytest
 from spectraqlora.errors import InputError
 from spectraqlora_pipelines.cli import app
 from spectraqlora_pipelines.cli import submit as submitting
+from spectraqlora_pipelines.cluster.pods import Pods
 from spectraqlora_pipelines.local.run import StepFailed
 from typer.testing import CliRunner, Result
 
@@ -81,6 +82,13 @@ def begun(pipeline: dict[str, Any], run_id: str) -> Workflow:
     workflow.group("exit-handler-1.branch-hybrid", "Running")
     workflow.step("exit-handler-1.branch-hybrid.select-layers", "Succeeded")
     return workflow
+
+
+def test_a_pod_that_has_just_gone_has_no_log(
+    cluster: KubernetesServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+    assert Pods("kubeflow").log("gone") == ""
 
 
 def told(server: KfpServer, run_id: str, workflow: Workflow, state: str) -> None:

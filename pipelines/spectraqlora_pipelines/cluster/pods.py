@@ -76,7 +76,7 @@ class Pods:
         return sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))
 
     def log(self, name: str, lines: int | None = None) -> str:
-        """What a pod's step has printed, or its last lines; empty before it has begun."""
+        """What a pod's step has printed, or its last lines; empty before it has begun and after it has gone."""
         from kubernetes.client import ApiException
 
         with asking(self.namespace):
@@ -91,7 +91,7 @@ class Pods:
                     _request_timeout=TIMEOUT_S,
                 )
             except ApiException as error:
-                if error.status == 400:  # The container has not begun.
+                if error.status in (400, 404):  # The container has not begun, or the pod has just gone.
                     return ""
                 raise
         return str(answer.data.decode("utf-8", "replace"))
