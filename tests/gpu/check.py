@@ -55,7 +55,7 @@ class Part:
 
 PREPARE = Part("prepare", "tests.gpu.prepare", TOTAL)
 PARTS = (
-    Part("correctness", "tests.gpu.correctness", 150),
+    Part("correctness", "tests.gpu.correctness", 130),
     Part("scan", "tests.gpu.scan", 60),
     Part("training", "tests.gpu.training", 230),
     Part("kernels", "tests.gpu.kernels", 50),

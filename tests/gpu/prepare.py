@@ -122,14 +122,14 @@ def planned(shape: ModelShape, side: str, batch: int, chosen: Sizes, cuda: bool)
     return {**vars(memory), "total": memory.total}
 
 
-def wait_for(name: str, given: Part) -> None:
-    """Until a stage's checkpoint and rank maps are there.
+def wait_for(name: str, given: Part, spare: float = 0.0) -> None:
+    """Until a stage's checkpoint and rank maps are there, or only `spare` seconds are left.
 
     Raises:
         SystemExit: they never will be, or not in time.
     """
     while not (given.work / name / READY).exists():
-        if given.left() < 0 or (given.work / FAILED).exists():
+        if given.left() < spare or (given.work / FAILED).exists():
             raise SystemExit(f"the checkpoint of the model {name} was not prepared; see prepare.log")
         time.sleep(0.2)
 

@@ -84,13 +84,14 @@ class ModelShape:
     Args:
         config: transformers config.
         dtype_bytes: bytes per number of the compute type, 2 or 4.
+        bfloat16: whether two bytes are bfloat16, else float16, in which adapters do not multiply.
 
     Raises:
         InputError: it is no language model that generates text, or nothing in it can get an adapter.
     """
 
-    def __init__(self, config: Any, dtype_bytes: int) -> None:
-        self.config, self.dtype_bytes = config, dtype_bytes
+    def __init__(self, config: Any, dtype_bytes: int, bfloat16: bool = True) -> None:
+        self.config, self.dtype_bytes, self.bfloat16 = config, dtype_bytes, bfloat16
         # Asked before the model is built, which writes its own type into the config.
         self.stored_bytes = int(getattr(config.dtype, "itemsize", 0)) or dtype_bytes
         model = self.build()
@@ -114,7 +115,8 @@ class ModelShape:
         """The model on the meta device, unquantized: its modules and shapes are those of the 4-bit one."""
         import torch
 
-        dtype = torch.bfloat16 if self.dtype_bytes == 2 else torch.float32
+        half = torch.bfloat16 if self.bfloat16 else torch.float16
+        dtype = half if self.dtype_bytes == 2 else torch.float32
         try:
             with torch.device("meta"):
                 model = auto_class(self.config).from_config(self.config, dtype=dtype)

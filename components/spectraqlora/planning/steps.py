@@ -15,6 +15,7 @@ import torch
 
 from spectraqlora.artifacts import LinearModule
 from spectraqlora.methods.catalogue import method as method_of
+from spectraqlora.models.hardware import compute_dtype
 from spectraqlora.models.modules import residual_width
 from spectraqlora.planning.activations import kept_activations
 from spectraqlora.planning.shape import FLOAT32, ModelShape, config_of
@@ -122,13 +123,17 @@ def plan_for(source: str, settings: Settings, gpu_bytes: int) -> tuple[Plan, int
 def shape_of(source: str, settings: Settings, cuda: bool) -> ModelShape:
     """The base model `source` in the type that the settings compute in, with a GPU or without.
 
+    Where that depends on a GPU that is not here, it is one that has bfloat16.
+
     Raises:
         InputError: as `config_of` and `ModelShape`.
     """
     choice = settings.model.compute_dtype
     short = choice in ("bfloat16", "float16") or (choice == "auto" and cuda)
     config = config_of(source, settings.model.revision, settings.model.trust_remote_code)
-    return ModelShape(config, 2 if short else 4)
+    here = choice == "auto" and torch.cuda.is_available()
+    dtype = compute_dtype("auto") if here else getattr(torch, choice, torch.bfloat16)
+    return ModelShape(config, 2 if short else 4, bfloat16=dtype != torch.float16)
 
 
 def plan(shape: ModelShape, settings: Settings, cuda: bool) -> Plan:

@@ -26,7 +26,7 @@ class Arm:
         select: the settings that differ from the study's.
         initialiser: PEFT's, of A and B; empty leaves them to the method.
         lengths: how many times the study's steps it trains.
-        rounds: of as many steps each; between them the method re-evaluates, and moves what it moves.
+        rounds: in how many equal parts; between them the method re-evaluates, and moves what it moves.
     """
 
     name: str

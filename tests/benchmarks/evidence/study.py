@@ -126,7 +126,7 @@ class Study:
                 max_steps=self.steps * arm.lengths // arm.rounds,
                 batch_size=self.batch_size,
                 learning_rate=rate,
-                evaluations=2 if part == STUDY else 1,
+                evaluations=2 * arm.lengths // arm.rounds if part == STUDY else 1,
             )
             seconds = 0.0
             for turn in range(1, arm.rounds + 1):

@@ -121,13 +121,16 @@ def _row(cells: Sequence[str]) -> str:
 def _about(study: Results, names: Sequence[str]) -> str:
     about, by_name = study.about, arms(list(TABLES))
     rows = about["rows"]
+    steps = "/".join(
+        str(about["steps"] * count) for count in sorted({by_name[name].lengths for name in names})
+    )
     rates = {by_name[name].tuned_as: next(iter(study.runs[name].values()))["rate"] for name in names}
     grouped: dict[float, list[str]] = {}
     for name, rate in rates.items():
         grouped.setdefault(rate, []).append(name)
     chosen = "; ".join(f"{rate:g}: {', '.join(sorted(members))}" for rate, members in sorted(grouped.items()))
     return (
-        f"- {about['task']}, {about['model']}: {about['steps']} steps of {about['batch_size']} rows; "
+        f"- {about['task']}, {about['model']}: {steps} steps of {about['batch_size']} rows; "
         f"{rows['train']:,} rows to train on, {rows['held_out']} held out, {rows['test']} of the test, "
         f"{rows['rates']:,} for the rates; {rows['too_long_share']:.0%} longer than {about['max_length']} tokens, dropped; "
         f"the base's test loss is {about['base_test_loss']:.4f}. Rates: {chosen}."

@@ -9,7 +9,7 @@ import pytest
 from spectraqlora.places import base_place
 from spectraqlora.planning.advice import changes
 from spectraqlora.planning.shape import ModelShape, config_of
-from spectraqlora.planning.steps import PROCESS_BYTES, Plan, StepMemory, calibration, plan, scoring
+from spectraqlora.planning.steps import PROCESS_BYTES, Plan, StepMemory, calibration, plan, scoring, shape_of
 from spectraqlora.planning.training import WORKSPACES
 from spectraqlora.settings import parse, with_overrides
 from spectraqlora_pipelines.local.preflight import memory_warning
@@ -148,3 +148,14 @@ def test_states_of_recurrent_layers_are_planned(name: str, per_layer: int, tmp_p
     keys = 0 if name == "mamba-2" else 2 * 2 * 16 * 4
     assert shape.past(3, 10) - shape.past(3, 0) == 2 * 3 * 10 * keys
     assert shape.past(3, 0) == 2 * 3 * per_layer * 4
+
+
+def test_float16_in_which_adapters_do_not_multiply_takes_more_than_bfloat16() -> None:
+    needed = {}
+    for dtype in ("bfloat16", "float16"):
+        settings = small(
+            methods="qlora", model={"compute_dtype": dtype, "base_model": "7B"}, train={"batch_size": 4}
+        )
+        planned = plan(shape_of("7B", settings, cuda=True), settings, cuda=True)
+        needed[dtype] = step(planned, "train", "qlora").device
+    assert needed["float16"] > 1.05 * needed["bfloat16"]
