@@ -10,7 +10,7 @@ from spectraqlora.places import base_place
 from spectraqlora.planning.advice import changes
 from spectraqlora.planning.shape import ModelShape, config_of
 from spectraqlora.planning.steps import PROCESS_BYTES, Plan, StepMemory, calibration, plan, scoring, shape_of
-from spectraqlora.planning.training import WORKSPACES
+from spectraqlora.planning.training import WORKSPACES, surrogate_map, training
 from spectraqlora.settings import parse, with_overrides
 from spectraqlora_pipelines.local.preflight import memory_warning
 
@@ -156,6 +156,8 @@ def test_float16_in_which_adapters_do_not_multiply_takes_more_than_bfloat16() ->
         settings = small(
             methods="qlora", model={"compute_dtype": dtype, "base_model": "7B"}, train={"batch_size": 4}
         )
-        planned = plan(shape_of("7B", settings, cuda=True), settings, cuda=True)
-        needed[dtype] = step(planned, "train", "qlora").device
-    assert needed["float16"] > 1.05 * needed["bfloat16"]
+        shape = shape_of("7B", settings, cuda=True)
+        memory = training(shape, surrogate_map("qlora", shape, settings), settings, cuda=True)
+        needed[dtype] = memory.activations + memory.block
+    # Autograd keeps what both factors multiply with: of A, in the first case, what is there anyway.
+    assert needed["float16"] > 1.1 * needed["bfloat16"]
