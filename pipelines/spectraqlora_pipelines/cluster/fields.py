@@ -63,6 +63,9 @@ Registry = Annotated[
 ]
 Tag = Annotated[str, _matching(r"[\w][\w.-]{0,127}", "an image tag, such as 0.1.0-cuda")]
 Digest = Annotated[str, _matching(r"(sha256:[0-9a-f]{64})?", "sha256: and 64 hexadecimal digits, or nothing")]
+KeyFormat = Annotated[
+    str, _matching(r".*\{\{pod\.name\}\}.*", "a key with {{pod.name}} in it, which no two steps share")
+]
 PipelineRoot = Annotated[
     str, _matching(r"((s3|minio|gs)://\S+)?", "an address such as s3://bucket/pipelines")
 ]

@@ -29,6 +29,7 @@ from spectraqlora_pipelines.cluster.fields import (
     Duration,
     EnvName,
     GpuResource,
+    KeyFormat,
     LabelKey,
     LabelValue,
     Memory,
@@ -367,10 +368,9 @@ class ArtifactRepository(_Part):
     key: str | None = Field(
         None, description="Key inside; none is the one that the ConfigMap's annotation names"
     )
-    key_format: str = Field(
+    key_format: KeyFormat = Field(
         "{{workflow.name}}/{{pod.name}}",
-        min_length=1,
-        description="Where a step's artifacts are in it; its own keyFormat is not used",
+        description="Where a step's artifacts are in it, by its pod's name; its own keyFormat is not used",
     )
 
 

@@ -345,6 +345,9 @@ def test_artifacts_have_keys_of_folders_which_alone_argo_deletes(tmp_path: Path)
     assert keys("{}") == [f"{of_pod}/four_bit/", f"{of_pod}/outline/"]
     given = f"argo: {{repository: {{key_format: 'tuning/{of_pod}/'}}}}"
     assert keys(given) == [f"tuning/{of_pod}/four_bit/", f"tuning/{of_pod}/outline/"]
+    for shared in ("artifacts", "{{workflow.name}}", "/", ""):
+        with pytest.raises(InputError, match=r"argo\.repository\.key_format.*\{\{pod\.name\}\}"):
+            keys(f"argo: {{repository: {{key_format: '{shared}'}}}}")
 
 
 def test_a_step_is_tried_again_but_not_where_it_would_fail_again(tmp_path: Path) -> None:
