@@ -13,7 +13,7 @@ _ADAPTER = "default"
 _SHARED: dict[Shared, tuple[str, ...]] = {"pair": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}
 
 
-class Product(torch.nn.Linear):
+class Factor(torch.nn.Linear):
     """A or B in float32, whose product with an input is made in the input's type: as autocast does it, and no more.
 
     Args:
@@ -29,7 +29,7 @@ class Product(torch.nn.Linear):
         return torch.nn.functional.linear(input, self.weight.to(input.dtype))
 
 
-class SharedProjection(Product):
+class SharedProjection(Factor):
     """A shared A: modules that read the same tensor get the same x·Aᵀ, computed for the first one that asks.
 
     The cast of the input and its dropout are part of it, so that they, too, happen once. What is kept is given up at
@@ -105,4 +105,4 @@ def keep_input_types(layers: dict[str, Any]) -> None:
             if isinstance(factors[_ADAPTER], SharedProjection):
                 factors[_ADAPTER].keeps_type = True
             else:
-                factors[_ADAPTER] = Product(factors[_ADAPTER])
+                factors[_ADAPTER] = Factor(factors[_ADAPTER])

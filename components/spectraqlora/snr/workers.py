@@ -43,7 +43,7 @@ def measured(weights: Weights, budget: int = DEFAULT_BUDGET) -> Iterator[Measure
 
 
 def working_bytes(weight: torch.Tensor) -> int:
-    """Memory while one matrix is measured: itself, its Gram matrix twice and a chunk in float64.
+    """Host memory while one matrix is measured: itself, its Gram matrix twice and a chunk in float64.
 
     To that comes what LAPACK and the allocator keep for each thread.
     """

@@ -350,6 +350,25 @@ def test_artifacts_have_keys_of_folders_which_alone_argo_deletes(tmp_path: Path)
             keys(f"argo: {{repository: {{key_format: '{shared}'}}}}")
 
 
+@pytest.mark.parametrize(
+    ("message", "again"),
+    [
+        ("OOMKilled (exit code 137)", False),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 20Mi. ", False),
+        ('Container main exceeded its local ephemeral storage limit "20Mi". ', False),
+        ('Usage of EmptyDir volume "outputs" exceeds the limit "1Gi". ', False),
+        ("The node was low on resource: ephemeral-storage. Threshold quantity: 1, available: 0. ", True),
+        ("The node had condition: [DiskPressure]. ", True),
+        ("pod deleted", True),
+    ],
+)
+def test_kubernetes_words_for_a_limit_that_a_step_passed_end_it_and_a_nodes_troubles_do_not(
+    message: str, again: bool
+) -> None:
+    (pattern,) = re.findall(r"lastRetry\.message matches '(.+)'", FINAL)
+    assert (re.search(pattern, message) is None) is again
+
+
 def test_a_step_is_tried_again_but_not_where_it_would_fail_again(tmp_path: Path) -> None:
     strategy = one_step("defaults: {retries: {attempts: 4, backoff: 2m}}", "compare", tmp_path)[
         "retryStrategy"
