@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -137,3 +139,33 @@ def test_nothing_is_compared_before_it_was_measured() -> None:
     del found["prepare"], found["training"]["rows"][0]
     assert targets(found) == []
     assert "| complete | 1 | hybrid-25 | 10 | 1,300 |  | 8.00 |  |  |  |" in markdown(found)
+
+
+LATE = """
+import os, time
+from tests.gpu import record
+
+read = os.read
+def late(file, count):
+    time.sleep(0.5)
+    return read(file, count)
+os.read = late
+with record.part(None):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    time.sleep(1.5)
+"""
+"""A part whose standard input is replaced, as pytest does it, before its guard has read from it."""
+
+
+def test_a_part_goes_on_when_its_standard_input_is_replaced_and_not_when_the_check_has_ended(
+    tmp_path: Path,
+) -> None:
+    for check_goes_on in (True, False):
+        command = [sys.executable, "-c", LATE, "--work", str(tmp_path), "--record", str(tmp_path / "r.json")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=check.ROOT, text=True) as process:
+            assert process.stdin
+            process.stdin.write("60\n")
+            process.stdin.flush()
+            if not check_goes_on:
+                process.stdin.close()
+            assert process.wait(30) == (0 if check_goes_on else 1)
