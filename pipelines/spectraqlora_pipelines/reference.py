@@ -263,7 +263,7 @@ def sizes() -> str:
     others = ("measure-base", "re-evaluate", "merge-export")
     rows = []
     for name in ("7B", "13B", "65B", "70B"):
-        shape = ModelShape(config_of(name), 2)
+        shape = ModelShape(config_of(name), "bfloat16")
         needs = plan(shape, settings, cuda=True).steps
         taken = [
             max(s.device for s in needs if s.method == m and s.step == "train") for m in settings.methods

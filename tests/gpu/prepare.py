@@ -139,7 +139,10 @@ def run(given: Part) -> None:
     # The machine's card is hidden from this process; the plan is the card's all the same.
     cuda = os.environ["SPECTRAQLORA_CHECK_DEVICE"] == "cuda"
     write_checkpoints(given.work, chosen)
-    shapes = {stage: ModelShape(model.config(), 2 if cuda else 4) for stage, model in chosen.stages.items()}
+    shapes = {
+        stage: ModelShape(model.config(), "bfloat16" if cuda else "float32")
+        for stage, model in chosen.stages.items()
+    }
     for stage, shape in shapes.items():
         write_rank_maps(given.work, stage, shape, chosen)
         (given.work / stage / READY).touch()

@@ -107,7 +107,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, model: Pa
             "data": {"max_length": OPTIONS["tokens"], "pack": True},
         }
     )
-    shape = ModelShape(config_of(str(model / "base")), 4)
+    shape = ModelShape(config_of(str(model / "base")), "float32")
     ranks = surrogate_map(side["method"], shape, settings)
     planned = training(shape, ranks, settings, cuda=False)
     ratio = planned.above_weights / measured
@@ -130,7 +130,7 @@ def test_the_plan_of_gradient_calibration_is_at_most_30_percent_above_the_measur
     settings = parse({"select": {"calibration_rows": rows}, "data": {"max_length": tokens, "pack": True}})
     sizes = [str(rows), str(tokens), str(settings.select.sketch_size)]
     measured = int(_last_line([CALIBRATION, str(tmp_path), *sizes]))
-    parts = calibration(ModelShape(config_of(str(tmp_path / "base")), 4), settings, cuda=False)
+    parts = calibration(ModelShape(config_of(str(tmp_path / "base")), "float32"), settings, cuda=False)
     planned = sum(parts.values())
     print(f"calibration: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
     assert largest in parts

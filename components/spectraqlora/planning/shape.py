@@ -83,17 +83,17 @@ class ModelShape:
 
     Args:
         config: transformers config.
-        dtype_bytes: bytes per number of the compute type, 2 or 4.
-        bfloat16: whether two bytes are bfloat16, else float16, in which adapters do not multiply.
+        dtype: the compute type's name: float32, bfloat16 or float16.
 
     Raises:
         InputError: it is no language model that generates text, or nothing in it can get an adapter.
     """
 
-    def __init__(self, config: Any, dtype_bytes: int, bfloat16: bool = True) -> None:
-        self.config, self.dtype_bytes, self.bfloat16 = config, dtype_bytes, bfloat16
+    def __init__(self, config: Any, dtype: str) -> None:
+        self.config, self.dtype = config, dtype
+        self.dtype_bytes = FLOAT32 if dtype == "float32" else FLOAT32 // 2
         # Asked before the model is built, which writes its own type into the config.
-        self.stored_bytes = int(getattr(config.dtype, "itemsize", 0)) or dtype_bytes
+        self.stored_bytes = int(getattr(config.dtype, "itemsize", 0)) or self.dtype_bytes
         model = self.build()
         self.parameters = sum(p.numel() for p in model.parameters())
         self.largest_tensor = max(p.numel() for p in model.parameters())
@@ -115,11 +115,9 @@ class ModelShape:
         """The model on the meta device, unquantized: its modules and shapes are those of the 4-bit one."""
         import torch
 
-        half = torch.bfloat16 if self.bfloat16 else torch.float16
-        dtype = half if self.dtype_bytes == 2 else torch.float32
         try:
             with torch.device("meta"):
-                model = auto_class(self.config).from_config(self.config, dtype=dtype)
+                model = auto_class(self.config).from_config(self.config, dtype=getattr(torch, self.dtype))
         except (ValueError, KeyError) as error:
             raise InputError(
                 "model.base_model",

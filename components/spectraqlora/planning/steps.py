@@ -128,12 +128,14 @@ def shape_of(source: str, settings: Settings, cuda: bool) -> ModelShape:
     Raises:
         InputError: as `config_of` and `ModelShape`.
     """
-    choice = settings.model.compute_dtype
-    short = choice in ("bfloat16", "float16") or (choice == "auto" and cuda)
+    choice: str = settings.model.compute_dtype
+    if choice == "auto" and not cuda:
+        choice = "float32"
+    elif choice == "auto":
+        here = torch.cuda.is_available()
+        choice = str(compute_dtype("auto")).removeprefix("torch.") if here else "bfloat16"
     config = config_of(source, settings.model.revision, settings.model.trust_remote_code)
-    here = choice == "auto" and torch.cuda.is_available()
-    dtype = compute_dtype("auto") if here else getattr(torch, choice, torch.bfloat16)
-    return ModelShape(config, 2 if short else 4, bfloat16=dtype != torch.float16)
+    return ModelShape(config, choice)
 
 
 def plan(shape: ModelShape, settings: Settings, cuda: bool) -> Plan:

@@ -102,7 +102,7 @@ def test_experts_take_half_a_byte_a_number_and_their_scales(tmp_path: Path) -> N
     assert numbers == 2 * 4 * 3 * 256 * 512
     assert count_parameters(model)[1] == manifest.four_bit_parameters > numbers
     assert not [name for name in manifest.unquantized if "expert" in name]
-    planned = ModelShape(config_of(str(base)), 4)
+    planned = ModelShape(config_of(str(base)), "float32")
     assert planned.four_bit == manifest.four_bit_parameters
     assert planned.dequantized == 4 * 2 * 256 * 512
     assert stored_bytes(model) == pytest.approx(planned.weight_bytes, rel=0.05)

@@ -20,7 +20,7 @@ def by_step(shape: ModelShape, settings: object) -> dict[str, StepDisk]:
 
 
 def test_the_4_bit_model_and_the_base_take_what_is_planned(tiny_model: Path, quantized: Path) -> None:
-    shape = ModelShape(config_of(str(tiny_model)), 4)
+    shape = ModelShape(config_of(str(tiny_model)), "float32")
     planned = by_step(shape, small())["quantize-load"].kept - TEXTS_BYTES
     header = 64 * 1024
     assert 0 <= written(quantized) - planned < header
@@ -34,13 +34,13 @@ def test_the_export_is_planned_in_the_bases_type_whatever_it_is_computed_in(
     config = AutoConfig.from_pretrained(tiny_model)
     config.dtype = dtype
     config.save_pretrained(tmp_path)
-    shape = ModelShape(config_of(str(tmp_path)), 4)
+    shape = ModelShape(config_of(str(tmp_path)), "float32")
     assert base_bytes(shape) == size * shape.parameters
     assert by_step(shape, small())["merge-export"].kept > size * shape.parameters
 
 
 def test_what_is_registered_elsewhere_takes_scratch_and_no_room_in_the_workdir() -> None:
-    shape = ModelShape(config_of("7B"), 2)
+    shape = ModelShape(config_of("7B"), "bfloat16")
     here, there, adapter = (
         by_step(shape, parse({"tracking": tracking}))["register"]
         for tracking in ({}, {"uri": "http://mlflow:5000"}, {"registered_form": "adapter"})

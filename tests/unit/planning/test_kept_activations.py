@@ -54,7 +54,7 @@ def test_activations_counted_without_storage_are_those_of_the_real_4_bit_model(
         tmp_path / "quantized",
         tmp_path / "outline",
     )
-    shape = ModelShape(AutoConfig.from_pretrained(tmp_path / "base"), 4 if dtype == "float32" else 2)
+    shape = ModelShape(AutoConfig.from_pretrained(tmp_path / "base"), dtype)
     assert (shape.parameters, shape.four_bit) == (manifest.parameters, manifest.four_bit_parameters)
     ranks = surrogate_map("hybrid", shape, small())
     for padded in (False, True):
@@ -65,7 +65,7 @@ def test_activations_counted_without_storage_are_those_of_the_real_4_bit_model(
 
 
 def test_every_block_keeps_the_same_and_checkpointing_one_input_of_each() -> None:
-    shape = ModelShape(config_of("7B"), 2)
+    shape = ModelShape(config_of("7B"), "bfloat16")
     ranks = surrogate_map("qlora", shape, small())
     model = adapters.attach(shape.build(), ranks)
     kept = kept_activations(model, 1, 128, padded=False, cuda=True)
@@ -88,6 +88,6 @@ def test_rotary_embeddings_that_stretch_with_the_positions_keep_what_fixed_ones_
             given |= {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
             given |= {"original_max_position_embeddings": 1024}
         config.rope_parameters = {"rope_theta": 10_000.0, **given}
-        shape = ModelShape(config, 2)
+        shape = ModelShape(config, "bfloat16")
         kept.append(kept_activations(shape.build(), 1, 128, padded=False, cuda=True))
     assert kept[0] == kept[1]

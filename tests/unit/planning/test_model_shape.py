@@ -6,7 +6,7 @@ from spectraqlora.planning.shape import ModelShape, config_of
 
 
 def test_a_7b_model_in_four_bits_takes_what_its_numbers_say() -> None:
-    shape = ModelShape(config_of("7B"), 2)
+    shape = ModelShape(config_of("7B"), "bfloat16")
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     other = 2 * 32_000 * 4096 + 65 * 4096
     assert shape.four_bit == linear and shape.parameters == linear + other
@@ -16,7 +16,7 @@ def test_a_7b_model_in_four_bits_takes_what_its_numbers_say() -> None:
 
 @pytest.mark.parametrize(("name", "billions"), [("7B", 6.74), ("13b", 13.02), ("65B", 65.29), ("70B", 68.98)])
 def test_the_named_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
-    assert ModelShape(config_of(name), 2).parameters / 1e9 == pytest.approx(billions, abs=0.01)
+    assert ModelShape(config_of(name), "bfloat16").parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 @pytest.mark.parametrize("source", ["8B", "./none", "/nowhere/model"])

@@ -25,23 +25,23 @@ def step(planned: Plan, name: str, method: str = "") -> StepMemory:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype_bytes"),
+    ("family", "dtype"),
     [
-        *itertools.product(["qwen3-moe", "deepseek-v3", "mpt", "t5"], [2, 4]),
-        *itertools.product(["mamba-2", "qwen3-next", "granite-4", "qwen3-vl"], [2]),
+        *itertools.product(["qwen3-moe", "deepseek-v3", "mpt", "t5"], ["bfloat16", "float32"]),
+        *itertools.product(["mamba-2", "qwen3-next", "granite-4", "qwen3-vl"], ["bfloat16"]),
     ],
 )
 def test_families_with_experts_own_masks_states_encoders_and_towers_are_planned(
-    family: str, dtype_bytes: int, tmp_path: Path
+    family: str, dtype: str, tmp_path: Path
 ) -> None:
     written(ARCHITECTURES[family], tmp_path)
-    shape = ModelShape(config_of(str(tmp_path)), dtype_bytes)
-    planned = plan(shape, small(methods="qlora"), cuda=dtype_bytes == 2)
+    shape = ModelShape(config_of(str(tmp_path)), dtype)
+    planned = plan(shape, small(methods="qlora"), cuda=dtype == "bfloat16")
     assert all(memory.device + memory.host > 0 for memory in planned.steps)
 
 
 def test_every_step_and_method_is_planned_and_the_advice_fits(tiny_model: Path) -> None:
-    shape = ModelShape(config_of(str(tiny_model)), 4)
+    shape = ModelShape(config_of(str(tiny_model)), "float32")
     planned = plan(shape, small(methods="qlora,sgm"), cuda=True)
     assert [(memory.step, memory.method) for memory in planned.steps] == [
         ("quantize-load", ""), ("snr-analyze", ""), ("measure-base", ""),
@@ -64,7 +64,7 @@ def test_every_step_and_method_is_planned_and_the_advice_fits(tiny_model: Path) 
 def test_measure_base_holds_the_4_bit_base_and_the_larger_of_its_score_and_its_gradients(
     tiny_model: Path,
 ) -> None:
-    shape = ModelShape(config_of(str(tiny_model)), 4)
+    shape = ModelShape(config_of(str(tiny_model)), "float32")
     for rows, largest in ((64, "gradients"), (1, "evaluation")):
         settings = small(select={"calibration_rows": rows, "rank": 8}, methods="qlora,sgm")
         gradients = sum(calibration(shape, settings, cuda=True).values())
@@ -87,7 +87,7 @@ def test_measure_base_holds_the_4_bit_base_and_the_larger_of_its_score_and_its_g
 
 
 def test_select_layers_holds_sketches_where_its_method_reads_them_and_never_a_model() -> None:
-    shape = ModelShape(config_of("7B"), 2)
+    shape = ModelShape(config_of("7B"), "bfloat16")
     planned = plan(shape, small(methods="qlora,sgm"), cuda=True)
     without, with_sketches = step(planned, "select-layers", "qlora"), step(planned, "select-layers", "sgm")
     assert (without.device, without.host) == (with_sketches.device, PROCESS_BYTES) == (0, PROCESS_BYTES)
@@ -101,7 +101,7 @@ def test_select_layers_holds_sketches_where_its_method_reads_them_and_never_a_mo
 
 
 def test_re_evaluate_measures_gradients_only_where_another_round_follows(tiny_model: Path) -> None:
-    shape = ModelShape(config_of(str(tiny_model)), 4)
+    shape = ModelShape(config_of(str(tiny_model)), "float32")
     peaks = {
         (method, rounds): step(
             plan(
@@ -144,7 +144,7 @@ def test_a_run_warns_of_a_step_that_takes_more_than_this_machine_has(tiny_model:
 
 @pytest.mark.parametrize(("name", "per_layer"), [("mamba-2", 2 * 64 * 16), ("qwen3-next", 4 * 16 * 16)])
 def test_states_of_recurrent_layers_are_planned(name: str, per_layer: int, tmp_path: Path) -> None:
-    shape = ModelShape(config_of(str(written(ARCHITECTURES[name], tmp_path))), 4)
+    shape = ModelShape(config_of(str(written(ARCHITECTURES[name], tmp_path))), "float32")
     keys = 0 if name == "mamba-2" else 2 * 2 * 16 * 4
     assert shape.past(3, 10) - shape.past(3, 0) == 2 * 3 * 10 * keys
     assert shape.past(3, 0) == 2 * 3 * per_layer * 4

@@ -11,7 +11,7 @@ from tests.small import small
 
 
 def test_memory_follows_rank_batch_length_checkpointing_and_optimizer(tiny_model: Path) -> None:
-    shape = ModelShape(config_of(str(tiny_model)), 4)
+    shape = ModelShape(config_of(str(tiny_model)), "float32")
 
     def of(method: str = "qlora", **sections: Any) -> TrainingMemory:
         settings = small(**sections)
