@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from spectraqlora_pipelines.dags.argo import template_for
 
 from tests.cluster.conftest import ACCOUNT, GROUP, Release
 from tests.cluster.runs import SEES_WITHIN_S, ended, sees, spectraqlora, submit
+from tests.cluster.services import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.core]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -47,26 +51,83 @@ def test_the_api_server_takes_every_step_by_argos_full_schema(kind: Any, namespa
     assert "spec.tasks.compare.container.volumMounts" in refused.value.body
 
 
+def create_schedule(namespace: str, name: str, *more: str) -> str:
+    """What the command says."""
+    return spectraqlora(
+        "schedule", "create", name, "--cron", "0 3 1 1 *", *SETTINGS, *more, namespace=namespace
+    )
+
+
 def test_a_schedule_is_created_changed_paused_resumed_and_deleted(namespace: str) -> None:
-    def create(name: str, *more: str) -> str:
-        return spectraqlora(
-            "schedule", "create", name, "--cron", "0 3 1 1 *", "--owner", "cluster-test", *SETTINGS, *more,
-            namespace=namespace,
-        )  # fmt: skip
+    create = functools.partial(create_schedule, namespace)
+    listed = functools.partial(spectraqlora, "schedule", "list", namespace=namespace)
+    own = ("--paused", "--owner", "cluster-test")
 
-    def listed() -> str:
-        return spectraqlora("schedule", "list", namespace=namespace)
-
-    assert "created" in create("cluster-test-a", "--paused") and "paused" in listed()
-    assert "unchanged" in create("cluster-test-a", "--paused")
-    assert "changed" in create("cluster-test-a", "--paused", "--set", "seed=7")
+    assert "created" in create("cluster-test-a", *own) and "paused" in listed()
+    assert "unchanged" in create("cluster-test-a", *own)
+    assert "changed" in create("cluster-test-a", *own, "--set", "seed=7")
     spectraqlora("schedule", "resume", "cluster-test-a", namespace=namespace)
     assert "active" in listed()
     spectraqlora("schedule", "pause", "cluster-test-a", namespace=namespace)
-    assert "cluster-test-a deleted: cluster-test keeps it no more" in create("cluster-test-b", "--paused")
+    assert "cluster-test-a deleted: cluster-test keeps it no more" in create("cluster-test-b", *own)
     assert "cluster-test-a" not in listed() and "cluster-test-b" in listed()
     for said in ("deleted", "was not there"):
         assert said in spectraqlora("schedule", "delete", "cluster-test-b", namespace=namespace)
+
+
+def patch_schedule(namespace: str, name: str, metadata: dict[str, Any]) -> None:
+    """As another program writes it."""
+    client.CustomObjectsApi().patch_namespaced_custom_object(
+        *GROUP, namespace, "cronworkflows", name, {"metadata": metadata}
+    )
+
+
+def test_a_schedule_is_gone_when_it_is_said_to_be_deleted_however_slowly_kubernetes_lets_it_go(
+    namespace: str,
+) -> None:
+    name = "test-slow"
+    create_schedule(namespace, name, "--paused")
+    assert name in spectraqlora("schedule", "list", namespace=namespace)
+    patch_schedule(namespace, name, {"finalizers": ["cluster-test/slow"]})
+    argo = Argo(namespace)
+    with ThreadPoolExecutor() as pool:
+        deleting = pool.submit(argo.change, name, "delete")
+        try:
+            eventually(lambda: name not in spectraqlora("schedule", "list", namespace=namespace), 30)
+            time.sleep(1)
+            assert not deleting.done(), "it is still there"
+            let_go = threading.Timer(2, patch_schedule, (namespace, name, {"finalizers": None}))
+            let_go.start()
+            # What is leaving is not changed, but waited for.
+            assert "created" in create_schedule(namespace, name, "--paused")
+        finally:
+            patch_schedule(namespace, name, {"finalizers": None})
+        assert deleting.result() is True
+    assert name in spectraqlora("schedule", "list", namespace=namespace)
+    assert argo.change(name, "delete") and not argo.change(name, "delete")
+
+
+def test_a_schedule_that_another_writes_at_the_same_time_is_changed_all_the_same(namespace: str) -> None:
+    class Late(Argo):
+        """Another program, as Argo's controller, writes after each read but the last."""
+
+        written = 0
+
+        def _lasting(self, kind: str, name: str) -> dict[str, Any] | None:
+            there = super()._lasting(kind, name)
+            if self.written < 3:
+                self.written += 1
+                patch_schedule(namespace, name, {"annotations": {"cluster-test": str(self.written)}})
+            return there
+
+    name = "test-both"
+    create_schedule(namespace, name, "--paused")
+    argo = Late(namespace)
+    argo.change(name, "resume")
+    (schedule,) = (cron for cron in argo.schedules() if cron["metadata"]["name"] == name)
+    assert argo.written == 3 and schedule["metadata"]["annotations"]["cluster-test"] == "3"
+    assert schedule["spec"]["suspend"] is False
+    assert Argo(namespace).change(name, "delete")
 
 
 def seen(argo: Argo, release: Release, values: str, folder: Path, expected: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from spectraqlora.errors import InputError
 
-from spectraqlora_pipelines.cluster.kube import TIMEOUT_S, asking, connect
+from spectraqlora_pipelines.cluster.kube import TIMEOUT_S, NoAccess, asking, connect
 from spectraqlora_pipelines.cluster.pods import unpacked
 
 RUN = "spectraqlora/run"
@@ -19,6 +21,10 @@ _PLURALS = {
     "WorkflowTemplate": "workflowtemplates",
     "CronWorkflow": "cronworkflows",
 }
+_GONE_WITHIN_S = 60
+"""How long what is being deleted may still be there: Kubernetes answers before its controllers have let go of it."""
+_WRITES = 5
+"""How often an object is read and written where another, such as Argo's controller, writes it in between."""
 Done = Literal["created", "changed", "unchanged"]
 
 
@@ -56,6 +62,37 @@ class Argo:
                     return None
                 raise
 
+    def _lasting(self, kind: str, name: str) -> dict[str, Any] | None:
+        """An object that stays; one that is being deleted is waited for until it is gone."""
+        end = time.monotonic() + _GONE_WITHIN_S
+        while (there := self._find(kind, name)) and _leaving(there):
+            if time.monotonic() > end:
+                kept_by = ", ".join(there["metadata"].get("finalizers") or ["-"])
+                raise NoAccess(
+                    "NAME", name, f"a {kind} whose deletion ends within {_GONE_WITHIN_S} s; kept by {kept_by}"
+                )
+            time.sleep(0.2)
+        return there
+
+    def _change(self, kind: str, name: str, edit: Callable[[dict[str, Any]], bool]) -> bool | None:
+        """Let `edit` change an object, which says whether it did; None where there is no such object."""
+        from kubernetes.client import ApiException
+
+        for left in reversed(range(_WRITES)):
+            there = self._lasting(kind, name)
+            if there is None or not edit(there):
+                return None if there is None else False
+            with asking(self.namespace):
+                try:
+                    self._objects.replace_namespaced_custom_object(
+                        *self._place(kind), name, there, _request_timeout=TIMEOUT_S
+                    )
+                    break
+                except ApiException as error:
+                    if error.status != 409 or not left:
+                        raise
+        return True
+
     def _list(self, kind: str, selector: str = "") -> list[dict[str, Any]]:
         with asking(self.namespace):
             found = self._objects.list_namespaced_custom_object(
@@ -66,20 +103,21 @@ class Argo:
     def apply(self, document: dict[str, Any]) -> Done:
         """Create an object, or change it to what is given; runs under way keep what they began with."""
         kind, name = document["kind"], document["metadata"]["name"]
-        there = self._find(kind, name)
-        if there is None:
+
+        def edit(there: dict[str, Any]) -> bool:
+            kept = {key: there["metadata"].get(key) or {} for key in ("labels", "annotations")}
+            given = {key: {**kept[key], **document["metadata"].get(key, {})} for key in kept}
+            if there["spec"] == document["spec"] and given == kept:
+                return False
+            there["metadata"] |= given
+            there["spec"] = document["spec"]
+            return True
+
+        changed = self._change(kind, name, edit)
+        if changed is None:
             self.create(document)
             return "created"
-        kept = {key: there["metadata"].get(key) or {} for key in ("labels", "annotations")}
-        given = {key: {**kept[key], **document["metadata"].get(key, {})} for key in kept}
-        if there["spec"] == document["spec"] and given == kept:
-            return "unchanged"
-        changed = {**there, "spec": document["spec"], "metadata": {**there["metadata"], **given}}
-        with asking(self.namespace):
-            self._objects.replace_namespaced_custom_object(
-                *self._place(kind), name, changed, _request_timeout=TIMEOUT_S
-            )
-        return "changed"
+        return "changed" if changed else "unchanged"
 
     def create(self, document: dict[str, Any]) -> str:
         """Create an object; its name."""
@@ -106,7 +144,9 @@ class Argo:
 
     def schedules(self) -> list[dict[str, Any]]:
         """The schedules of this program, by name."""
-        found = [cron for cron in self._list("CronWorkflow") if OWNER in _annotations(cron)]
+        found = [
+            cron for cron in self._list("CronWorkflow") if OWNER in _annotations(cron) and not _leaving(cron)
+        ]
         return sorted(found, key=lambda cron: str(cron["metadata"]["name"]))
 
     def schedules_of(self, owner: str) -> list[str]:
@@ -119,28 +159,41 @@ class Argo:
         Raises:
             InputError: there is none to pause or resume.
         """
-        there = self._find("CronWorkflow", name)
-        if there is None:
-            if action == "delete":
-                return False
+        if action == "delete":
+            return self._delete("CronWorkflow", name)
+        suspend = action == "pause"
+
+        def edit(there: dict[str, Any]) -> bool:
+            before, there["spec"]["suspend"] = there["spec"].get("suspend", False), suspend
+            return bool(before != suspend)
+
+        if self._change("CronWorkflow", name, edit) is None:
             names = ", ".join(cron["metadata"]["name"] for cron in self.schedules()) or "there is none"
             raise InputError("NAME", name, f"an existing schedule ({names})")
+        return True
+
+    def _delete(self, kind: str, name: str) -> bool:
+        """Delete an object but not what it has made, and wait until it is gone; whether it was there."""
+        from kubernetes.client import ApiException
+
+        if self._lasting(kind, name) is None:
+            return False
         with asking(self.namespace):
-            if action == "delete":
-                # Its runs are the schedule's in Kubernetes' eyes, and would be deleted with it.
+            try:
+                # A schedule's runs are its own in Kubernetes' eyes, and would be deleted with it.
                 self._objects.delete_namespaced_custom_object(
-                    *self._place("CronWorkflow"),
-                    name,
-                    propagation_policy="Orphan",
-                    _request_timeout=TIMEOUT_S,
+                    *self._place(kind), name, propagation_policy="Orphan", _request_timeout=TIMEOUT_S
                 )
-            else:
-                there["spec"]["suspend"] = action == "pause"
-                self._objects.replace_namespaced_custom_object(
-                    *self._place("CronWorkflow"), name, there, _request_timeout=TIMEOUT_S
-                )
+            except ApiException as error:
+                if error.status != 404:
+                    raise
+        self._lasting(kind, name)
         return True
 
 
 def _annotations(document: dict[str, Any]) -> dict[str, str]:
     return document["metadata"].get("annotations") or {}
+
+
+def _leaving(document: dict[str, Any]) -> bool:
+    return "deletionTimestamp" in document["metadata"]
