@@ -1,10 +1,11 @@
 """A Kubernetes API for tests: the three reads that `spectraqlora status` and `logs` make, for Kubernetes' own client.
 
-The client takes its answers apart by the API's definition, so a pod here has the form that a cluster gives it.
+Pods, lists and refusals are those that `tests/cluster/record.py` recorded on a Kubernetes, under other names.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,30 +17,42 @@ import yaml
 
 from tests.http_server import Serving
 
+RECORDED: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "unit" / "recorded" / "kubernetes.json").read_text(encoding="utf-8")
+)
 _WORKFLOWS = re.compile(r"/apis/argoproj\.io/v1alpha1/namespaces/([^/]+)/workflows")
 _PODS = re.compile(r"/api/v1/namespaces/([^/]+)/pods")
 _LOG = re.compile(r"/api/v1/namespaces/([^/]+)/pods/([^/]+)/log")
 
 
 def pod(
-    name: str, run_id: str, step: str, method: str = "", created: str = "2026-11-26T12:00:00Z", **status: Any
+    name: str,
+    run_id: str,
+    step: str,
+    method: str = "",
+    created: str = "2026-11-26T12:00:00Z",
+    became: str = "running",
+    says: str = "",
 ) -> dict[str, Any]:
-    """A pod of a step's attempt; `status` as Kubernetes gives it."""
+    """A pod of a step's attempt.
+
+    Args:
+        name: of the pod.
+        run_id: of KFP's run.
+        step: of the run.
+        method: of the branch.
+        created: when.
+        became: which of the recorded pods it is like.
+        says: instead of what the recorded pod's status says of itself.
+    """  # fmt: skip
+    found = copy.deepcopy(RECORDED["pods"][became])
     labels = {"pipeline/runid": run_id, "spectraqlora/step": step}
     if method:
         labels["spectraqlora/method"] = method
-    return {
-        "metadata": {"name": name, "namespace": "kubeflow", "labels": labels, "creationTimestamp": created},
-        "spec": {"containers": [{"name": "main", "image": f"spectraqlora/{step}:0.1.0"}]},
-        "status": {"phase": "Running", **status},
-    }
-
-
-def container(name: str = "main", **state: Any) -> dict[str, Any]:
-    """The status of one container."""
-    return {
-        "name": name, "image": "i", "imageID": "", "ready": False, "restartCount": 0, "state": state,
-    }  # fmt: skip
+    found["metadata"] |= {"name": name, "labels": labels, "creationTimestamp": created}
+    if says:
+        found["status"]["message"] = says
+    return dict(found)
 
 
 class KubernetesServer(Serving):
@@ -86,36 +99,32 @@ class KubernetesServer(Serving):
         parts = urlsplit(target)
         query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
         if self.refuses:
-            return self._status(403, "Forbidden")
+            return self._recorded("forbidden")
         if _WORKFLOWS.fullmatch(parts.path):
-            return self._list("WorkflowList", self.workflows, query)
+            return self._list("workflow list", self.workflows, query)
         if _PODS.fullmatch(parts.path):
-            return self._list("PodList", self.pods, query)
+            return self._list("pod list", self.pods, query)
         if found := _LOG.fullmatch(parts.path):
             if found[2] not in self.logs:
                 there = any(known["metadata"]["name"] == found[2] for known in self.pods)
-                return self._status(400, "BadRequest") if there else self._status(404, "NotFound")
-            lines = self.logs[found[2]].splitlines(keepends=True)
+                return self._recorded(
+                    "log of a container that waits" if there else "log of a pod that is gone"
+                )
             assert query["container"] == "main"
-            return 200, "text/plain", "".join(lines[-int(query.get("tailLines", 10**6)) :]).encode()
-        return self._status(404, "NotFound")
+            status, kind, _ = self._recorded("log, its last line")
+            lines = self.logs[found[2]].splitlines(keepends=True)
+            return status, kind, "".join(lines[-int(query.get("tailLines", 10**6)) :]).encode()
+        raise AssertionError(f"nobody asks for {target}")
 
     @staticmethod
-    def _status(code: int, reason: str) -> tuple[int, str, bytes]:
-        return (
-            code,
-            "application/json",
-            json.dumps({"kind": "Status", "reason": reason, "code": code}).encode(),
-        )
+    def _recorded(name: str) -> tuple[int, str, bytes]:
+        found = RECORDED[name]
+        return found["status"], found["type"], found["body"].encode()
 
     @staticmethod
-    def _list(kind: str, items: list[dict[str, Any]], query: dict[str, str]) -> tuple[int, str, bytes]:
+    def _list(name: str, items: list[dict[str, Any]], query: dict[str, str]) -> tuple[int, str, bytes]:
         for part in query["labelSelector"].split(","):
             key, equals, value = part.partition("=")
             has = [(item, item["metadata"]["labels"].get(key)) for item in items]
             items = [item for item, label in has if (label == value if equals else label is not None)]
-        return (
-            200,
-            "application/json",
-            json.dumps({"kind": kind, "apiVersion": "v1", "items": items}).encode(),
-        )
+        return 200, "application/json", json.dumps({**RECORDED[name], "items": items}).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from tests.argo import Workflow
 from tests.kfp_server import KfpServer
-from tests.kubernetes_server import KubernetesServer, container, pod
+from tests.kubernetes_server import RECORDED, KubernetesServer, pod
 
 SETTINGS = """
 methods: hybrid
@@ -26,8 +27,6 @@ tracking: {uri: "http://mlflow:5000"}
 """
 Command = Callable[..., Result]
 TRAIN = "exit-handler-1.branch-hybrid.train"
-OOM = {"reason": "OOMKilled", "exitCode": 137, "finishedAt": "2026-11-26T12:10:00Z"}
-ERROR = {"reason": "Error", "exitCode": 1, "finishedAt": "2026-11-26T12:10:00Z"}
 
 
 @pytest.fixture
@@ -97,43 +96,31 @@ def told(server: KfpServer, run_id: str, workflow: Workflow, state: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("status", "log", "words"),
+    ("became", "says", "words"),
     [
-        ({"containerStatuses": [container(terminated=OOM)]}, "step 7 of 40\n", ["memory.limit", "OOMKilled (exit code 137)"]),
-        ({"containerStatuses": [container(terminated=ERROR)]}, "error: train.batch_size: '9': expected less\nlauncher: exit 1\n",
-         ["error: train.batch_size: '9': expected less"]),
-        ({"containerStatuses": [container(terminated=ERROR)]}, "Traceback (most recent call last):\nKeyError: 'x'\n", ["KeyError: 'x'"]),
-        ({"reason": "DeadlineExceeded", "message": "Pod was active on the node longer than the specified deadline", "phase": "Failed"},
-         "", ["time_limit", "active on the node longer"]),
-        ({"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage.", "phase": "Failed"}, "", ["memory or disk"]),
-        ({"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 900Ki.", "phase": "Failed"}, "", ["ephemeral-storage limit", "scratch"]),
+        ("out of memory", "", ["memory.limit", "OOMKilled (exit code 137)"]),
+        ("refused", "", ["error: train.batch_size: '9': expected less"]),
+        ("raised", "", ["KeyError: 'x'"]),
+        ("too long", "", ["time_limit", "active on the node longer"]),
+        ("too much written", "", ["ephemeral-storage limit", "scratch"]),
+        # As a node with a full disk said it.
+        ("too much written", "The node was low on resource: ephemeral-storage.", ["memory or disk"]),
     ],
-)  # fmt: skip
+)
 def test_a_failed_step_is_shown_with_its_own_reason(
-    status: dict[str, Any],
-    log: str,
-    words: list[str],
-    command: Command,
-    server: KfpServer,
-    cluster: KubernetesServer,
+    became: str, says: str, words: list[str], command: Command, server: KfpServer, cluster: KubernetesServer
 ) -> None:
     run_id, workflow = submitted(command, server)
     workflow.step(TRAIN, "Failed", ("Failed", "Error (exit code 1)"), ("Failed", "Error (exit code 1)"))
     workflow.end("Failed")
     cluster.workflows.append(workflow.object())
-    old = pod(
-        "t-1",
-        run_id,
-        "train",
-        "hybrid",
-        "2026-11-26T11:00:00Z",
-        containerStatuses=[container(terminated=ERROR)],
-    )
+    old = pod("t-1", run_id, "train", "hybrid", "2026-11-26T11:00:00Z", became="raised")
     cluster.pods += [
-        pod("t-2", run_id, "train", "hybrid", **status),
+        pod("t-2", run_id, "train", "hybrid", became=became, says=says),
         old,
         pod("other", "run", "train", "hybrid"),
     ]
+    log = RECORDED["logs"].get(became, {"body": "step 7 of 40\n"})["body"]
     cluster.logs = {"t-1": "error: of the first attempt\n", "t-2": log}
     told(server, run_id, workflow, "FAILED")
     shown = command("status", run_id)
@@ -149,33 +136,25 @@ def test_a_failed_step_is_shown_with_its_own_reason(
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "words"),
+    ("became", "words"),
     [
-        ({"phase": "Pending", "containerStatuses": [container(waiting={"reason": "ImagePullBackOff", "message": "Back-off pulling image \"x\""})]},
-         "", ["image.tag", "ImagePullBackOff: Back-off pulling image"]),
-        ({"phase": "Pending", "initContainerStatuses": [container("kfp-launcher", waiting={"reason": "InvalidImageName", "message": "x"})]},
-         "", ["pull_secrets"]),
-        ({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-                                             "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}]},
-         "", ["no node has room", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."]),
-        ({"phase": "Pending", "containerStatuses": [container(waiting={"reason": "CreateContainerConfigError", "message": "secret \"s3\" not found"})]},
-         "", ["Secret or ConfigMap", 'secret "s3" not found']),
-        (None, 'pods "t" is forbidden: exceeded quota: compute, requested: limits.cpu=8', ["quota has no room", "limits.cpu=8"]),
+        ("no image", ["image.tag", "registry.invalid/none-such:1"]),
+        ("no image by name", ["pull_secrets", "No/such:1"]),
+        ("no node", ["no node has room", "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."]),
+        ("no secret", ["Secret or ConfigMap", 'secret "none-such" not found']),
+        ("over quota", ["quota has no room", "limits.cpu=8"]),
     ],
-)  # fmt: skip
+)
 def test_a_step_that_waits_is_shown_with_what_it_waits_for(
-    status: dict[str, Any] | None,
-    message: str,
-    words: list[str],
-    command: Command,
-    server: KfpServer,
-    cluster: KubernetesServer,
+    became: str, words: list[str], command: Command, server: KfpServer, cluster: KubernetesServer
 ) -> None:
     run_id, workflow = submitted(command, server)
+    has_pod = became in RECORDED["pods"]
+    message = "" if has_pod else json.loads(RECORDED[became]["body"])["message"]
     workflow.step(TRAIN, "Running", ("Pending", message))
     cluster.workflows.append(workflow.object())
-    if status is not None:
-        cluster.pods.append(pod("t-1", run_id, "train", "hybrid", **status))
+    if has_pod:
+        cluster.pods.append(pod("t-1", run_id, "train", "hybrid", became=became))
     told(server, run_id, workflow, "RUNNING")
     lines = command("status", "mine").output.splitlines()
     (at,) = [n for n, line in enumerate(lines) if "train (hybrid, round 1)" in line]
@@ -247,8 +226,8 @@ def following(server: KfpServer, cluster: KubernetesServer, ends: list[tuple[str
             good = state == "SUCCEEDED"
             workflow.step(TRAIN, "Succeeded" if good else "Failed")
             workflow.end("Succeeded" if good else "Failed")
-        status = {"containerStatuses": [container(terminated=ERROR)]} if looks[run_id] > 1 else {}
-        cluster.pods[:] = [pod("t", run_id, "train", "hybrid", **status)]
+        became = "raised" if looks[run_id] > 1 else "running"
+        cluster.pods[:] = [pod("t", run_id, "train", "hybrid", became=became)]
         cluster.logs["t"] = log
         cluster.workflows[:] = [workflow.object()]
         run |= {"state": state, "run_details": {"task_details": workflow.task_details()}}
@@ -280,6 +259,7 @@ def test_a_failed_run_is_submitted_again_as_often_as_wanted_with_the_same_argume
     [
         ([("FAILED", "KeyError: 1\n")], [], 1, "is FAILED; train (hybrid, round 1): KeyError: 1"),
         ([("FAILED", "")] * 2, ["--resubmit", "1"], 2, "is FAILED"),
+        ([("FAILED", "error: no answer: tracking.uri: 'x': expected y\n")] * 2, ["--resubmit", "1"], 2, "no answer"),
         ([("FAILED", "error: data.source: 'x': expected y\n")], ["--resubmit", "3"], 1, "error: data.source"),
         ([("CANCELED", "")], ["--resubmit", "3"], 1, "is CANCELED"),
     ],
