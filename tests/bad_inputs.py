@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from spectraqlora.errors import InputError, NoAnswer
 from spectraqlora_pipelines.cli import app
 
 LINE = re.compile(
@@ -65,14 +66,15 @@ def command(*arguments: object) -> Callable[[], object]:
 
 
 def check_refused(action: Callable[[], Any], named: str) -> None:
-    """Exit code 2 and one line of field, value and expectation that names what is wrong.
+    """Exit code 2 and one line of field, value and expectation that names what is wrong; 75 where nobody answers.
 
     Args:
         action: what a command does with the input.
         named: regular expression that the line must match.
     """
     outcome = ended(action)
-    assert outcome.code == 2, f"ended with {outcome}"
+    silent = f"error: {NoAnswer.prefix}" in outcome.err
+    assert outcome.code == (NoAnswer if silent else InputError).exit_code, f"ended with {outcome}"
     lines = [line for line in outcome.err.splitlines(keepends=True) if not line.startswith("warning: ")]
     text = "".join(lines)
     assert len(lines) == 1 and LINE.fullmatch(text), f"no line of field, value and expectation: {text!r}"

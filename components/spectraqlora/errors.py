@@ -1,5 +1,6 @@
 """The errors a user is expected to read, and text from outside as it may be shown."""
 
+import os
 import re
 from urllib.parse import unquote
 
@@ -49,12 +50,24 @@ class InputError(Exception):
     Users, passwords and tokens of addresses are left out, and control characters are written out.
     """
 
+    exit_code = 2
+    """Of a step or command that it ends: another attempt would refuse the same."""
+    prefix = ""
+    """How its line begins where it ends a step or command."""
+
     def __init__(self, field: str, value: object, expected: str) -> None:
         shown = _short(masked(str(value)), 200)
         line = f"{_short(field, 400)}: {shown!r}: expected {_short(masked(expected), 1000)}".replace(
             "\n", " "
         )
         super().__init__(printable(line).replace("\n", " "))
+
+
+class NoAnswer(InputError):
+    """A service does not answer, or answers that it cannot now: another attempt may find it there."""
+
+    exit_code = os.EX_TEMPFAIL
+    prefix = "no answer: "
 
 
 class Stopped(Exception):

@@ -26,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
 )
 from huggingface_hub.utils._http import default_client_factory
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 
 HEAD_S = 20.0
 """Until an answer's head is there, redirects included."""
@@ -152,6 +152,24 @@ def explained(expected: str, error: BaseException) -> str:
         return f"{expected}{at} (what answers is no hub)"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{expected}{at} ({lines[0].strip()})"
+
+
+def silent(error: BaseException | None) -> bool:
+    """Whether the hub, or the way to it, failed in a manner that another attempt may not meet."""
+    while error is not None:
+        if isinstance(error, httpx2.UnsupportedProtocol) or "CERTIFICATE" in str(error):
+            return False
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status == 429 or status >= 500 or isinstance(error, (httpx2.TransportError, _GivenUp)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def refusal(field: str, value: object, expected: str, error: Exception) -> InputError:
+    """The line that a fault of the hub's client becomes: `NoAnswer` where another attempt may not meet it."""
+    kind = NoAnswer if silent(error) else InputError
+    return kind(field, value, explained(expected, error))
 
 
 class HubFile:

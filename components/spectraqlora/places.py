@@ -23,7 +23,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 from spectraqlora.files import file_digest, folder_digest, name_fault
 from spectraqlora.runtime.disk import full
 from spectraqlora.settings import DataSettings
@@ -73,7 +73,11 @@ def kind_of(name: str) -> Kind:
 
 
 class HubAway(InputError):
-    """A hub that does not answer."""
+    """A hub that does not answer, or not as one, or refuses: what this machine has of it serves."""
+
+
+class HubSilent(HubAway, NoAnswer):
+    """A hub that may answer another time."""
 
 
 _UNKNOWN = "-"
@@ -327,11 +331,11 @@ class Place:
         return "model" if self.holds == "model" else "data set"
 
     def _away(self, error: Exception) -> HubAway:
-        from spectraqlora.hub import explained
+        from spectraqlora.hub import explained, silent
 
         local = "a folder" if self.holds == "model" else "an existing file or folder"
         expected = explained(f"{local} or a reachable hub {self._hub_kind}", error)
-        return HubAway(self.field, self.text, expected)
+        return (HubSilent if silent(error) else HubAway)(self.field, self.text, expected)
 
 
 def base_place(

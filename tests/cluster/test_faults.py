@@ -119,13 +119,33 @@ def test_a_step_that_writes_more_than_it_may_is_named_and_not_tried_again(
         core.delete_namespaced_limit_range(name, argo.namespace)
 
 
+def test_a_training_that_finds_no_mlflow_is_tried_again(argo: Argo, release: Release, tmp_path: Path) -> None:
+    def scale(replicas: int) -> None:
+        client.AppsV1Api().patch_namespaced_deployment_scale(
+            f"{RELEASE}-mlflow", argo.namespace, {"spec": {"replicas": replicas}}
+        )
+
+    patient = {"steps": {"train": {"retries": {"attempts": 8, "backoff": "5s"}}}}
+    submit(argo, release, *ONE_METHOD, values=changed_values(release, tmp_path, patient))
+    eventually(lambda: pods_of(argo, "snr-analyze"), 180)  # What comes before has asked MLflow already.
+    scale(0)
+    try:
+        step = sees(argo, "", r"^error: no answer: tracking\.uri", time.monotonic())
+    finally:
+        scale(1)
+    began = time.monotonic()
+    state, attempts = ended(argo, 600)
+    print(f"the run ended {time.monotonic() - began:.0f} s after MLflow was started again")
+    assert state == "SUCCEEDED" and attempts[step] > 1
+
+
 def test_a_schedule_fires_and_its_second_run_finds_nothing_new(
     argo: Argo, release: Release, tmp_path: Path
 ) -> None:
     others = set(workflows(argo.namespace))  # Argo still deletes their artifacts.
     spectraqlora(
         "schedule", "create", RELEASE, "--every", "1m", "--config", str(release.settings),
-        "--values", str(release.values), "--set", "retrain.method=qlora", *ONE_METHOD[2:],
+        "--values", str(release.values), "--set", "retrain.method=qlora", *ONE_METHOD[2:], "--set", "train.max_steps=20",
         namespace=argo.namespace,
     )  # fmt: skip
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -301,6 +303,18 @@ def test_bad_input_is_refused_before_anything_is_uploaded(
 def test_a_host_that_does_not_answer_is_named(command: Command) -> None:
     said = refusal(command("submit", SPECTRAQLORA_KFP_HOST="http://127.0.0.1:9"))
     assert "http://127.0.0.1:9" in said and "reachable" in said
+    away = [
+        sys.executable,
+        "-m",
+        "spectraqlora_pipelines.cli",
+        "schedule",
+        "list",
+        "--host",
+        "http://127.0.0.1:9",
+    ]
+    done = subprocess.run(away, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, "a job on a cluster is tried again"
+    assert done.stderr.startswith("error: no answer: --host: 'http://127.0.0.1:9'")
 
 
 def test_the_server_refuses_what_the_definition_does_not_know(server: KfpServer) -> None:

@@ -240,7 +240,8 @@ def test_what_is_wrong_with_an_address_is_one_line_and_exit_code_2(
             with pytest.raises(SystemExit) as end:
                 app.main()
         printed = capsys.readouterr()
-        assert end.value.code == 2, (changes, variables, printed)
+        away = words == ("AWS_ENDPOINT_URL",)
+        assert end.value.code == (75 if away else 2), (changes, variables, printed)
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
         assert all(word in printed.err for word in words), printed.err
         assert SECRET_KEY not in printed.out + printed.err

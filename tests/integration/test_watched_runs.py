@@ -135,6 +135,25 @@ def test_a_failed_step_is_shown_with_its_own_reason(
     assert any("compare  skipped" in line for line in lines)
 
 
+def test_a_step_that_is_tried_again_is_shown_with_why_the_attempt_before_failed(
+    command: Command, server: KfpServer, cluster: KubernetesServer
+) -> None:
+    run_id, workflow = submitted(command, server)
+    workflow.step(TRAIN, "Running", ("Failed", "main: Error (exit code 75)"), ("Running", ""))
+    cluster.workflows.append(workflow.object())
+    told(server, run_id, workflow, "RUNNING")
+    cluster.logs = {
+        "t-1": "error: no answer: tracking.uri: 'http://mlflow': expected more\n",
+        "t-2": "step 1\n",
+    }
+    cluster.pods.append(pod("t-1", run_id, "train", "hybrid", "2026-11-26T11:00:00Z", became="raised"))
+    for _ in range(2):  # Between the attempts, and in the second.
+        lines = command("status", "mine").output.splitlines()
+        (at,) = [n for n, line in enumerate(lines) if "train (hybrid, round 1)" in line]
+        assert "running" in lines[at] and "error: no answer: tracking.uri" in lines[at + 1], lines
+        cluster.pods.append(pod("t-2", run_id, "train", "hybrid"))
+
+
 @pytest.mark.parametrize(
     ("became", "words"),
     [

@@ -11,19 +11,24 @@ from kfp import dsl
 from spectraqlora.runtime import command_line
 from spectraqlora.runtime.images import images
 
+from tests.s3 import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(*arguments: str, image: str = "") -> subprocess.CompletedProcess[str]:
+def call(
+    *arguments: str, image: str = "", folder: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, in the named image."""
     environment = {
         command_line.IMAGE: image,
         "PYTHONPATH": str(ROOT / "components"),
         "PATH": "/usr/bin:/bin",
+        **variables,
     }
     return subprocess.run(
         [sys.executable, "-m", "spectraqlora", *arguments],
-        capture_output=True, text=True, env=environment, check=False,
+        capture_output=True, text=True, env=environment, check=False, cwd=folder,
     )  # fmt: skip
 
 
@@ -76,6 +81,36 @@ def test_bad_arguments_get_one_line_and_exit_code_2(arguments: list[str], line: 
     refused = call("quantize-load", *[str(tmp_path) if a == "out" else a for a in arguments])
     assert refused.returncode == 2
     assert refused.stderr.startswith(line) and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "variables", "field"),
+    [
+        (
+            "quantize-load", ("--base-model", "s3://bucket/model", "--four-bit", "four_bit", "--outline", "outline"),
+            {"AWS_ENDPOINT_URL": "{}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"},
+            "s3 address: 's3://bucket/model'",
+        ),
+        (
+            "quantize-load", ("--base-model", "owner/model", "--four-bit", "four_bit", "--outline", "outline"),
+            {"HF_ENDPOINT": "{}"}, "model.base_model: 'owner/model'",
+        ),
+        (
+            "start-point", ("--tracking-settings", '{{"uri": "{}"}}', "--rank-map", ".", "--start-rank-map", "map", "--start-adapter", "adapter"),
+            {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, "tracking.uri",
+        ),
+    ],
+)  # fmt: skip
+def test_a_service_that_is_away_ends_a_step_in_a_manner_that_is_tried_again(
+    step: str, options: tuple[str, ...], variables: dict[str, str], field: str, tmp_path: Path
+) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    given = {name: value.format(address) for name, value in variables.items()}
+    home = {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path)}
+    done = call(step, *[option.format(address) for option in options], **given, **home, folder=tmp_path)
+    assert done.returncode == 75, done.stdout + done.stderr
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert line.startswith(f"error: no answer: {field}")
 
 
 def test_a_missing_input_folder_is_named(tmp_path: Path) -> None:

@@ -256,11 +256,11 @@ def _not_here(name: str) -> BinaryIO:
 
 
 def _no_hub_data(place: Place, error: Exception) -> InputError:
-    from spectraqlora.hub import explained
+    from spectraqlora.hub import refusal
 
     if isinstance(error, InputError):
         return error
-    return InputError("data.source", place, explained("a hub data set that loads", error))
+    return refusal("data.source", place, "a hub data set that loads", error)
 
 
 class _Ranged(io.RawIOBase):

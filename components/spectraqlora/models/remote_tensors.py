@@ -113,12 +113,10 @@ class HubTensors(_RemoteTensors):
         from huggingface_hub import HfApi, hf_hub_url
         from huggingface_hub.hf_api import RepoFile
 
-        from spectraqlora.hub import HubFile, explained, limit_requests
+        from spectraqlora.hub import HubFile, limit_requests, refusal
 
         def fault(error: Exception) -> InputError:
-            return InputError(
-                "model.base_model", where, explained("a hub model whose files can be read", error)
-            )
+            return refusal("model.base_model", where, "a hub model whose files can be read", error)
 
         limit_requests()
         # Not HfFileSystem: it refuses names of one part, such as gpt2.

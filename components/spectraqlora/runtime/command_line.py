@@ -141,7 +141,7 @@ def parser(step: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
 
 Folders and files are artifacts: what one step writes, the next one reads.
 Sections are JSON objects of settings; what is left out keeps its default.
-Exit code 0: done; 2: bad input, in one line; 1: an error.""",
+Exit code 0: done; 2: bad input, in one line; 75: a service did not answer, in one line; 1: an error.""",
     )
     for option in options(function):
         shown = f"{option.help} " if option.help else ""
@@ -262,8 +262,8 @@ def main(arguments: Sequence[str]) -> None:
         else:
             _become(arguments, f"{expected}, or a program")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {error.prefix}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def _become(arguments: Sequence[str], expected: str) -> None:

@@ -5,6 +5,7 @@ All of them go through the logger `spectraqlora` to standard output, one line at
     scoring the base model                         say
     WARNING: no checkpoint of step 40: …           warn
     error: data.source: 'x.jsonl': expected …      fail
+    error: no answer: tracking.uri: 'http://…      fail, where another attempt may succeed
     progress: 12/40 hybrid round 1: training step  Progress
 """
 

@@ -1,6 +1,7 @@
 """What surrounds a step's work: its threads and memory, its end with the launcher, its errors in one line, its output folders.
 
-An `InputError` ends a step with its one line and exit code 2; every other error keeps its traceback.
+An `InputError` ends a step with its one line and exit code 2, or 75 where a service does not answer; every other error
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def _end_with_launcher() -> None:
 def step(function: Callable[P, R]) -> Callable[P, R]:
     """A step's function with its threads bounded, its libraries silent, and its errors turned into exit codes.
 
-    Exits with 2 after one line for an `InputError` and for a full disk, and with a signal's own code where the work
-    was stopped by one; every other error passes with its traceback.
+    Exits after one line with 2 for an `InputError` and for a full disk, and with 75 for a `NoAnswer`; with a signal's
+    own code where the work was stopped by one. Every other error passes with its traceback.
     """
     integers = {name for name, kind in function.__annotations__.items() if kind in (int, "int")}
 
@@ -72,8 +73,8 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
             _write_origin(kwargs.values())
             return result
         except InputError as error:
-            fail(str(error))
-            sys.exit(2)
+            fail(f"{error.prefix}{error}")
+            sys.exit(error.exit_code)
         except Stopped as stop:
             say(str(stop))
             sys.exit(stop.exit_code)

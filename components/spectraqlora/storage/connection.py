@@ -22,7 +22,7 @@ from botocore import exceptions as faults
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 from spectraqlora.storage.address import Address
 
 MIB = 1 << 20
@@ -138,9 +138,8 @@ def _explained(error: Exception, operation: str, address: Address, endpoint: str
             return InputError(
                 _FIELD, address, f"credentials with permission ({needed}); {where} refused them ({status})"
             )
-        return InputError(
-            _FIELD, address, f"a store that answers {operation}; {where} says {code} ({status})"
-        )
+        refusal = NoAnswer if _passing(error) else InputError
+        return refusal(_FIELD, address, f"a store that answers {operation}; {where} says {code} ({status})")
     if isinstance(error, (faults.NoCredentialsError, faults.PartialCredentialsError)):
         return InputError(_FIELD, address, f"credentials: {_CREDENTIALS}")
     if isinstance(error, faults.SSLError):
@@ -148,7 +147,7 @@ def _explained(error: Exception, operation: str, address: Address, endpoint: str
             _FIELD, address, f"a certificate that this machine trusts (AWS_CA_BUNDLE); {where} shows another"
         )
     if _passing(error):
-        return InputError(
+        return NoAnswer(
             _FIELD,
             address,
             f"a store that can be reached (AWS_ENDPOINT_URL); {endpoint}: {type(error).__name__}",

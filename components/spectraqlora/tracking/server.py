@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.moved import follow_move
 
@@ -33,7 +33,7 @@ _stores: dict[str, bool] = {}
 """By server: whether the store behind it answered us."""
 
 
-class ServerAway(InputError):
+class ServerAway(NoAnswer):
     """MLflow does not answer, or answers that it cannot now."""
 
     def __init__(self, settings: TrackingSettings, why: str) -> None:

@@ -84,7 +84,8 @@ def _root(
 
 
 def main() -> None:
-    """Entry point. Exit code 0: all went well; 1: a step failed; 2: bad input; 3: not promoted; 130: Ctrl-C."""
+    """Entry point. Exit code 0: all went well; 1: a step failed; 2: bad input; 3: not promoted; 75: a service did not answer;
+    130: Ctrl-C."""
     from spectraqlora_pipelines.local.run import StepFailed
 
     silence_libraries()
@@ -98,7 +99,7 @@ def main() -> None:
             sys.exit(BAD_INPUT)
         _end(str(_usage(error)), BAD_INPUT)
     except InputError as error:
-        _end(str(error), BAD_INPUT)
+        _end(f"{error.prefix}{error}", error.exit_code)
     except StepFailed as error:
         _end(str(error), STEP_FAILED)
     except SystemExit as ended:

@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
+from spectraqlora.runtime.console import ERROR
 from spectraqlora.settings import Settings, digest
 
 from spectraqlora_pipelines.cli.argo import Target, Wanted, for_argo, submit_to_argo, wanted
@@ -184,7 +185,10 @@ def _follow(viewer: Looking, run: str, start: Callable[[], str], resubmit: int, 
         ends = [f"{step.label}: {view.reasons.get(step.label, step.state)}" for step in view.failed()]
         failure = f"run {view.run.display_name} is {view.run.state}{''.join(f'; {end}' for end in ends)}"
         # A step says so of its input, which is the same the next time; and who cancels a run wants it to end.
-        refused = any(reason.startswith("error: ") for reason in view.reasons.values())
+        refused = any(
+            reason.startswith(f"{ERROR} ") and not reason.startswith(f"{ERROR} {NoAnswer.prefix}")
+            for reason in view.reasons.values()
+        )
         if view.run.state != "FAILED" or refused or not left:
             raise StepFailed(failure)
         line(f"{failure}; submitted again, {left - 1} times are left")

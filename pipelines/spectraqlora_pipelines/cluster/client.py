@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.errors import InputError, holds_secret
+from spectraqlora.errors import InputError, NoAnswer, holds_secret
 
 _PAGE = 100
 _OWNED = "Kept by "
@@ -143,9 +143,10 @@ class Kubeflow:
                 403: f"permission in namespace {self.namespace or '(none given)'}; it answered 403",
                 404: "a Kubeflow Pipelines v2 API; it answered 404",
             }.get(error.status, f"an answer other than {error.status}: {_message(error)}")
-            raise InputError("--host", self.host, expected) from None
+            kind = NoAnswer if error.status == 429 or (error.status or 0) >= 500 else InputError
+            raise kind("--host", self.host, expected) from None
         except (HTTPError, TimeoutError, OSError) as error:
-            raise InputError("--host", self.host, f"a reachable Kubeflow Pipelines API ({error})") from None
+            raise NoAnswer("--host", self.host, f"a reachable Kubeflow Pipelines API ({error})") from None
 
     def upload(self, package: Path, pipeline: str, description: str) -> Uploaded:
         """Upload a compiled pipeline as a version named by its content; one that is there stays as it is."""

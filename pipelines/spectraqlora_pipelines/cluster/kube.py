@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 
 TIMEOUT_S = 15
 OTHER_SHAPE = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
@@ -20,6 +20,10 @@ _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 class NoAccess(InputError):
     """Kubernetes cannot be asked from here."""
+
+
+class Away(NoAccess, NoAnswer):
+    """Kubernetes does not answer, or answers that it cannot now."""
 
 
 def connect() -> str:
@@ -74,9 +78,10 @@ def asking(namespace: str) -> Iterator[None]:
             raise NoAccess(
                 "kubeconfig", namespace, f"permission in namespace {namespace}; {answered}"
             ) from None
-        raise NoAccess("kubeconfig", namespace, f"another answer; {answered}{_message(error)}") from None
+        kind = Away if error.status == 429 or (error.status or 0) >= 500 else NoAccess
+        raise kind("kubeconfig", namespace, f"another answer; {answered}{_message(error)}") from None
     except (HTTPError, OSError) as error:
-        raise NoAccess("kubeconfig", namespace, f"a cluster that answers ({error})") from None
+        raise Away("kubeconfig", namespace, f"a cluster that answers ({error})") from None
     except OTHER_SHAPE:
         expected = "a Kubernetes API; what answers there is none, or its answer was cut"
         raise NoAccess("kubeconfig", namespace, expected) from None

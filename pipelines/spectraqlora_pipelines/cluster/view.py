@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,26 +101,28 @@ def reasons_of(tree: Step, pods: list[Any], source: Pods | None, deleted: str) -
         source: gives their logs; None gives none.
         deleted: what becomes of a step whose pod was deleted.
     """
-    newest = {labelled(pod): pod for pod in pods}
+    attempts: dict[tuple[str, str], list[Any]] = {}
+    for pod in pods:
+        attempts.setdefault(labelled(pod), []).append(pod)
     reasons = {}
     for step in tree.leaves():
         if step.state in ("failed", "running"):
-            reason = _reason(step, newest.get((step.step, step.method)), source, deleted)
+            reason = _reason(step, attempts.get((step.step, step.method), []), source, deleted)
             if reason:
                 reasons[step.label] = reason
     return reasons
 
 
-def _reason(step: Step, pod: Any, source: Pods | None, deleted: str) -> str:
-    said = said_of(pod) if pod is not None else ""
+def _reason(step: Step, attempts: list[Any], source: Pods | None, deleted: str) -> str:
+    """Why a step failed or waits; of one that is tried again, why the attempt before failed."""
+    said = said_of(attempts[-1]) if attempts else ""
     known = explained(said, deleted) or explained(step.message, deleted)
-    if known or step.state != "failed":
-        return known or said or step.message
+    if known:
+        return known
+    failed = [pod for pod in attempts if pod.status.phase == "Failed"]
     log = ""
-    if pod is not None and source is not None:
-        try:
-            log = source.log(pod.metadata.name, _LINES)
-        except NoAccess:
-            log = ""
+    if failed and source is not None:
+        with contextlib.suppress(NoAccess):
+            log = source.log(failed[-1].metadata.name, _LINES)
     # Of a container beside the step's own, Argo's words say more than the pod's exit code.
     return own_error(log) or max(said, step.message, key=len)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 from spectraqlora.runtime import run_key
 from spectraqlora.runtime.console import ERROR, PROGRESS
 from spectraqlora.runtime.step import LAUNCHER_PID
@@ -259,3 +259,5 @@ class _Relayed(InputError):
 
     def __init__(self, line: str) -> None:
         Exception.__init__(self, line)
+        if line.startswith(NoAnswer.prefix):
+            self.exit_code = NoAnswer.exit_code

@@ -35,7 +35,7 @@ COMMANDS = {
     "plan": ["plan", "--base-model", "owner/name"], "snr": ["snr", "owner/name"], "data": ["data", "owner/name", "--base-model", "MODEL"],
     "run": ["run", "--base-model", "owner/name", "--data", "ROWS", "--workdir", "WORKDIR"], "run's data": ["run", "--base-model", "MODEL", "--data", "owner/name", "--workdir", "WORKDIR"],
 }  # fmt: skip
-FIELDS = r"error: (model\.base_model|data\.source|MODEL|DATA): "
+FIELDS = r"error: (?:no answer: )?(model\.base_model|data\.source|MODEL|DATA): "
 MOST_S = 20
 """Of a command here, where limits are half a second; the hub's client alone would try for longer."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.errors import InputError, Stopped
+from spectraqlora.errors import InputError, NoAnswer, Stopped
 from spectraqlora.runtime.console import ERROR, say, warn
 
 TEMPLATE = "SPECTRAQLORA_TRAIN_JOB"
@@ -307,7 +307,7 @@ class JobFailed(Exception):
         self.refused = refused
 
 
-class _Away(InputError):
+class _Away(NoAnswer):
     """Kubernetes does not answer now."""
 
 
