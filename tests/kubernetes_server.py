@@ -30,7 +30,7 @@ def pod(
     run_id: str,
     step: str,
     method: str = "",
-    created: str = "2026-11-26T12:00:00Z",
+    created: str = "2026-11-26T13:00:00Z",
     became: str = "running",
     says: str = "",
 ) -> dict[str, Any]:

@@ -70,6 +70,12 @@ class NoAnswer(InputError):
     prefix = "no answer: "
 
 
+def lasting(error: BaseException) -> bool:
+    """Whether another attempt meets a fault of a connection again: a certificate, or a file of it that is not there."""
+    text = f"{type(error).__name__} {error}"
+    return "CERTIFICATE" in text.upper() or "FileNotFoundError" in text
+
+
 class Stopped(Exception):
     """A signal ended the work where it can be taken up again."""
 

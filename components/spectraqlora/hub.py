@@ -26,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
 )
 from huggingface_hub.utils._http import default_client_factory
 
-from spectraqlora.errors import InputError, NoAnswer
+from spectraqlora.errors import InputError, NoAnswer, lasting
 
 HEAD_S = 20.0
 """Until an answer's head is there, redirects included."""
@@ -38,8 +38,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _USUAL = "https://huggingface.co"
 
 
+class _TooLong(Exception):
+    """An answer of more bytes than any that is meant."""
+
+
 class _GivenUp(Exception):
-    """An answer over the limits. Not one of the HTTP library's own faults, after which the hub's client tries again."""
+    """An answer over the limits of time. Not one of the HTTP library's own faults, after which the hub's client tries again."""
 
 
 def _seconds(limit: float) -> float:
@@ -67,7 +71,7 @@ class _Bounded(httpx2.SyncByteStream):
                 length + len(chunk),
             )
             if self._most is not None and length > self._most:
-                raise _GivenUp(f"an answer of more than {self._most >> 20} MiB")
+                raise _TooLong(f"an answer of more than {self._most >> 20} MiB")
             if waited > _seconds(WINDOW_S):
                 if arrived < WINDOW_BYTES:
                     raise _GivenUp(f"{arrived} bytes in {waited:.0f} seconds")
@@ -154,10 +158,14 @@ def explained(expected: str, error: BaseException) -> str:
     return f"{expected}{at} ({lines[0].strip()})"
 
 
+_LASTING = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.ProxyError)
+"""Faults of the client's own making, or of a proxy that refuses."""
+
+
 def silent(error: BaseException | None) -> bool:
     """Whether the hub, or the way to it, failed in a manner that another attempt may not meet."""
     while error is not None:
-        if isinstance(error, httpx2.UnsupportedProtocol) or "CERTIFICATE" in str(error):
+        if isinstance(error, _LASTING) or lasting(error):
             return False
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status == 429 or status >= 500 or isinstance(error, (httpx2.TransportError, _GivenUp)):

@@ -114,7 +114,7 @@ def test_a_failed_step_is_shown_with_its_own_reason(
     workflow.step(TRAIN, "Failed", ("Failed", "Error (exit code 1)"), ("Failed", "Error (exit code 1)"))
     workflow.end("Failed")
     cluster.workflows.append(workflow.object())
-    old = pod("t-1", run_id, "train", "hybrid", "2026-11-26T11:00:00Z", became="raised")
+    old = pod("t-1", run_id, "train", "hybrid", "2026-11-26T12:30:00Z", became="raised")
     cluster.pods += [
         pod("t-2", run_id, "train", "hybrid", became=became, says=says),
         old,
@@ -146,12 +146,23 @@ def test_a_step_that_is_tried_again_is_shown_with_why_the_attempt_before_failed(
         "t-1": "error: no answer: tracking.uri: 'http://mlflow': expected more\n",
         "t-2": "step 1\n",
     }
-    cluster.pods.append(pod("t-1", run_id, "train", "hybrid", "2026-11-26T11:00:00Z", became="raised"))
-    for _ in range(2):  # Between the attempts, and in the second.
+    cluster.pods.append(pod("t-1", run_id, "train", "hybrid", "2026-11-26T12:30:00Z", became="raised"))
+
+    def shown() -> str:
         lines = command("status", "mine").output.splitlines()
         (at,) = [n for n, line in enumerate(lines) if "train (hybrid, round 1)" in line]
-        assert "running" in lines[at] and "error: no answer: tracking.uri" in lines[at + 1], lines
-        cluster.pods.append(pod("t-2", run_id, "train", "hybrid"))
+        assert "running" in lines[at], lines
+        return lines[at + 1].strip(" │")
+
+    own = "error: no answer: tracking.uri: 'http://mlflow': expected more"
+    assert own in shown() and "before" not in shown()
+    cluster.pods.append(pod("t-2", run_id, "train", "hybrid", "2026-11-26T13:00:00Z"))
+    assert f"the attempt before: {own}" in shown()
+    cluster.pods[-1] = pod("t-2", run_id, "train", "hybrid", "2026-11-26T13:00:00Z", became="no secret")
+    assert "Secret or ConfigMap" in shown()
+    # One that began before this round's step did is of an earlier round.
+    cluster.pods[:] = [pod("t-1", run_id, "train", "hybrid", "2026-11-26T11:00:00Z", became="raised")]
+    assert own not in shown()
 
 
 @pytest.mark.parametrize(

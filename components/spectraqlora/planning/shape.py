@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from spectraqlora.artifacts import LinearModule
-from spectraqlora.errors import InputError
+from spectraqlora.errors import InputError, NoAnswer
 from spectraqlora.models.experts import can_pack
 from spectraqlora.models.families import auto_class, context_length
 from spectraqlora.models.modules import candidates, linear_modules
@@ -68,7 +68,8 @@ def config_of(source: str, revision: str = "main", trust_remote_code: bool = Fal
             folder = str(place.hub_description(place.digest(offline=True)))
         except InputError as error:
             expected = str(error).partition(": expected ")[2]
-            raise InputError("model.base_model", source, f"{expected}, {shapes}") from None
+            kind = NoAnswer if isinstance(error, NoAnswer) else InputError
+            raise kind("model.base_model", source, f"{expected}, {shapes}") from None
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

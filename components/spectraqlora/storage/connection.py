@@ -104,6 +104,7 @@ def _passing(error: Exception) -> bool:
             faults.HTTPClientError,
             faults.IncompleteReadError,
             faults.ResponseStreamingError,
+            faults.MetadataRetrievalError,
         ),
     )
 

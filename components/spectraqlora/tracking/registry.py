@@ -10,7 +10,7 @@ from typing import Any
 from spectraqlora.artifacts import RankMap
 from spectraqlora.errors import InputError
 from spectraqlora.settings import TrackingSettings
-from spectraqlora.tracking.server import connect, explain_errors, fetching
+from spectraqlora.tracking.server import AWAY, ServerAway, connect, explain_errors, fetching
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 HELD_OUT, ADAPTER = "eval_rows", "adapter"
@@ -170,14 +170,18 @@ class Registry:
 
         Raises:
             InputError: the run has no such folder.
+            ServerAway: MLflow, or the store behind it, does not answer.
         """
         from mlflow.exceptions import MlflowException
 
-        with fetching(self.settings, self._location(version, folder)):
+        location = self._location(version, folder)
+        with fetching(self.settings, location):
             try:
                 return Path(self.client.download_artifacts(version.run_id, folder, str(target)))
             except (MlflowException, OSError) as error:
-                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                # Of a folder that is there MLflow's client says no more than that it failed.
+                if away or (location and getattr(error, "error_code", "") in AWAY):
                     raise
                 raise InputError(
                     f"{self.name} version {version.number}", folder, "these artifacts of its run"
@@ -197,6 +201,8 @@ class Registry:
             return None
         try:
             folder = self.download(champion, ADAPTER, target)
+        except ServerAway:
+            raise
         except InputError:
             return None
         return (champion, folder) if (folder / RankMap.filename()).exists() else None

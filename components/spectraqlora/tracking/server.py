@@ -6,11 +6,13 @@ import contextlib
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from spectraqlora.errors import InputError, NoAnswer
+from spectraqlora.errors import InputError, NoAnswer, lasting
+from spectraqlora.runtime.disk import full
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.moved import follow_move
 
@@ -21,7 +23,10 @@ _PROBE_SECONDS = 5
 _TRANSFER, _TIMEOUT = "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _PAST_THE_SERVER = "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"
 _ARTIFACTS = "mlflow-artifacts"
-_AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
+AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
+"""MLflow's own codes of answers, and of none, that do not refuse."""
+_LASTING = re.compile(r"out-of-date database schema|error code 4(?!08|29)\d\d")
+"""In what MLflow calls internal errors: what another attempt meets again."""
 # MLflow's own retries would hold a step for four minutes before it could say that nobody answers.
 _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -33,12 +38,16 @@ _stores: dict[str, bool] = {}
 """By server: whether the store behind it answered us."""
 
 
-class ServerAway(NoAnswer):
-    """MLflow does not answer, or answers that it cannot now."""
+class ServerAway(InputError):
+    """MLflow does not answer, or not as it should: what it is told can wait."""
 
     def __init__(self, settings: TrackingSettings, why: str) -> None:
         super().__init__("tracking.uri", settings.uri, f"a reachable MLflow server ({why})")
         self.why = why
+
+
+class ServerSilent(ServerAway, NoAnswer):
+    """MLflow does not answer, or answers that it cannot now: another attempt may find it."""
 
 
 def connect(settings: TrackingSettings) -> Any:
@@ -55,7 +64,7 @@ def connect(settings: TrackingSettings) -> Any:
         try:
             return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
         except Exception as error:  # A database's driver and migrations raise their own.
-            if isinstance(error, OSError) or getattr(error, "error_code", None) in _AWAY:
+            if isinstance(error, OSError) or getattr(error, "error_code", None) in AWAY:
                 raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError("tracking.uri", settings.uri, f"an address of an MLflow ({first})") from None
@@ -102,13 +111,15 @@ def explain_errors(settings: TrackingSettings) -> Iterator[None]:
             expected = "an address that the server's --allowed-hosts names"
         elif status == 403 or "error code 403" in first:
             expected = f"permission there for the user of MLFLOW_TRACKING_USERNAME ({first})"
-        elif error.error_code in _AWAY:
-            raise ServerAway(settings, first) from error
+        elif error.error_code in AWAY:
+            lasts = lasting(error) or _LASTING.search(first) is not None
+            raise (ServerAway if lasts else ServerSilent)(settings, first) from error
         else:
             raise
         raise InputError("tracking.uri", settings.uri, expected) from None
     except OSError as error:
-        raise ServerAway(settings, str(error)) from error
+        lasts = lasting(error) or full(error) is not None or error.filename is not None
+        raise (ServerAway if lasts else ServerSilent)(settings, str(error)) from error
 
 
 @contextlib.contextmanager

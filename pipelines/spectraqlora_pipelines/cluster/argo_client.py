@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from spectraqlora.errors import InputError
 
-from spectraqlora_pipelines.cluster.kube import TIMEOUT_S, NoAccess, asking, connect
+from spectraqlora_pipelines.cluster.kube import TIMEOUT_S, Away, asking, connect
 from spectraqlora_pipelines.cluster.pods import unpacked
 
 RUN = "spectraqlora/run"
@@ -68,7 +68,7 @@ class Argo:
         while (there := self._find(kind, name)) and _leaving(there):
             if time.monotonic() > end:
                 kept_by = ", ".join(there["metadata"].get("finalizers") or ["-"])
-                raise NoAccess(
+                raise Away(
                     "NAME", name, f"a {kind} whose deletion ends within {_GONE_WITHIN_S} s; kept by {kept_by}"
                 )
             time.sleep(0.2)
@@ -91,6 +91,7 @@ class Argo:
                 except ApiException as error:
                     if error.status != 409 or not left:
                         raise
+            time.sleep(0.2)
         return True
 
     def _list(self, kind: str, selector: str = "") -> list[dict[str, Any]]:

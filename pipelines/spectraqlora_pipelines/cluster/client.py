@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.errors import InputError, NoAnswer, holds_secret
+from spectraqlora.errors import InputError, NoAnswer, holds_secret, lasting
 
 _PAGE = 100
 _OWNED = "Kept by "
@@ -146,7 +146,8 @@ class Kubeflow:
             kind = NoAnswer if error.status == 429 or (error.status or 0) >= 500 else InputError
             raise kind("--host", self.host, expected) from None
         except (HTTPError, TimeoutError, OSError) as error:
-            raise NoAnswer("--host", self.host, f"a reachable Kubeflow Pipelines API ({error})") from None
+            kind = InputError if lasting(error) else NoAnswer
+            raise kind("--host", self.host, f"a reachable Kubeflow Pipelines API ({error})") from None
 
     def upload(self, package: Path, pipeline: str, description: str) -> Uploaded:
         """Upload a compiled pipeline as a version named by its content; one that is there stays as it is."""

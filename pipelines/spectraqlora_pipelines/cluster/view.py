@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from spectraqlora_pipelines.cluster.client import Kubeflow
@@ -22,6 +23,8 @@ from spectraqlora_pipelines.cluster.progress import (
 _DELETED = "; KFP does not try it again, submit --resubmit does"
 _LINES = 300
 """Lines from the end of a failed step's log in which its error is looked for."""
+_SLACK = timedelta(seconds=2)
+"""A pod may be there before it is written down when its step began."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +110,31 @@ def reasons_of(tree: Step, pods: list[Any], source: Pods | None, deleted: str) -
     reasons = {}
     for step in tree.leaves():
         if step.state in ("failed", "running"):
-            reason = _reason(step, attempts.get((step.step, step.method), []), source, deleted)
+            own = [pod for pod in attempts.get((step.step, step.method), []) if _is_of(pod, step)]
+            reason = _reason(step, own, source, deleted)
             if reason:
                 reasons[step.label] = reason
     return reasons
+
+
+def _is_of(pod: Any, step: Step) -> bool:
+    """Whether a pod of a step and method is of this round's step: the rounds before had theirs."""
+    return step.started is None or pod.metadata.creation_timestamp >= step.started - _SLACK
 
 
 def _reason(step: Step, attempts: list[Any], source: Pods | None, deleted: str) -> str:
     """Why a step failed or waits; of one that is tried again, why the attempt before failed."""
     said = said_of(attempts[-1]) if attempts else ""
     known = explained(said, deleted) or explained(step.message, deleted)
-    if known:
-        return known
+    ended = bool(attempts) and attempts[-1].status.phase == "Failed"
+    if known or (said and not ended and step.state == "running"):
+        return known or said
     failed = [pod for pod in attempts if pod.status.phase == "Failed"]
     log = ""
     if failed and source is not None:
         with contextlib.suppress(NoAccess):
             log = source.log(failed[-1].metadata.name, _LINES)
+    if own := own_error(log):
+        return own if ended else f"the attempt before: {own}"
     # Of a container beside the step's own, Argo's words say more than the pod's exit code.
-    return own_error(log) or max(said, step.message, key=len)
+    return max(said, step.message, key=len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.storage import Connection, list_files, list_objects, parse_address
 from spectraqlora.tracking.registry import Registry
-from spectraqlora.tracking.server import ServerAway
+from spectraqlora.tracking.server import ServerAway, explain_errors
 from spectraqlora_pipelines.cli.kubeflow import connect
 from spectraqlora_pipelines.cluster.argo_client import Argo
 from spectraqlora_pipelines.cluster.kube import NoAccess
@@ -56,6 +58,28 @@ def test_an_mlflow_whose_answer_is_cut_is_away(server: Wrong, content: bytes) ->
     server.content = content
     with pytest.raises(ServerAway):
         registry.versions()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConnectionError("Connection refused"), 75),
+        (MlflowException("API request failed with error code 503 != 200"), 75),
+        (MlflowException("API request failed with error code 429 != 200"), 75),
+        (MlflowException("API request failed with error code 407 != 200"), 2),
+        (MlflowException("Detected out-of-date database schema (found version a, but expected b)"), 2),
+        (MlflowException("SSLError: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"), 2),
+        (OSError("Could not find a suitable TLS CA certificate bundle, invalid path: /x"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2),
+    ],
+)
+def test_what_another_attempt_at_an_mlflow_meets_again_is_not_tried_again(
+    error: Exception, code: int
+) -> None:
+    with pytest.raises(ServerAway) as ended, explain_errors(TrackingSettings(uri="http://mlflow")):
+        raise error
+    assert ended.value.exit_code == code
 
 
 @pytest.mark.parametrize(

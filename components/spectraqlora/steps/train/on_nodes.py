@@ -22,7 +22,7 @@ from spectraqlora.steps.train import distributed
 from spectraqlora.steps.train.checkpoints import identity
 from spectraqlora.steps.train.exchange import fetch_adapter, publish_inputs, remove_inputs
 from spectraqlora.steps.train.request import TrainRequest
-from spectraqlora.steps.train.train_job import REFUSED, TEMPLATE, JobFailed, TrainJob
+from spectraqlora.steps.train.train_job import TEMPLATE, JobFailed, TrainJob
 from spectraqlora.storage import parse_address
 
 EXCHANGE = "nodes"
@@ -32,7 +32,8 @@ EXCHANGE = "nodes"
 def train_on_nodes(request: TrainRequest) -> None:
     """Train a request on `train.nodes` machines, and put the adapter into its output folder.
 
-    Ends the process with code 2 where a machine refused its input, with 1 where the job failed for another reason.
+    Ends the process with code 2 where a machine refused its input, with 75 where a service did not answer it, with 1 where
+    the job failed for another reason.
 
     Raises:
         InputError: settings or a place that several machines cannot train with, or a refusal of Kubernetes or the store.
@@ -53,7 +54,7 @@ def train_on_nodes(request: TrainRequest) -> None:
             )
         except JobFailed as error:
             fail(str(error))
-            sys.exit(REFUSED if error.refused else 1)
+            sys.exit(error.exit_code)
     with tempfile.TemporaryDirectory() as scratch:
         fetch_adapter(place, request.output, Path(scratch))
     # The adapter stays: a retry, where this pod is lost before its output is kept, finds a job that is complete.

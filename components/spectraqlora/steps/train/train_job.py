@@ -26,8 +26,6 @@ API = ("trainer.kubeflow.org", "v1alpha1")
 CONTAINER = "node"
 """Trainer's name for the container that trains, and for the replicated job of its pods."""
 _STARTING = ("ContainerCreating", "PodInitializing")
-REFUSED = 2
-"""Exit code of a process whose input is refused."""
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _POLL_SECONDS, _SIGNAL_SECONDS, _TIMEOUT_SECONDS = 2.0, 0.1, 15
 _LOG_SECONDS = 10.0
@@ -80,7 +78,7 @@ class TrainJob:
         while True:
             job = self._patiently(self._find)
             if job is None:
-                raise JobFailed(f"TrainJob {self.name} was deleted by somebody else", False)
+                raise JobFailed(f"TrainJob {self.name} was deleted by somebody else")
             self._patiently(self._follow)
             self._report(job)
             kind, message = _end(job)
@@ -213,14 +211,12 @@ class TrainJob:
             if status.name == CONTAINER and status.state.terminated and status.state.terminated.exit_code
         ]
         if not ends:
-            return JobFailed(f"TrainJob {self.name} failed: {message}", False)
+            return JobFailed(f"TrainJob {self.name} failed: {message}")
         _, pod, end = min(ends, key=lambda each: each[0])
         machine = pod.metadata.labels["batch.kubernetes.io/job-completion-index"]
-        if end.exit_code != REFUSED:
+        if end.exit_code not in (InputError.exit_code, NoAnswer.exit_code):
             how = f"{end.reason}, exit code {end.exit_code}"
-            return JobFailed(
-                f"TrainJob {self.name} failed: machine {machine} ended ({how}); {message}", False
-            )
+            return JobFailed(f"TrainJob {self.name} failed: machine {machine} ended ({how}); {message}")
         log = self._patiently(
             lambda: self._core.read_namespaced_pod_log(
                 pod.metadata.name, self.namespace, container=CONTAINER, tail_lines=50
@@ -228,7 +224,7 @@ class TrainJob:
         )
         lines = [line.removeprefix(ERROR).strip() for line in log.splitlines() if line.startswith(ERROR)]
         return JobFailed(
-            (lines or [f"machine {machine} refused its input; pod {pod.metadata.name}"])[-1], True
+            (lines or [f"machine {machine} refused its input; pod {pod.metadata.name}"])[-1], end.exit_code
         )
 
     def _report(self, job: dict[str, Any]) -> None:
@@ -300,11 +296,16 @@ def obstacle(pod: Any) -> str:
 
 
 class JobFailed(Exception):
-    """A TrainJob that failed, and whether because a machine refused its input: then a retry would as well."""
+    """A TrainJob that failed.
 
-    def __init__(self, line: str, refused: bool) -> None:
+    Args:
+        line: why; where a machine said so, its own line.
+        exit_code: of that machine, 1 where it said nothing.
+    """
+
+    def __init__(self, line: str, exit_code: int = 1) -> None:
         super().__init__(line)
-        self.refused = refused
+        self.exit_code = exit_code
 
 
 class _Away(NoAnswer):
