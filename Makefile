@@ -40,9 +40,9 @@ e2e: install
 	sh images/for-tests.sh
 	$(PYTEST) -m 'e2e and not soak' -rs
 
-# On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts. CORE=1: what CI runs.
+# On a real cluster with Argo Workflows: that of KUBECONFIG, or one that SPECTRAQLORA_TEST_CLUSTER starts.
 cluster-test: install
-	$(BIN)/pytest tests/cluster -m "cluster$(if $(CORE), and core)" -rs --durations=0 --durations-min=1 -s
+	$(BIN)/pytest tests/cluster -m cluster -rs --durations=0 --durations-min=1 -s
 
 # Many more inputs of the kinds that the tests try, for hours.
 soak: install

@@ -22,7 +22,7 @@ from tests.cluster.runs import KILL, artifact, ended, inside, resumed, submit, t
 from tests.cluster.services import Store, eventually
 from tests.unit.steps.train.test_checkpoints import same
 
-pytestmark = [pytest.mark.cluster, pytest.mark.core]
+pytestmark = pytest.mark.cluster
 STEPS, EVERY = 120, 20
 SETTINGS = (
     *("--set", "methods=qlora,hybrid", "--set", f"train.max_steps={STEPS}", "--set", "train.evaluations=2"),

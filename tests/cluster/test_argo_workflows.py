@@ -22,7 +22,7 @@ from tests.cluster.conftest import ACCOUNT, GROUP, Release
 from tests.cluster.runs import SEES_WITHIN_S, ended, sees, spectraqlora, submit
 from tests.cluster.services import eventually
 
-pytestmark = [pytest.mark.cluster, pytest.mark.core]
+pytestmark = pytest.mark.cluster
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SETTINGS = (
     *("--set", "model.base_model=/nowhere/model", "--set", "data.source=/nowhere/data.jsonl"),

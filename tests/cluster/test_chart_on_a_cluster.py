@@ -18,7 +18,7 @@ from tests.cluster.conftest import ACCOUNT, RELEASE, Release
 from tests.cluster.services import eventually
 from tests.helm import helm
 
-pytestmark = [pytest.mark.cluster, pytest.mark.core]
+pytestmark = pytest.mark.cluster
 
 
 def run_helm(*arguments: str, namespace: str) -> str:
