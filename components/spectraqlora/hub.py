@@ -168,7 +168,7 @@ def silent(error: BaseException | None) -> bool:
         if isinstance(error, _LASTING) or lasting(error):
             return False
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        if status == 429 or status >= 500 or isinstance(error, (httpx2.TransportError, _GivenUp)):
+        if status == 429 or status >= 500 or isinstance(error, (httpx2.TransportError, _GivenUp, EOFError)):
             return True
         error = error.__cause__ or error.__context__
     return False
