@@ -96,13 +96,18 @@ def load_images(namespace: str) -> None:
     same_nodes = known.get("nodes") == nodes
     new = [n for n, key in zip(wanted, ids, strict=True) if not same_nodes or known.get(key) != ids[key]]
     if new:
-        with subprocess.Popen(["docker", "save", *new], stdout=subprocess.PIPE) as saved:
-            loaded = subprocess.run(
-                [program(), "load", "-"], stdin=saved.stdout, check=False, capture_output=True, text=True
-            )
-        if loaded.returncode:
-            pytest.skip(f"the cluster does not take the images: {loaded.stderr.strip().splitlines()[-1:]}")
+        hand_over(new)
         core.patch_namespaced_config_map(meta["name"], namespace, {"data": {**ids, "nodes": nodes}})
+
+
+def hand_over(images: list[str]) -> None:
+    """Load images of the Docker engine into all of the program's nodes."""
+    with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as saved:
+        loaded = subprocess.run(
+            [program(), "load", "-"], stdin=saved.stdout, check=False, capture_output=True, text=True
+        )
+    if loaded.returncode:
+        pytest.skip(f"the cluster does not take the images: {loaded.stderr.strip().splitlines()[-1:]}")
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 from kubernetes import client
+from spectraqlora.runtime.images import image_reference
 from spectraqlora_pipelines.cluster.argo_client import Argo
 
-from tests.cluster.conftest import RELEASE, Release, load_images, program, workflows
+from tests.cluster.conftest import RELEASE, Release, hand_over, program, workflows
 from tests.cluster.runs import SEES_WITHIN_S, ended, pods_of, resumed, sees, spectraqlora, submit, training_at
 from tests.cluster.services import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("sample")]
 GPU = "nvidia.com/gpu"
-NODE_GIB = 20
+NODE_GIB = 10
 TAINT = "cluster-test"
 ONE_METHOD = ("--set", "methods=qlora", "--set", "evaluate.accuracy_rows=8", "--set", "train.evaluations=2")
 
@@ -33,33 +34,38 @@ def changed_values(release: Release, folder: Path, changes: dict[str, object]) -
     return folder / "values.yaml"
 
 
-@pytest.fixture
-def second_node(namespace: str) -> Iterator[str]:
-    """A node that takes only what tolerates it, and has the images."""
+@pytest.fixture(scope="module")
+def last_node(namespace: str) -> str:
+    """A node beside the first; one that is started for it has the images of the steps that are sent there."""
     core = client.CoreV1Api()
-    if program():
+    if program() and len(core.list_node().items) < 2:
         free = shutil.disk_usage(os.environ.get("CLUSTER_HOME", tempfile.gettempdir())).free >> 30
-        if len(core.list_node().items) < 2 and free < NODE_GIB:
+        if free < NODE_GIB:
             pytest.skip(f"{free} GiB of disk are free, and the images take {NODE_GIB} on a node")
         started = subprocess.run([program(), "node2"], check=False, capture_output=True, text=True)
         if started.returncode:
             pytest.skip(f"no second node: {(started.stderr.strip() or '-').splitlines()[-1]}")
-        load_images(namespace)
-    names = [node.metadata.name for node in core.list_node().items]
+        hand_over([image_reference(step) for step in ("quantize-load", "train")])
+    names = [str(node.metadata.name) for node in core.list_node().items]
     if len(names) < 2:
         pytest.skip("one node alone")
-    name = names[-1]
+    return names[-1]
+
+
+@pytest.fixture
+def second_node(last_node: str) -> Iterator[str]:
+    """That node, which takes only what tolerates it; one that was started for it takes nothing afterwards."""
+    core = client.CoreV1Api()
     core.patch_node(
-        name,
+        last_node,
         {
             "metadata": {"labels": {TAINT: "yes"}},
             "spec": {"unschedulable": False, "taints": [{"key": TAINT, "effect": "NoSchedule"}]},
         },
     )
-    yield name
-    core.patch_node(
-        name, {"metadata": {"labels": {TAINT: None}}, "spec": {"unschedulable": False, "taints": None}}
-    )
+    yield last_node
+    after = {"unschedulable": bool(program()), "taints": None}
+    core.patch_node(last_node, {"metadata": {"labels": {TAINT: None}}, "spec": after})
 
 
 def test_a_step_waits_for_the_node_that_it_may_run_on_until_that_has_a_gpu(
