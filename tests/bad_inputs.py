@@ -65,16 +65,18 @@ def command(*arguments: object) -> Callable[[], object]:
     return run
 
 
-def check_refused(action: Callable[[], Any], named: str) -> None:
-    """Exit code 2 and one line of field, value and expectation that names what is wrong; 75 where nobody answers.
+def check_refused(action: Callable[[], Any], named: str, silent: bool = False) -> None:
+    """Exit code 2 and one line of field, value and expectation that names what is wrong.
 
     Args:
         action: what a command does with the input.
         named: regular expression that the line must match.
+        silent: whether nobody answers, which another attempt may not meet: exit code 75, and the line says so.
     """
     outcome = ended(action)
-    silent = f"error: {NoAnswer.prefix}" in outcome.err
-    assert outcome.code == (NoAnswer if silent else InputError).exit_code, f"ended with {outcome}"
+    kind = NoAnswer if silent else InputError
+    assert outcome.code == kind.exit_code, f"ended with {outcome}"
+    assert (f"error: {NoAnswer.prefix}" in outcome.err) == silent, f"ended with {outcome}"
     lines = [line for line in outcome.err.splitlines(keepends=True) if not line.startswith("warning: ")]
     text = "".join(lines)
     assert len(lines) == 1 and LINE.fullmatch(text), f"no line of field, value and expectation: {text!r}"

@@ -12,6 +12,13 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 """What a part of an address's query is called that lets somebody in, and its value."""
+_PASSING = re.compile(
+    r"NewConnectionError|ConnectionRefused|Connection refused|ConnectionReset|Connection reset|Connection aborted|"
+    r"RemoteDisconnected|IncompleteRead|Timeout|timed out|NameResolutionError|Name or service not known|"
+    r"Temporary failure in name resolution|too many (?:429|5\d\d) error responses|error code (?:429|5\d\d)"
+)
+_LASTING = re.compile(r"CERTIFICATE|BadStatusLine")
+"""A certificate that is not trusted, or a server of another protocol."""
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys instead of showing them, or that turn the order of those around them."""
 
@@ -70,10 +77,18 @@ class NoAnswer(InputError):
     prefix = "no answer: "
 
 
-def lasting(error: BaseException) -> bool:
-    """Whether another attempt meets a fault of a connection again: a certificate, or a file of it that is not there."""
-    text = f"{type(error).__name__} {error}"
-    return "CERTIFICATE" in text.upper() or "FileNotFoundError" in text
+def busy(status: int | None) -> bool:
+    """Whether a server says by its HTTP status that it cannot now."""
+    return status == 429 or (status or 0) >= 500
+
+
+def passing(error: BaseException) -> bool:
+    """Whether clients say of a connection what another attempt may not meet: nobody listens, it broke off, or took too long.
+
+    They wrap each other's errors, some as text alone, so it is the text that is read.
+    """
+    text = f"{type(error).__name__}: {error}"
+    return _PASSING.search(text) is not None and _LASTING.search(text) is None
 
 
 class Stopped(Exception):

@@ -26,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
 )
 from huggingface_hub.utils._http import default_client_factory
 
-from spectraqlora.errors import InputError, NoAnswer, lasting
+from spectraqlora.errors import InputError, NoAnswer, busy
 
 HEAD_S = 20.0
 """Until an answer's head is there, redirects included."""
@@ -165,10 +165,10 @@ _LASTING = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.ProxyE
 def silent(error: BaseException | None) -> bool:
     """Whether the hub, or the way to it, failed in a manner that another attempt may not meet."""
     while error is not None:
-        if isinstance(error, _LASTING) or lasting(error):
+        if isinstance(error, _LASTING) or "CERTIFICATE" in str(error):
             return False
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        if status == 429 or status >= 500 or isinstance(error, (httpx2.TransportError, _GivenUp, EOFError)):
+        if busy(status) or isinstance(error, (httpx2.TransportError, _GivenUp, EOFError)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -113,8 +113,8 @@ def test_a_schedule_that_another_writes_at_the_same_time_is_changed_all_the_same
 
         written = 0
 
-        def _lasting(self, kind: str, name: str) -> dict[str, Any] | None:
-            there = super()._lasting(kind, name)
+        def _settled(self, kind: str, name: str) -> dict[str, Any] | None:
+            there = super()._settled(kind, name)
             if self.written < 3:
                 self.written += 1
                 patch_schedule(namespace, name, {"annotations": {"cluster-test": str(self.written)}})

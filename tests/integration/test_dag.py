@@ -295,8 +295,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 ) -> None:
     good = ["--base-model", str(tiny_model), "--data", str(tiny_rows), "--workdir", str(tmp_path / "w")]
     refused = spectraqlora("run", *good, *arguments)
-    away = refused.stderr.startswith("error: no answer: ")
+    away = words.startswith("no answer: ")
     assert refused.returncode == (75 if away else 2), refused.stdout + refused.stderr
+    assert refused.stderr.startswith("error: no answer: ") == away
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
     assert words in refused.stderr
     assert not (tmp_path / "w").exists()

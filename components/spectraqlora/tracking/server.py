@@ -6,13 +6,11 @@ import contextlib
 import functools
 import logging
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from spectraqlora.errors import InputError, NoAnswer, lasting
-from spectraqlora.runtime.disk import full
+from spectraqlora.errors import InputError, NoAnswer, passing
 from spectraqlora.settings import TrackingSettings
 from spectraqlora.tracking.moved import follow_move
 
@@ -25,8 +23,6 @@ _PAST_THE_SERVER = "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"
 _ARTIFACTS = "mlflow-artifacts"
 AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
 """MLflow's own codes of answers, and of none, that do not refuse."""
-_LASTING = re.compile(r"out-of-date database schema|error code 4(?!08|29)\d\d")
-"""In what MLflow calls internal errors: what another attempt meets again."""
 # MLflow's own retries would hold a step for four minutes before it could say that nobody answers.
 _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -96,7 +92,7 @@ def explain_errors(settings: TrackingSettings) -> Iterator[None]:
         ServerAway: it does not answer, or answers that it cannot now.
     """
     from google.protobuf.json_format import ParseError
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException, RestException
 
     try:
         yield
@@ -112,14 +108,14 @@ def explain_errors(settings: TrackingSettings) -> Iterator[None]:
         elif status == 403 or "error code 403" in first:
             expected = f"permission there for the user of MLFLOW_TRACKING_USERNAME ({first})"
         elif error.error_code in AWAY:
-            lasts = lasting(error) or _LASTING.search(first) is not None
-            raise (ServerAway if lasts else ServerSilent)(settings, first) from error
+            own = isinstance(error, RestException) and error.json.get("error_code") == "INTERNAL_ERROR"
+            silent = own or error.error_code != "INTERNAL_ERROR" or passing(error)
+            raise (ServerSilent if silent else ServerAway)(settings, first) from error
         else:
             raise
         raise InputError("tracking.uri", settings.uri, expected) from None
     except OSError as error:
-        lasts = lasting(error) or full(error) is not None or error.filename is not None
-        raise (ServerAway if lasts else ServerSilent)(settings, str(error)) from error
+        raise (ServerSilent if passing(error) else ServerAway)(settings, str(error)) from error
 
 
 @contextlib.contextmanager

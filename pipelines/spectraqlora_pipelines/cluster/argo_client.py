@@ -62,7 +62,7 @@ class Argo:
                     return None
                 raise
 
-    def _lasting(self, kind: str, name: str) -> dict[str, Any] | None:
+    def _settled(self, kind: str, name: str) -> dict[str, Any] | None:
         """An object that stays; one that is being deleted is waited for until it is gone."""
         end = time.monotonic() + _GONE_WITHIN_S
         while (there := self._find(kind, name)) and _leaving(there):
@@ -79,7 +79,7 @@ class Argo:
         from kubernetes.client import ApiException
 
         for left in reversed(range(_WRITES)):
-            there = self._lasting(kind, name)
+            there = self._settled(kind, name)
             if there is None or not edit(there):
                 return None if there is None else False
             with asking(self.namespace):
@@ -177,7 +177,7 @@ class Argo:
         """Delete an object but not what it has made, and wait until it is gone; whether it was there."""
         from kubernetes.client import ApiException
 
-        if self._lasting(kind, name) is None:
+        if self._settled(kind, name) is None:
             return False
         with asking(self.namespace):
             try:
@@ -188,7 +188,7 @@ class Argo:
             except ApiException as error:
                 if error.status != 404:
                     raise
-        self._lasting(kind, name)
+        self._settled(kind, name)
         return True
 
 

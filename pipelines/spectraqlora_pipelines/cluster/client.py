@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spectraqlora import __version__
-from spectraqlora.errors import InputError, NoAnswer, holds_secret, lasting
+from spectraqlora.errors import InputError, NoAnswer, busy, holds_secret, passing
 
 _PAGE = 100
 _OWNED = "Kept by "
@@ -143,10 +143,12 @@ class Kubeflow:
                 403: f"permission in namespace {self.namespace or '(none given)'}; it answered 403",
                 404: "a Kubeflow Pipelines v2 API; it answered 404",
             }.get(error.status, f"an answer other than {error.status}: {_message(error)}")
-            kind = NoAnswer if error.status == 429 or (error.status or 0) >= 500 else InputError
+            kind = NoAnswer if busy(error.status) else InputError
             raise kind("--host", self.host, expected) from None
         except (HTTPError, TimeoutError, OSError) as error:
-            kind = InputError if lasting(error) else NoAnswer
+            # Of a server that starts KFP's client says no more than that it asked so often.
+            silent = passing(error) or "Failed getting healthz" in str(error)
+            kind = NoAnswer if silent else InputError
             raise kind("--host", self.host, f"a reachable Kubeflow Pipelines API ({error})") from None
 
     def upload(self, package: Path, pipeline: str, description: str) -> Uploaded:

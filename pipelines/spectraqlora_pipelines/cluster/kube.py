@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.errors import InputError, NoAnswer, lasting
+from spectraqlora.errors import InputError, NoAnswer, busy, passing
 
 TIMEOUT_S = 15
 OTHER_SHAPE = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
@@ -78,10 +78,10 @@ def asking(namespace: str) -> Iterator[None]:
             raise NoAccess(
                 "kubeconfig", namespace, f"permission in namespace {namespace}; {answered}"
             ) from None
-        kind = Away if error.status in (409, 429) or (error.status or 0) >= 500 else NoAccess
+        kind = Away if error.status == 409 or busy(error.status) else NoAccess
         raise kind("kubeconfig", namespace, f"another answer; {answered}{_message(error)}") from None
     except (HTTPError, OSError) as error:
-        kind = NoAccess if lasting(error) else Away
+        kind = Away if passing(error) else NoAccess
         raise kind("kubeconfig", namespace, f"a cluster that answers ({error})") from None
     except OTHER_SHAPE:
         expected = "a Kubernetes API; what answers there is none, or its answer was cut"

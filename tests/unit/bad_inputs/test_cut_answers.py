@@ -97,8 +97,10 @@ def test_a_kubeflow_whose_answer_is_cut_has_not_said_that_there_is_nothing(
     kubeflow = connect(server.address, "", "", "")
     assert kubeflow.schedules() == []
     server.content = content
-    check_refused(kubeflow.schedules, "--host")
-    check_refused(lambda: kubeflow.run(ID), "--host")
+    # Only where its length says that more was to come is it known to be cut; else it may be no KFP's.
+    cut = b"Content-Length: 2" in content
+    check_refused(kubeflow.schedules, "--host", cut)
+    check_refused(lambda: kubeflow.run(ID), "--host", cut)
 
 
 def test_a_run_without_its_id_is_none(server: Wrong) -> None:
@@ -122,8 +124,13 @@ def test_a_store_whose_answer_is_cut_holds_not_nothing(
         monkeypatch.setenv(name, value)
     server.content = content
     address = parse_address("s3://bucket/model")
+    # Of a manifest without its body it is not known whether it was cut, or whether a store sent it.
+    unknown = b"Content-Length: 2" in content
     for ask in (list_files, list_objects):
-        check_refused(lambda ask=ask: ask(address, Connection(patience_s=0.1)), "can be reached|is none")
+        silent = ask is list_objects or not unknown
+        check_refused(
+            lambda ask=ask: ask(address, Connection(patience_s=0.1)), "can be reached|is none", silent
+        )
 
 
 @pytest.mark.parametrize("content", CUT)

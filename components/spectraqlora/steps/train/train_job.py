@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectraqlora.errors import InputError, NoAnswer, Stopped
+from spectraqlora.errors import InputError, NoAnswer, Stopped, busy
 from spectraqlora.runtime.console import ERROR, say, warn
 
 TEMPLATE = "SPECTRAQLORA_TRAIN_JOB"
@@ -271,7 +271,7 @@ class TrainJob:
             yield
         except ApiException as error:
             answered = f"Kubernetes answered {error.status} {error.reason}{_message(error)}"
-            if error.status == 429 or error.status >= 500:
+            if busy(error.status):
                 raise _Away("train.nodes", self.name, f"a Kubernetes API that answers; {answered}") from None
             needs = "Kubeflow Trainer, its runtime, and a service account that may use trainjobs"
             raise InputError(
